@@ -1,0 +1,47 @@
+# Everything here works on a fresh machine that has Python >= 3.11 and make: the targets set up .venv themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# One environment for every target; made again when the dependencies change.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmini needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,search,dev]'
+	touch $@
+
+.PHONY: demo
+demo: .venv/.installed  ## train on the shipped photographs, measure, search, draw: under 3 minutes on 2 cores
+	$(BIN)/python examples/demo.py
+
+.PHONY: test
+test: .venv/.installed  ## the fast tests
+	$(BIN)/python -m pytest
+
+.PHONY: test-all
+test-all: .venv/.installed  ## every test, the slow ones too
+	$(BIN)/python -m pytest -m 'not gpu'
+
+.PHONY: check
+check: .venv/.installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: fix
+fix: .venv/.installed  ## format, and repair what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: build
+build: .venv/.installed  ## the wheel and the source archive, in dist/
+	$(BIN)/python -m build
+
+.PHONY: clean
+clean:  ## remove the environment and everything built or trained here
+	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

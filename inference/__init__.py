@@ -1,0 +1,1 @@
+"""Using a model: embed, search, classify, and the `clipmini` command. Installed as `clipmini.inference`."""

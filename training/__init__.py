@@ -1,0 +1,1 @@
+"""Making a model: data, training, evaluation, publishing. Installed as `clipmini.training`."""
