@@ -1,0 +1,37 @@
+"""clipmini's model: config, dual encoder, losses and processor.
+
+Importing this package registers the classes with transformers' Auto classes. Every other file of the folder is what
+the Hub gets; this one is not uploaded.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
+
+from .configuration_clipmini import ClipMiniConfig
+from .loss_clipmini import infonce_loss, sigmoid_loss
+from .modeling_clipmini import ClipMiniModel
+from .processing_clipmini import ClipMiniProcessor
+from .towers_clipmini import ClipMiniOutput, ClipMiniPreTrainedModel, ClipMiniTextModel, ClipMiniVisionModel
+
+__all__ = [
+    "ClipMiniConfig",
+    "ClipMiniModel",
+    "ClipMiniOutput",
+    "ClipMiniPreTrainedModel",
+    "ClipMiniProcessor",
+    "ClipMiniTextModel",
+    "ClipMiniVisionModel",
+    "infonce_loss",
+    "sigmoid_loss",
+]
+
+AutoConfig.register(ClipMiniConfig.model_type, ClipMiniConfig)
+AutoModel.register(ClipMiniConfig, ClipMiniModel)
+AutoModelForZeroShotImageClassification.register(ClipMiniConfig, ClipMiniModel)
+AutoProcessor.register(ClipMiniConfig, ClipMiniProcessor)
+
+# What `save_pretrained` writes into `auto_map`, together with the code files.
+ClipMiniConfig.register_for_auto_class()
+ClipMiniModel.register_for_auto_class("AutoModel")
+ClipMiniVisionModel.register_for_auto_class("AutoModel")
+ClipMiniTextModel.register_for_auto_class("AutoModel")
+ClipMiniProcessor.register_for_auto_class()

@@ -1,0 +1,140 @@
+"""ClipMiniConfig: two tower configs and what joins them."""
+
+import math
+from typing import Any
+
+from transformers import AutoConfig, DistilBertConfig, PreTrainedConfig, TimmWrapperConfig
+
+PROJECTIONS = ("linear", "mlp")
+TEXT_POOLINGS = ("mean", "cls")
+LOSSES = ("infonce", "sigmoid")
+
+# Where each loss starts: CLIP section 2.5 (temperature 0.07) and SigLIP section 3.2 (t' = log 10, b = -10).
+LOGIT_SCALE_STARTS = {"infonce": math.log(1 / 0.07), "sigmoid": math.log(10.0)}
+SIGMOID_LOGIT_BIAS_START = -10.0
+
+
+class ClipMiniConfig(PreTrainedConfig):
+    """Configuration of a [`ClipMiniModel`].
+
+    Args:
+        vision_config: a `TimmWrapperConfig`, or its dict: the timm architecture and its `pretrained_cfg` (mean, std,
+            interpolation, crop). The classifier and its label names are dropped: a tower has no classes.
+        text_config: the config of any encoder that `AutoModel` builds, or its dict. DistilBERT by default.
+        projection_dim: width of the shared space, at least 1.
+        projection: "linear" (one matrix, as CLIP) or "mlp" (linear, GELU, linear, dropout, residual, LayerNorm).
+        projection_dropout: dropout of the "mlp" projection, in [0, 1).
+        text_pooling: "mean" over the caption's tokens or "cls", its first token.
+        loss: "infonce" (CLIP) or "sigmoid" (SigLIP).
+        logit_scale_init_value: start of the learnable *logarithm* of the logit scale (CLIP's public name for it). By
+            default log(1 / 0.07) = 2.659 for "infonce" and log(10) for "sigmoid".
+        logit_scale_max: the logit scale, after `exp`, never exceeds this; CLIP clips at 100.
+        logit_bias_init_value: start of the learnable bias of the "sigmoid" loss, -10 by default; "infonce" has none,
+            since a softmax does not see it.
+        vision_embed_dim: width of the vision tower's pooled output. Left out, the model reads it off the tower and
+            writes it here, so that building on the meta device needs no forward.
+
+    Raises:
+        ValueError: a value that is not allowed; the message names the field and what is.
+    """
+
+    model_type = "clipmini"
+    sub_configs = {"vision_config": TimmWrapperConfig, "text_config": AutoConfig}  # noqa: RUF012 - transformers' API
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | TimmWrapperConfig | None = None,
+        text_config: dict[str, Any] | PreTrainedConfig | None = None,
+        projection_dim: int = 256,
+        projection: str = "linear",
+        projection_dropout: float = 0.1,
+        text_pooling: str = "mean",
+        loss: str = "infonce",
+        logit_scale_init_value: float | None = None,
+        logit_scale_max: float = 100.0,
+        logit_bias_init_value: float | None = None,
+        vision_embed_dim: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vision_config = _tower_vision_config(vision_config)
+        self.text_config = _tower_text_config(text_config)
+        self.projection_dim = _at_least_one("projection_dim", projection_dim)
+        self.projection = _one_of("projection", projection, PROJECTIONS)
+        self.projection_dropout = _in_range("projection_dropout", projection_dropout, 0.0, 1.0, include_high=False)
+        self.text_pooling = _one_of("text_pooling", text_pooling, TEXT_POOLINGS)
+        self.loss = _one_of("loss", loss, LOSSES)
+        self.logit_scale_max = _in_range("logit_scale_max", logit_scale_max, 1.0, math.inf, include_high=False)
+        if logit_scale_init_value is None:
+            logit_scale_init_value = LOGIT_SCALE_STARTS[loss]
+        self.logit_scale_init_value = _in_range(
+            "logit_scale_init_value", logit_scale_init_value, -math.inf, math.log(self.logit_scale_max)
+        )
+        if self.loss == "infonce" and logit_bias_init_value is not None:
+            raise ValueError(
+                f"logit_bias_init_value={logit_bias_init_value!r} has no effect with loss='infonce', which learns no "
+                "bias; leave it out, or use loss='sigmoid'."
+            )
+        if self.loss == "sigmoid" and logit_bias_init_value is None:
+            logit_bias_init_value = SIGMOID_LOGIT_BIAS_START
+        self.logit_bias_init_value = (
+            None
+            if logit_bias_init_value is None
+            else _in_range("logit_bias_init_value", logit_bias_init_value, -math.inf, math.inf, include_high=False)
+        )
+        self.vision_embed_dim = (
+            None if vision_embed_dim is None else _at_least_one("vision_embed_dim", vision_embed_dim)
+        )
+        super().__init__(**kwargs)
+
+
+def _tower_vision_config(config: dict[str, Any] | TimmWrapperConfig | None) -> TimmWrapperConfig:
+    """Copy a timm config without its classifier: 1000 label names would fill config.json and mean nothing here."""
+    if isinstance(config, PreTrainedConfig) and not isinstance(config, TimmWrapperConfig):
+        raise ValueError(
+            f"vision_config is a {type(config).__name__}; the vision tower must be a timm model: pass a "
+            "TimmWrapperConfig, for example TimmWrapperConfig(architecture='resnet50')."
+        )
+    values = config.to_dict() if isinstance(config, TimmWrapperConfig) else dict(config or {})
+    # timm's own save_for_hf writes its arguments there; TimmWrapperModel passes num_classes itself.
+    model_args = {key: value for key, value in (values.get("model_args") or {}).items() if key != "num_classes"}
+    values = {**values, "num_classes": 0, "label_names": [], "model_args": model_args or None}
+    tower = TimmWrapperConfig.from_dict(values)
+    if not tower.do_pooling or (tower.model_args or {}).get("features_only"):
+        raise ValueError(
+            "vision_config must give a pooled output: do_pooling=False and model_args={'features_only': True} do not."
+        )
+    return tower
+
+
+def _tower_text_config(config: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
+    if config is None:
+        config = DistilBertConfig()
+    elif isinstance(config, dict):
+        config = AutoConfig.for_model(**{"model_type": "distilbert", **config})
+    if config.is_encoder_decoder:
+        raise ValueError(f"text_config is a {type(config).__name__}, an encoder-decoder; pass an encoder's config.")
+    if not isinstance(getattr(config, "hidden_size", None), int):
+        raise ValueError(
+            f"text_config is a {type(config).__name__} without a hidden_size; pass a text encoder's config."
+        )
+    return config
+
+
+def _one_of(field: str, value: Any, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{field}={value!r} is not allowed; use one of {', '.join(map(repr, allowed))}.")
+    return value
+
+
+def _at_least_one(field: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field}={value!r} is not allowed; use a whole number of at least 1.")
+    return value
+
+
+def _in_range(field: str, value: Any, low: float, high: float, include_high: bool = True) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not (low <= value <= high if include_high else low <= value < high) or math.isinf(value):
+        end = "to" if include_high else "to below"
+        raise ValueError(f"{field}={value!r} is not allowed; use a finite number from {low:g} {end} {high:g}.")
+    return float(value)

@@ -1,0 +1,143 @@
+"""ClipMiniProcessor: pictures to `pixel_values`, captions to `input_ids` and `attention_mask`."""
+
+import math
+from os import PathLike
+from typing import Any
+
+import timm.data
+from PIL import Image, ImageOps
+from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, TimmWrapperConfig
+
+from .configuration_clipmini import ClipMiniConfig
+
+DEFAULT_MAX_TOKENS = 512  # for text towers without a table of positions
+TIMM_INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # to Pillow's
+
+
+def image_processor_for(vision_config: TimmWrapperConfig) -> CLIPImageProcessor:
+    """Express a timm tower's evaluation transform as a stock image processor, which needs no remote code.
+
+    timm resizes the shorter edge to floor(size / crop_pct) and cuts the centre ("center"), or resizes both edges
+    ("squash"). Pixels agree with `timm.data.create_transform` but for one thing: where an odd number of pixels has to
+    go, stock processors leave the extra one always on the same side, torchvision on alternating ones.
+
+    Args:
+        vision_config: its `pretrained_cfg` says size, crop, interpolation, mean and std; where it has none, timm's
+            default for the architecture holds.
+
+    Returns:
+        The image processor.
+
+    Raises:
+        ValueError: the tower's crop mode or interpolation has no stock equivalent.
+    """
+    pretrained_cfg = getattr(vision_config, "pretrained_cfg", None)
+    if not pretrained_cfg:
+        known = timm.models.get_pretrained_cfg(vision_config.architecture)
+        pretrained_cfg = known.to_dict() if known else {}
+    data = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
+    crop_mode = data["crop_mode"] or "center"
+    if crop_mode not in ("center", "squash"):
+        raise ValueError(
+            f"timm crop_mode={crop_mode!r} is not supported; set pretrained_cfg['crop_mode'] to 'center'."
+        )
+    if data["interpolation"] not in TIMM_INTERPOLATIONS:
+        raise ValueError(
+            f"timm interpolation={data['interpolation']!r} is not supported; use {', '.join(TIMM_INTERPOLATIONS)}."
+        )
+    _, height, width = data["input_size"]
+    scaled = {"height": math.floor(height / data["crop_pct"]), "width": math.floor(width / data["crop_pct"])}
+    is_square = height == width
+    size = {"shortest_edge": scaled["height"]} if crop_mode == "center" and is_square else scaled
+    return CLIPImageProcessor(
+        size=size,
+        crop_size={"height": height, "width": width},
+        resample=TIMM_INTERPOLATIONS[data["interpolation"]],
+        image_mean=list(data["mean"]),
+        image_std=list(data["std"]),
+    )
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture as people see it: upright, opaque, three 8-bit channels.
+
+    Pillow's own `convert("RGB")` ignores the EXIF orientation, drops alpha (what was transparent shows whatever colour
+    lies beneath it, mostly black) and clips 16-bit greys to white.
+
+    Args:
+        image: any Pillow picture; of an animation the current frame is taken.
+
+    Returns:
+        A picture of mode "RGB": orientation applied, alpha over white, 16-bit scaled to 8.
+    """
+    image.load()  # a truncated file fails here
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data raises all kinds of errors, and says nothing against the pixels
+        image = image.copy()
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I"):  # I;16 and its byte orders, or the 32-bit I that 16-bit PNGs become
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")  # Pillow truncates
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+class ClipMiniProcessor(ProcessorMixin):
+    """A stock image processor and the text tower's tokenizer behind one call.
+
+    Args:
+        image_processor: a stock image processor, made by [`image_processor_for`] from the timm tower's data config.
+        tokenizer: the text tower's tokenizer; its `model_max_length` must be set, since captions are cut to it.
+    """
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def from_towers(cls, config: ClipMiniConfig, tokenizer: PreTrainedTokenizerBase) -> "ClipMiniProcessor":
+        """Make the processor that fits a model: pixels as the timm tower was trained on, captions cut to fit.
+
+        Args:
+            config: the model's config.
+            tokenizer: the tokenizer that came with the text tower.
+
+        Returns:
+            The processor. The tokenizer is changed in place: it gives `input_ids` and `attention_mask` alone, and its
+            `model_max_length` is no more than the text tower has positions for.
+        """
+        positions = getattr(config.text_config, "max_position_embeddings", None) or DEFAULT_MAX_TOKENS
+        # Unset it is 1e30, and one long label would crash the tower.
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        return cls(image_processor=image_processor_for(config.vision_config), tokenizer=tokenizer)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Prepare pictures, captions or both.
+
+        Args:
+            images: a picture or a list of them; Pillow pictures are turned upright and made opaque first.
+            text: a caption or a list of them.
+            **kwargs: as in `ProcessorMixin`; by default captions are padded to the longest and cut to
+                `model_max_length`, and tensors are returned.
+
+        Returns:
+            `pixel_values` (I, 3, height, width) and / or `input_ids`, `attention_mask` (T, L).
+        """
+        if isinstance(images, Image.Image):
+            images = convert_to_rgb(images)
+        elif isinstance(images, (list, tuple)):
+            images = [convert_to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
+        kwargs.setdefault("return_tensors", "pt")
+        if text is not None:
+            kwargs.setdefault("padding", True)
+            kwargs.setdefault("truncation", True)
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> list[str]:
+        """Save `processor_config.json`, the tokenizer, and for older clients `preprocessor_config.json`."""
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        return [*files, *self.image_processor.save_pretrained(save_directory)]

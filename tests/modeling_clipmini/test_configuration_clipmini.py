@@ -1,0 +1,66 @@
+import math
+
+import pytest
+from transformers import AutoConfig, BertConfig, T5Config, TimmWrapperConfig, ViTConfig
+
+from modeling_clipmini import ClipMiniConfig
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"projection": "mlp", "projection_dropout": 0.3, "text_pooling": "cls", "projection_dim": 7},
+        {"loss": "sigmoid", "logit_bias_init_value": -3.5, "logit_scale_max": 50.0},
+        {"text_config": BertConfig(hidden_size=48, num_attention_heads=4)},
+        {"vision_config": TimmWrapperConfig(architecture="resnet18", model_args={"in_chans": 3})},
+    ],
+)
+def test_round_trips_exactly(options, tmp_path, tiny_config):
+    config = tiny_config(**options)
+    config.save_pretrained(tmp_path)
+    for loaded in (ClipMiniConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is ClipMiniConfig
+        assert loaded.to_json_string() == config.to_json_string()
+        assert type(loaded.text_config) is type(config.text_config)
+
+
+def test_defaults_follow_the_loss(tiny_config):
+    assert tiny_config().logit_scale_init_value == pytest.approx(math.log(1 / 0.07))
+    assert tiny_config().logit_bias_init_value is None
+    sigmoid = tiny_config(loss="sigmoid")
+    assert (sigmoid.logit_scale_init_value, sigmoid.logit_bias_init_value) == (pytest.approx(math.log(10)), -10.0)
+
+
+def test_the_classifier_of_a_timm_config_is_dropped():
+    labelled = TimmWrapperConfig.from_dict({"architecture": "resnet18", "num_classes": 1000})
+    config = ClipMiniConfig(vision_config=labelled)
+    assert config.vision_config.num_labels == 0
+    assert "tench" not in config.to_json_string()
+    assert labelled.num_labels == 1000  # the caller's own is left alone
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"projection": "conv"}, "projection='conv' is not allowed; use one of 'linear', 'mlp'"),
+        ({"text_pooling": "max"}, "text_pooling='max' .* 'mean', 'cls'"),
+        ({"loss": "triplet"}, "loss='triplet' .* 'infonce', 'sigmoid'"),
+        ({"projection_dim": 0}, "projection_dim=0 .* at least 1"),
+        ({"projection_dim": 2.5}, "projection_dim=2.5 .* whole number"),
+        ({"projection_dropout": 1.0}, "projection_dropout=1.0 .* from 0 to below 1"),
+        ({"logit_scale_max": 0.5}, "logit_scale_max=0.5"),
+        ({"logit_scale_init_value": 5.0}, "logit_scale_init_value=5.0 .* to 4.6"),
+        ({"logit_scale_init_value": math.nan}, "logit_scale_init_value=nan"),
+        ({"logit_bias_init_value": -1.0}, "logit_bias_init_value=-1.0 has no effect with loss='infonce'"),
+        ({"logit_bias_init_value": "low", "loss": "sigmoid"}, "logit_bias_init_value='low'"),
+        ({"vision_embed_dim": -1}, "vision_embed_dim=-1"),
+        ({"vision_config": ViTConfig()}, "vision_config is a ViTConfig; .* timm"),
+        ({"vision_config": {"architecture": "resnet18", "do_pooling": False}}, "pooled output"),
+        ({"text_config": T5Config()}, "T5Config, an encoder-decoder"),
+        ({"text_config": TimmWrapperConfig()}, "without a hidden_size"),
+    ],
+)
+def test_a_bad_value_names_the_field_and_what_is_allowed(options, message, tiny_config):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**options)

@@ -1,0 +1,107 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_clipmini import infonce_loss, sigmoid_loss
+from modeling_clipmini.loss_clipmini import pairwise_logits, positive_pairs
+
+# Three pairs in the plane. Similarities: S[i][j] = <image i, text j>.
+IMAGES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+TEXTS = torch.tensor([[0.8, 0.6], [0.0, 1.0], [1.0, 0.0]])
+SIMILARITIES = [[0.8, 0.0, 1.0], [0.6, 1.0, 0.0], [0.96, 0.8, 0.6]]
+SCALE = torch.tensor(2.0)
+SHARED_IDS = torch.tensor([7, 3, 7])  # images 0 and 2 are one picture
+
+
+def log_softmax(row, column):
+    return row[column] - math.log(sum(math.exp(value) for value in row))
+
+
+def by_hand_infonce(positives):
+    """The docstring's formula, one term at a time."""
+    logits = [[2.0 * value for value in row] for row in SIMILARITIES]
+    columns = [list(column) for column in zip(*logits, strict=True)]
+    images = [sum(log_softmax(logits[i], p) for p in positives[i]) / len(positives[i]) for i in range(3)]
+    texts = [sum(log_softmax(columns[i], p) for p in positives[i]) / len(positives[i]) for i in range(3)]
+    return -(sum(images) / 3 + sum(texts) / 3) / 2
+
+
+def by_hand_sigmoid(positives, bias):
+    total = 0.0
+    for i in range(3):
+        for j in range(3):
+            sign = 1 if j in positives[i] else -1
+            total -= math.log(1 / (1 + math.exp(-sign * (2.0 * SIMILARITIES[i][j] + bias))))
+    return total / 3
+
+
+def test_logits_are_the_scaled_similarities():
+    assert torch.allclose(pairwise_logits(IMAGES, TEXTS, SCALE), 2 * torch.tensor(SIMILARITIES))
+
+
+@pytest.mark.parametrize(
+    ("ids", "positives"),
+    [
+        (None, [[0], [1], [2]]),
+        (torch.tensor([4, 9, 2]), [[0], [1], [2]]),
+        (SHARED_IDS, [[0, 2], [1], [0, 2]]),
+        (torch.tensor([5, 5, 5]), [[0, 1, 2]] * 3),
+    ],
+)
+def test_losses_equal_the_sums_by_hand(ids, positives):
+    assert infonce_loss(IMAGES, TEXTS, SCALE, ids).item() == pytest.approx(by_hand_infonce(positives), abs=1e-6)
+    bias = torch.tensor(-1.5)
+    assert sigmoid_loss(IMAGES, TEXTS, SCALE, bias, ids).item() == pytest.approx(
+        by_hand_sigmoid(positives, -1.5), abs=1e-6
+    )
+
+
+def test_infonce_without_shared_ids_is_clips_loss():
+    logits = 2 * IMAGES @ TEXTS.T
+    labels = torch.arange(3)
+    cross_entropy = torch.nn.functional.cross_entropy
+    clip_loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+    assert torch.allclose(infonce_loss(IMAGES, TEXTS, SCALE), clip_loss)
+
+
+def test_a_second_caption_of_one_picture_is_not_punished():
+    """Perfect embeddings of one picture with two captions: only ids let the loss reach its least value."""
+    images = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    scale = torch.tensor(100.0)
+    with_ids = infonce_loss(images, images, scale, torch.tensor([1, 1, 2])).item()
+    assert with_ids == pytest.approx(2 / 3 * math.log(2), abs=1e-5)  # the mean of log |P(i)|
+    sigmoid_with_ids = sigmoid_loss(images, images, scale, torch.tensor(-50.0), torch.tensor([1, 1, 2])).item()
+    assert sigmoid_with_ids < 1e-6 < sigmoid_loss(images, images, scale, torch.tensor(-50.0)).item()
+
+
+def test_ids_of_the_wrong_length_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(2,\); one id per pair is needed: \(3,\)"):
+        infonce_loss(IMAGES, TEXTS, SCALE, torch.tensor([1, 2]))
+
+
+def test_logits_are_float32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = pairwise_logits(IMAGES.bfloat16(), TEXTS.bfloat16(), SCALE)
+    assert logits.dtype == torch.float32
+
+
+def test_positive_pairs_are_symmetric_with_a_full_diagonal():
+    positives = positive_pairs(SHARED_IDS, 3, torch.device("cpu"))
+    assert positives.tolist() == [[True, False, True], [False, True, False], [True, False, True]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(ids=st.lists(st.integers(0, 3), min_size=2, max_size=6), seed=st.integers(0, 1000))
+def test_losses_do_not_depend_on_the_order_of_pairs(ids, seed):
+    generator = torch.Generator().manual_seed(seed)
+    images, texts = torch.nn.functional.normalize(torch.randn(2, len(ids), 4, generator=generator), dim=-1)
+    order = torch.randperm(len(ids), generator=generator)
+    ids = torch.tensor(ids)
+    for loss in (
+        lambda i, t, k: infonce_loss(i, t, SCALE, k),
+        lambda i, t, k: sigmoid_loss(i, t, SCALE, torch.tensor(-3.0), k),
+    ):
+        assert torch.allclose(loss(images, texts, ids), loss(images[order], texts[order], ids[order]), atol=1e-5)

@@ -1,0 +1,270 @@
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from transformers import AutoModel, BertConfig, BertModel, DistilBertModel, TimmWrapperConfig, TimmWrapperModel
+
+from modeling_clipmini import ClipMiniModel, ClipMiniTextModel, ClipMiniVisionModel
+
+
+def make_inputs(num_pairs=3, size=64):
+    generator = torch.Generator().manual_seed(1)
+    attention_mask = torch.ones(num_pairs, 7, dtype=torch.long)
+    attention_mask[0, 4:] = 0
+    return {
+        "input_ids": torch.randint(5, 60, (num_pairs, 7), generator=generator),
+        "attention_mask": attention_mask,
+        "pixel_values": torch.randn(num_pairs, 3, size, size, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("text_pooling", ["mean", "cls"])
+def test_every_parameter_receives_a_gradient(projection, loss, text_pooling, tiny_config):
+    torch.manual_seed(0)
+    model = ClipMiniModel(tiny_config(projection=projection, loss=loss, text_pooling=text_pooling)).train()
+    model(**make_inputs(4, size=96), image_ids=torch.tensor([0, 1, 2, 0])).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_embeddings_have_length_one_and_logits_are_their_scaled_product(tiny_model):
+    output = tiny_model(**make_inputs())
+    assert torch.allclose(output.image_embeds.norm(dim=-1), torch.ones(3))
+    assert torch.allclose(output.text_embeds.norm(dim=-1), torch.ones(3))
+    expected = tiny_model.logit_scale.exp() * output.image_embeds @ output.text_embeds.T
+    assert torch.allclose(output.logits_per_image, expected)
+    assert torch.equal(output.logits_per_text, output.logits_per_image.T)
+
+
+def test_either_side_may_be_left_out(tiny_model):
+    inputs = make_inputs()
+    both = tiny_model(**inputs)
+    images = tiny_model(pixel_values=inputs["pixel_values"])
+    texts = tiny_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert torch.equal(images.image_embeds, both.image_embeds)
+    assert torch.equal(texts.text_embeds, both.text_embeds)
+    for single in (images, texts):
+        assert single.loss is None
+        assert single.logits_per_image is None
+    with pytest.raises(ValueError, match="nothing to embed"):
+        tiny_model()
+
+
+def test_tuples_have_the_documented_order(tiny_model):
+    inputs = make_inputs()
+    output = tiny_model(**inputs)
+    as_tuple = tiny_model(**inputs, return_dict=False)
+    for value, expected in zip(as_tuple, ("loss", "logits_per_image", "logits_per_text", "text_embeds"), strict=False):
+        assert torch.equal(value, output[expected])
+
+
+def test_features_are_projected_and_not_yet_normalised(tiny_model):
+    inputs = make_inputs()
+    features = tiny_model.get_image_features(inputs["pixel_values"]).pooler_output
+    assert torch.allclose(torch.nn.functional.normalize(features, dim=-1), tiny_model(**inputs).image_embeds)
+    assert not torch.allclose(features.norm(dim=-1), torch.ones(3))
+
+
+@pytest.mark.parametrize("text_pooling", ["mean", "cls"])
+def test_padding_does_not_change_an_embedding(text_pooling, tiny_config):
+    model = ClipMiniModel(tiny_config(text_pooling=text_pooling)).eval()
+    inputs = make_inputs()
+    padded = model(input_ids=inputs["input_ids"][:1], attention_mask=inputs["attention_mask"][:1]).text_embeds
+    bare = model(input_ids=inputs["input_ids"][:1, :4], attention_mask=torch.ones(1, 4)).text_embeds
+    assert torch.allclose(padded, bare, atol=1e-6)
+
+
+def test_mean_pooling_by_hand(tiny_model):
+    hidden = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [100.0, 100.0]]])
+    assert tiny_model._pool_text(hidden, torch.tensor([[1, 1, 0]])).tolist() == [[2.0, 4.0]]
+
+
+def test_the_loss_needs_as_many_images_as_captions(tiny_model):
+    inputs = make_inputs()
+    assert tiny_model(inputs["input_ids"][:2], inputs["pixel_values"]).loss is None
+    assert tiny_model(**inputs, return_loss=False).loss is None
+
+
+def test_pooled_features_stand_for_the_towers(tiny_model):
+    inputs = make_inputs()
+    pooled_image = tiny_model.pool_images(inputs["pixel_values"])
+    pooled_text = tiny_model.pool_texts(inputs["input_ids"], inputs["attention_mask"])
+    assert pooled_image.shape == (3, tiny_model.config.vision_embed_dim)
+    output = tiny_model(pooled_image=pooled_image, pooled_text=pooled_text)
+    assert torch.allclose(output.logits_per_image, tiny_model(**inputs).logits_per_image, atol=1e-6)
+
+
+def test_the_temperature_is_clamped_and_finds_its_way_back(tiny_config):
+    model = ClipMiniModel(tiny_config(logit_scale_max=20.0)).train()
+    with torch.no_grad():
+        model.logit_scale.fill_(10.0)
+    assert model.eval().get_logit_scale().item() == pytest.approx(20.0)
+    model.train()
+    scale = model.get_logit_scale()
+    assert scale.item() == pytest.approx(20.0)
+    scale.backward()
+    assert model.logit_scale.grad.item() == pytest.approx(20.0)  # clamped in place: the gradient is alive
+
+
+def test_a_frozen_tower_stays_in_eval_mode(tiny_model):
+    tiny_model.freeze_vision_tower()
+    tiny_model.train()
+    assert not any(module.training for module in tiny_model.vision_model.modules())
+    assert tiny_model.text_model.training
+    assert tiny_model.visual_projection.training
+    statistics = tiny_model.vision_model.timm_model.bn1.running_mean.clone()
+    tiny_model(**make_inputs())
+    assert torch.equal(tiny_model.vision_model.timm_model.bn1.running_mean, statistics)
+    trainable = {name.split(".")[0] for name, p in tiny_model.named_parameters() if p.requires_grad}
+    assert trainable == {"text_model", "text_projection", "visual_projection", "logit_scale"}
+
+
+def test_gradient_checkpointing_reaches_both_towers_and_changes_no_gradient(tiny_config):
+    torch.manual_seed(0)
+    text_config = {**tiny_config().text_config.to_dict(), "dropout": 0.0, "attention_dropout": 0.0}
+    model = ClipMiniModel(tiny_config(vision_config={"architecture": "test_vit"}, text_config=text_config)).train()
+    checkpointed = copy.deepcopy(model)
+    checkpointed.gradient_checkpointing_enable()
+    assert checkpointed.vision_model.timm_model.grad_checkpointing
+    assert all(layer.gradient_checkpointing for layer in checkpointed.text_model.transformer.layer)
+    for network in (model, checkpointed):
+        network(**make_inputs(size=160)).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "resnet18",
+        "vit_tiny_patch16_224",
+        "convnext_atto",
+        "swin_tiny_patch4_window7_224",
+        "eva02_tiny_patch14_224",
+        "mobilenetv3_small_100",
+        "tf_efficientnet_lite0",
+    ],
+)
+def test_save_and_reload_is_exact(architecture, tiny_config, tmp_path):
+    torch.manual_seed(0)
+    model = ClipMiniModel(tiny_config(vision_config={"architecture": architecture})).eval()
+    inputs = make_inputs(2, size=224)
+    with torch.no_grad():
+        expected = model(**inputs)
+        model.save_pretrained(tmp_path)
+        loaded, info = ClipMiniModel.from_pretrained(tmp_path, output_loading_info=True)
+        output = loaded(**inputs)
+    assert not any(info.values())
+    assert torch.equal(output.logits_per_image, expected.logits_per_image)
+    assert torch.equal(output.image_embeds, expected.image_embeds)
+    assert expected.image_embeds.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def tower_folders(tmp_path_factory, tiny_config):
+    """A timm folder as its Hub repositories look, and a DistilBERT folder; weights far from what `init` would draw."""
+    vision, text = tmp_path_factory.mktemp("vision"), tmp_path_factory.mktemp("text")
+    torch.manual_seed(3)
+    timm_model = timm.create_model("test_resnet", num_classes=10)
+    text_model = DistilBertModel(tiny_config().text_config)
+    with torch.no_grad():
+        for parameter in (*timm_model.parameters(), *text_model.parameters()):
+            parameter.add_(torch.rand_like(parameter) + 1)
+    timm.models.save_for_hf(timm_model, vision)
+    text_model.save_pretrained(text)
+    return timm_model, text_model, str(vision), str(text)
+
+
+def test_pretrained_towers_keep_every_weight(tower_folders, tmp_path):
+    timm_model, text_model, vision, text = tower_folders
+    model = ClipMiniModel.from_vision_text_pretrained(vision, text, projection_dim=8, loss="sigmoid")
+    assert (model.config.projection_dim, model.config.loss) == (8, "sigmoid")
+    assert not model.training
+    model.save_pretrained(tmp_path)
+    for candidate in (model, ClipMiniModel.from_pretrained(tmp_path)):
+        vision_state, text_state = candidate.vision_model.timm_model.state_dict(), candidate.text_model.state_dict()
+        kept = {name: tensor for name, tensor in timm_model.state_dict().items() if not name.startswith("fc.")}
+        assert vision_state.keys() == kept.keys()
+        assert all(torch.equal(vision_state[name], tensor) for name, tensor in kept.items())
+        assert all(torch.equal(text_state[name], tensor) for name, tensor in text_model.state_dict().items())
+
+
+def test_a_vision_tower_that_is_not_timms_is_refused(tower_folders):
+    _, _, _, text = tower_folders
+    with pytest.raises(ValueError, match="not a timm model; name one"):
+        ClipMiniModel.from_vision_text_pretrained(text, text)
+
+
+def test_a_tower_with_missing_weights_is_refused(tower_folders, tmp_path):
+    _, text_model, vision, _ = tower_folders
+    state = {name: tensor for name, tensor in text_model.state_dict().items() if "layer.1.ffn" not in name}
+    text_model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks weights of its own model.*layer\.1\.ffn"):
+        ClipMiniModel.from_vision_text_pretrained(vision, str(tmp_path))
+
+
+def test_any_text_encoder_will_do(tiny_config):
+    text_config = BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    model = ClipMiniModel(tiny_config(text_config=text_config)).eval()
+    assert isinstance(model.text_model, BertModel)
+    assert model(**make_inputs()).loss.isfinite()
+
+
+def test_single_towers_load_from_the_whole_checkpoint(tiny_folder):
+    inputs = make_inputs()
+    whole = ClipMiniModel.from_pretrained(tiny_folder)(**inputs)
+    vision, vision_info = ClipMiniVisionModel.from_pretrained(tiny_folder, output_loading_info=True)
+    text, text_info = ClipMiniTextModel.from_pretrained(tiny_folder, output_loading_info=True)
+    assert not any(vision_info.values())
+    assert not any(text_info.values())
+    assert torch.equal(vision(inputs["pixel_values"]).image_embeds, whole.image_embeds)
+    assert torch.equal(text(inputs["input_ids"], inputs["attention_mask"]).text_embeds, whole.text_embeds)
+    assert not hasattr(vision, "text_model")
+    assert not hasattr(text, "vision_model")
+
+
+PEAK_MEMORY_PROBE = """
+import re, sys
+from pathlib import Path
+import modeling_clipmini
+cls, folder = getattr(modeling_clipmini, sys.argv[1]), sys.argv[2]
+config = modeling_clipmini.ClipMiniConfig.from_pretrained(folder)
+peak_mb = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+before = peak_mb()
+model = cls.from_pretrained(folder, config=config)
+sum(float(parameter.sum()) for parameter in model.parameters())  # a mapped file is read when it is touched
+print(peak_mb() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from Linux's /proc")
+def test_a_single_tower_does_not_read_the_other_ones_weights(tiny_config, tmp_path):
+    text_config = {**tiny_config().text_config.to_dict(), "vocab_size": 1_000_000}  # 128 MB of word embeddings
+    ClipMiniModel(tiny_config(text_config=text_config)).save_pretrained(tmp_path)
+
+    def growth_mb(name):
+        command = [sys.executable, "-c", PEAK_MEMORY_PROBE, name, str(tmp_path)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert growth_mb("ClipMiniTextModel") > 100  # the probe can see it
+    assert growth_mb("ClipMiniVisionModel") < 50
+
+
+def test_auto_classes_know_the_model(tiny_folder):
+    assert type(AutoModel.from_pretrained(tiny_folder)) is ClipMiniModel
+
+
+@pytest.mark.parametrize("architecture", ["mobilenetv3_small_100", "hgnetv2_b0", "ghostnet_100", "resnet18"])
+def test_the_width_of_the_pooled_output_needs_no_forward(architecture, tiny_config):
+    model = ClipMiniModel(tiny_config(vision_config=TimmWrapperConfig(architecture=architecture))).eval()
+    assert isinstance(model.vision_model, TimmWrapperModel)
+    pooled = model.pool_images(torch.zeros(1, 3, 224, 224))
+    assert pooled.shape == (1, model.config.vision_embed_dim)

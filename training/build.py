@@ -1,0 +1,123 @@
+"""From a model preset to a model and its processor."""
+
+import string
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from clipmini.inference.encode import load_model
+from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
+
+from .towers import resolve_tower
+
+
+@dataclass
+class ModelPreset:
+    """What a file in `configuration/models` holds.
+
+    Attributes:
+        vision: a timm model: Hub id, local folder or `offline:` name; without pretrained weights, a timm architecture.
+        text: a text encoder: Hub id, local folder or `offline:` name; without pretrained weights, a DistilBERT config.
+        pretrained: start from pretrained towers; otherwise from random ones.
+        config: fields of `ClipMiniConfig` other than the towers.
+    """
+
+    vision: str
+    text: str | dict[str, Any]
+    pretrained: bool = True
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def build_model(preset: ModelPreset) -> tuple[ClipMiniModel, ClipMiniProcessor]:
+    """Make the untrained dual encoder of a preset.
+
+    Args:
+        preset: towers and heads.
+
+    Returns:
+        The model, in eval mode, and its processor.
+
+    Raises:
+        ValueError: a tower or a config field is wrong.
+    """
+    if not preset.pretrained:
+        return _random_model(preset)
+    if not isinstance(preset.text, str):
+        raise ValueError("text must name a pretrained tower; a config needs `pretrained: false`.")
+    vision, text = resolve_tower(preset.vision), resolve_tower(preset.text)
+    model = ClipMiniModel.from_vision_text_pretrained(vision, text, **preset.config)
+    return model, ClipMiniProcessor.from_towers(model.config, AutoTokenizer.from_pretrained(text))
+
+
+def load_for_fine_tuning(name_or_path: str, config: dict[str, Any]) -> tuple[ClipMiniModel, ClipMiniProcessor]:
+    """Load a saved clipmini model to train it further.
+
+    Args:
+        name_or_path: a model folder or a Hub id.
+        config: fields of `ClipMiniConfig` to change; a trained model's are fixed, so there may be none.
+
+    Returns:
+        The model and its processor.
+
+    Raises:
+        ValueError: it is not a clipmini model, or `config` is not empty.
+    """
+    if config:
+        raise ValueError(f"model_config={config!r} cannot change {name_or_path}: its heads are trained already.")
+    return load_model(name_or_path)
+
+
+def _random_model(preset: ModelPreset) -> tuple[ClipMiniModel, ClipMiniProcessor]:
+    if not isinstance(preset.text, dict):
+        raise ValueError(f"text={preset.text!r} with `pretrained: false`; give the fields of a DistilBERT config.")
+    if not timm.is_model(preset.vision):
+        raise ValueError(f"vision={preset.vision!r} is not an architecture that timm {timm.__version__} knows.")
+    tokenizer = character_tokenizer()
+    config = ClipMiniConfig(
+        vision_config={"architecture": preset.vision},
+        text_config={**preset.text, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id},
+        **preset.config,
+    )
+    model = ClipMiniModel(config)
+    # timm knows how to start its own models; transformers' one rule for all layers leaves some of them dead.
+    fresh = timm.create_model(preset.vision, pretrained=False, num_classes=0)
+    model.vision_model.timm_model.load_state_dict(fresh.state_dict())
+    return model.eval(), ClipMiniProcessor.from_towers(config, tokenizer)
+
+
+def character_tokenizer() -> PreTrainedTokenizerBase:
+    """Make a tokenizer that needs no training and no download: lower-case letters, digits and punctuation.
+
+    Returns:
+        A WordPiece tokenizer whose pieces are single characters, with BERT's special tokens.
+    """
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *characters,
+        *(f"##{character}" for character in characters),
+    ]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )

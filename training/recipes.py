@@ -1,0 +1,205 @@
+"""Recipes: whole training runs as YAML, checked before anything is loaded."""
+
+import contextlib
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modeling_clipmini import ClipMiniConfig
+
+from .arguments import ClipMiniTrainingArguments, DataArguments
+from .build import ModelPreset
+
+SECTIONS = {"data": DataArguments, "training": ClipMiniTrainingArguments}
+TOP_LEVEL = ("model", "model_config", *SECTIONS)
+TYPE_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+    type(None): "null",
+}
+
+
+@dataclass
+class Recipe:
+    """A whole training run.
+
+    Attributes:
+        model: a preset, or the name of a saved model (folder or Hub id) to train further.
+        data: where the pairs come from.
+        training: how to train; holds `output_dir`.
+        model_config: fields of `ClipMiniConfig` that differ from the preset's.
+        values: the recipe as it was read, overrides applied, to be written beside the result.
+    """
+
+    model: ModelPreset | str
+    data: DataArguments
+    training: ClipMiniTrainingArguments
+    model_config: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def preset_names(kind: str) -> list[str]:
+    """List the presets that the package brings: `kind` is "models" or "recipes"."""
+    folder = files("clipmini.configuration") / kind
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and check every key and type in it.
+
+    Args:
+        name_or_path: a YAML file, or the name of a recipe that the package brings ("demo").
+        overrides: "key=value" strings; the key is dotted ("training.learning_rate") or, where only one section has it,
+            bare ("learning_rate"); the value is YAML.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: the file, a key or a value is wrong; the message says what is allowed.
+    """
+    values = _read_yaml(_find("recipes", name_or_path))
+    for override in overrides:
+        _apply_override(values, override)
+    _check_keys(values, TOP_LEVEL, name_or_path)
+    values.setdefault("training", {})
+    _mapping(values["training"], "training").setdefault("output_dir", f"runs/{Path(name_or_path).stem}")
+    sections = {}
+    for name, cls in SECTIONS.items():
+        section = _mapping(values.get(name, {}), name)
+        sections[name] = _build(cls, section, name)
+    if not isinstance(values.get("model"), str):
+        raise ValueError(
+            f"{name_or_path}: model={values.get('model')!r}; name a preset, a YAML file or a saved model."
+        )
+    model_config = _mapping(values.get("model_config", {}), "model_config")
+    _check_keys(model_config, _config_fields(), "model_config")
+    return Recipe(_load_preset(values["model"]), model_config=model_config, values=values, **sections)
+
+
+def _load_preset(name: str) -> ModelPreset | str:
+    is_preset = name in preset_names("models") or name.endswith((".yaml", ".yml"))
+    if not is_preset:
+        if not Path(name).exists() and "/" not in name:
+            known = ", ".join(preset_names("models"))
+            raise ValueError(f"model={name!r} is neither a preset ({known}) nor a YAML file, a folder or a Hub id.")
+        return name
+    values = _read_yaml(_find("models", name))
+    _check_keys(values.get("config", {}), _config_fields(), f"{name}: config")
+    return _build(ModelPreset, values, name)
+
+
+def _config_fields() -> list[str]:
+    names = inspect.signature(ClipMiniConfig.__init__).parameters
+    return [name for name in names if name not in ("self", "kwargs", "vision_config", "text_config")]
+
+
+def _find(kind: str, name_or_path: str) -> Any:
+    if Path(name_or_path).is_file():
+        return Path(name_or_path)
+    if name_or_path in preset_names(kind):
+        return files("clipmini.configuration") / kind / f"{name_or_path}.yaml"
+    raise ValueError(
+        f"{name_or_path} is neither a file nor among the {kind} that clipmini brings: {', '.join(preset_names(kind))}."
+    )
+
+
+def _read_yaml(file: Any) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}.") from None
+    return _mapping(values, str(file))
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must hold `key: value` lines, not {type(value).__name__}.")
+    return value
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"--set {override!r} is not of the form key=value.")
+    path = key.split(".")
+    if len(path) == 1 and key not in TOP_LEVEL:
+        homes = [name for name, cls in SECTIONS.items() if key in _field_names(cls)]
+        if key in _config_fields():
+            homes.append("model_config")
+        if len(homes) > 1:
+            raise ValueError(f"--set {key}=...: say which: {' or '.join(f'{home}.{key}' for home in homes)}.")
+        if not homes:
+            known = [*TOP_LEVEL, *_config_fields(), *(name for cls in SECTIONS.values() for name in _field_names(cls))]
+            raise ValueError(f"--set {key}=...: {_unknown(key, known)}")
+        path = [*homes, key]
+    if len(path) > 2 or (len(path) == 2 and path[0] not in (*SECTIONS, "model_config")):
+        raise ValueError(f"--set {key}=...: {_unknown(path[0], [*SECTIONS, 'model_config'])}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    home = values if len(path) == 1 else values.setdefault(path[0], {})
+    _mapping(home, path[0])[path[-1]] = value
+
+
+def _field_names(cls: type) -> list[str]:
+    return [item.name for item in fields(cls) if item.init]
+
+
+def _check_keys(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}: {_unknown(str(key), known)}")
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+    return f"there is no {key!r}; the nearest name is {nearest[0]!r}."
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    _check_keys(values, _field_names(cls), where)
+    hints = typing.get_type_hints(cls)
+    typed = {key: _coerce(value, hints[key], f"{where}.{key}") for key, value in values.items()}
+    try:
+        return cls(**typed)
+    except TypeError as error:
+        raise ValueError(f"{where}: {str(error).split('__init__() ')[-1]}.") from None
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Fit a YAML value to a field's type: whole numbers may stand for others, and nothing else is bent.
+
+    YAML 1.1 reads 5e-5 as text; where a number is wanted and text is not, it becomes one.
+    """
+    allowed = _members(hint)
+    takes_text = str in allowed or any(isinstance(member, type) and issubclass(member, str) for member in allowed)
+    if isinstance(value, str) and not takes_text and float in allowed:
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if float in allowed and type(value) is int and int not in allowed:
+        value = float(value)
+    if Any in allowed or type(value) in allowed or (isinstance(value, str) and takes_text):
+        return value
+    words = [TYPE_WORDS.get(member, getattr(member, "__name__", str(member))) for member in allowed]
+    raise ValueError(f"{where}={value!r} is not allowed; use {' or '.join(dict.fromkeys(words))}.")
+
+
+def _members(hint: Any) -> list[Any]:
+    """List the plain types that a type hint admits."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return [member for part in typing.get_args(hint) for member in _members(part)]
+    return [typing.get_origin(hint) or hint]

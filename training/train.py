@@ -1,0 +1,187 @@
+"""One training run, top to bottom: data, model, trainer, measure, save."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from clipmini.inference.images import Skipped
+from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+
+from .build import ModelPreset, build_model, load_for_fine_tuning
+from .curves import draw_curves
+from .data import load_pairs
+from .evaluate import chance_level, evaluate_retrieval
+from .features import CachedPairs
+from .recipes import Recipe
+from .trainer import ClipMiniTrainer
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe.yaml", "results.json", "curves.png", "model"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        output_dir: the run's folder: `recipe.yaml`, `results.json`, `curves.png`, checkpoints.
+        model_dir: the trained model, complete: code, config, weights, processor.
+        results: what `results.json` holds: per split the recalls by chance, before and after training, all in [0, 1].
+    """
+
+    output_dir: Path
+    model_dir: Path
+    results: dict[str, Any]
+
+
+def train(recipe: Recipe, *, overwrite: bool = False) -> TrainResult:
+    """Run a recipe; where an earlier run of the same recipe was cut off, go on from its last checkpoint.
+
+    Args:
+        recipe: as `load_recipe` gives.
+        overwrite: start anew where the output folder holds a run already; only that run's files are replaced.
+
+    Returns:
+        The folders and the recalls.
+
+    Raises:
+        ValueError: the output folder holds a finished run or another recipe's, or data or model cannot be used.
+    """
+    args = recipe.training
+    output_dir = Path(str(args.output_dir))
+    _claim_output_dir(output_dir, recipe, overwrite)
+    checkpoint = get_last_checkpoint(str(output_dir))
+    if checkpoint:
+        logger.warning("going on from %s", checkpoint)
+
+    skipped = Skipped(strict=recipe.data.strict)
+    data_options = {name: value for name, value in vars(recipe.data).items() if name not in ("strict", "split_seed")}
+    pairs = load_pairs(**data_options, seed=recipe.data.split_seed, skipped=skipped)
+
+    set_seed(args.seed)  # before the heads are made
+    if isinstance(recipe.model, ModelPreset):
+        preset = ModelPreset(**{**vars(recipe.model), "config": {**recipe.model.config, **recipe.model_config}})
+        model, processor = build_model(preset)
+    else:
+        model, processor = load_for_fine_tuning(recipe.model, recipe.model_config)
+
+    trainer = ClipMiniTrainer(
+        model=model,
+        args=args,
+        train_dataset=pairs["train"],
+        eval_dataset=pairs.get("validation"),
+        processing_class=processor,
+    )
+    held_out = {"validation": trainer.eval_dataset} if "validation" in pairs else {}
+    if "test" in pairs:
+        held_out["test"] = trainer.with_cached_features(pairs["test"])
+    before = _measure(trainer, held_out)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    after = _measure(trainer, held_out)
+
+    model_dir = save_model_folder(model, processor, output_dir / MODEL_FOLDER)
+    draw_curves(trainer.state.log_history, output_dir / CURVES_FILE)
+    skipped.log_summary()
+    results = {
+        "model_dir": str(model_dir),
+        "num_train_images": len(pairs["train"]),
+        "num_skipped": skipped.count,
+        "train_s": _logged(trainer.state.log_history, "train_runtime"),
+        "splits": {
+            name: {
+                "num_images": len(pairs[name]),
+                "num_captions": sum(map(len, pairs[name]["captions"])),
+                "chance": chance_level(pairs[name]),
+                "before": before[name],
+                "after": after[name],
+            }
+            for name in held_out
+        },
+    }
+    # Last: a run without results is one that was cut off.
+    with _written_beside(output_dir / RESULTS_FILE) as file:
+        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return TrainResult(output_dir=output_dir, model_dir=model_dir, results=results)
+
+
+def save_model_folder(model: ClipMiniModel, processor: ClipMiniProcessor, folder: Path) -> Path:
+    """Save a complete model folder: code, config, weights, processor, tokenizer.
+
+    It is written beside and renamed, so that no half of it is ever found under its name; a folder that stood there
+    before is replaced.
+
+    Args:
+        model: what to save.
+        processor: the model's processor.
+        folder: where.
+
+    Returns:
+        `folder`.
+    """
+    with _written_beside(folder) as beside:
+        model.save_pretrained(beside)
+        processor.save_pretrained(beside)
+    return folder
+
+
+def _claim_output_dir(output_dir: Path, recipe: Recipe, overwrite: bool) -> None:
+    """Make the output folder this recipe's, or say why it cannot be."""
+    if overwrite:
+        for name in (RECIPE_FILE, RESULTS_FILE, CURVES_FILE):
+            (output_dir / name).unlink(missing_ok=True)
+        for folder in (output_dir / MODEL_FOLDER, *output_dir.glob("checkpoint-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+    if (output_dir / RESULTS_FILE).exists():
+        raise ValueError(f"{output_dir} holds a finished run; pass --overwrite, or --set output_dir=another/folder.")
+    text = yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True)
+    recipe_file = output_dir / RECIPE_FILE
+    if recipe_file.exists() and recipe_file.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{output_dir} holds an unfinished run of another recipe ({recipe_file}); pass --overwrite, or --set "
+            "output_dir=another/folder."
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with _written_beside(recipe_file) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def _measure(trainer: ClipMiniTrainer, splits: Mapping[str, Dataset | CachedPairs]) -> dict[str, dict[str, float]]:
+    with trainer.autocast_smart_context_manager():
+        return {
+            name: evaluate_retrieval(
+                trainer.model, trainer.processing_class, split, trainer.args.per_device_eval_batch_size
+            )
+            for name, split in splits.items()
+        }
+
+
+def _logged(log_history: list[dict[str, float]], key: str) -> float | None:
+    return next((entry[key] for entry in reversed(log_history) if key in entry), None)
+
+
+@contextmanager
+def _written_beside(target: Path) -> Iterator[Path]:
+    """Give a path beside `target` to write to, and rename it to `target` when all is written."""
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield beside
+        if target.is_dir():
+            shutil.rmtree(target)
+        beside.replace(target)
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside)
+        else:
+            beside.unlink(missing_ok=True)
