@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
 
-from .images import read_image
+from .images import ImageError, Skipped, read_image
+
+MAX_WAITING_PIXELS = 16_000_000  # decoded at once, 48 MB: 32 telephone photographs would be over a gigabyte
 
 
 def load_model(
@@ -29,7 +33,7 @@ def load_model(
         The model in eval mode, and the processor.
 
     Raises:
-        ValueError: it is not a clipmini model.
+        ValueError: it is not a clipmini model, or its files are missing or damaged.
     """
     path = Path(name_or_path)
     if path.exists():
@@ -42,14 +46,20 @@ def load_model(
             raise ValueError(f"{config_file} is not a JSON object: {error}.") from None
         if model_type != ClipMiniConfig.model_type:
             raise ValueError(f"{path} holds a model of type {model_type!r}; a clipmini model is needed.")
-    elif str(name_or_path).count("/") > 1 or str(name_or_path).startswith((".", "/")):
+    elif str(name_or_path).count("/") != 1 or str(name_or_path).startswith((".", "/")):
         raise ValueError(f"{name_or_path} does not exist. Name a model folder, or a Hub id like org/name.")
-    loaded: Any = ClipMiniModel.from_pretrained(name_or_path, output_loading_info=True)
+    try:
+        loaded: Any = ClipMiniModel.from_pretrained(name_or_path, output_loading_info=True)
+        processor = ClipMiniProcessor.from_pretrained(name_or_path)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # files missing, damaged or of other shapes
+        where = "is incomplete or damaged" if path.exists() else "is neither a folder here nor to be had from the Hub"
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")  # transformers adds a paragraph of advice
+        raise ValueError(f"{name_or_path} {where}: {reason}.") from error
     model, info = loaded
     if info["missing_keys"]:
         raise ValueError(f"{name_or_path} lacks weights, among them {sorted(info['missing_keys'])[0]!r}.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval().to(device), ClipMiniProcessor.from_pretrained(name_or_path)
+    return model.eval().to(device), processor
 
 
 def encode_images(
@@ -72,6 +82,36 @@ def encode_images(
     return run_images(
         processor, images, lambda pixels: _normalise(model.get_image_features(pixels.to(model.device))), batch_size
     )
+
+
+def encode_files(
+    model: ClipMiniModel,
+    processor: ClipMiniProcessor,
+    paths: Sequence[str | Path],
+    skipped: Skipped | None = None,
+    batch_size: int = 32,
+) -> tuple[list[Path], Tensor]:
+    """Embed picture files, leaving out those that cannot be read.
+
+    Args:
+        model: in eval mode.
+        processor: the one that came with the model.
+        paths: the files; one batch at most is in memory at a time.
+        skipped: is told what is left out; given none, a summary is logged at the end.
+        batch_size: pictures per forward.
+
+    Returns:
+        The paths that could be read, in the order given, and their (I, D) embeddings as `encode_images` gives them.
+
+    Raises:
+        ValueError: not one can be read, or `skipped` is strict and one cannot.
+    """
+    own = Skipped() if skipped is None else skipped
+    pictures = _ReadablePictures(paths, own)
+    embeds = encode_images(model, processor, pictures, batch_size)
+    if skipped is None:
+        own.log_summary()
+    return pictures.kept, embeds
 
 
 def encode_texts(
@@ -111,11 +151,12 @@ def run_images(
     total = len(images) if isinstance(images, Sized) else None
     progress = tqdm(total=total, desc="pictures", unit="picture", leave=False)
     results = []
-    for batch in _batches(images, batch_size):
-        pixel_values = processor(images=[read_image(image) for image in batch])["pixel_values"]
-        results.append(embed(pixel_values).float().cpu())
-        progress.update(len(batch))
-    progress.close()
+    with progress:
+        pictures = map(read_image, images)
+        while parts := list(_prepared(processor, itertools.islice(pictures, batch_size))):
+            pixel_values = torch.cat(parts)
+            results.append(embed(pixel_values).float().cpu())
+            progress.update(len(pixel_values))
     return torch.cat(results)
 
 
@@ -142,6 +183,44 @@ def run_texts(
         progress.update(len(batch))
     progress.close()
     return torch.cat(results)[torch.tensor(order).argsort()]
+
+
+class _ReadablePictures:
+    """Pictures read one by one as they are asked for, without those that cannot be; `kept` says which came."""
+
+    def __init__(self, paths: Sequence[str | Path], skipped: Skipped) -> None:
+        self.paths = paths
+        self.skipped = skipped
+        self.kept: list[Path] = []
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        fault = "there is none"
+        for path in self.paths:
+            try:
+                picture = read_image(path)
+            except ImageError as error:
+                fault = f"{path} {error}"
+                self.skipped.add(path, str(error))
+                continue
+            self.kept.append(Path(path))
+            yield picture
+        if not self.kept:
+            raise ValueError(f"No picture can be read: {fault}.")
+
+
+def _prepared(processor: ClipMiniProcessor, pictures: Iterable[Image.Image]) -> Iterator[Tensor]:
+    """Turn pictures into `pixel_values`, many at once as long as they are small."""
+    waiting: list[Image.Image] = []
+    for picture in pictures:
+        waiting.append(picture)
+        if sum(image.width * image.height for image in waiting) > MAX_WAITING_PIXELS:
+            yield processor(images=waiting)["pixel_values"]
+            waiting = []
+    if waiting:
+        yield processor(images=waiting)["pixel_values"]
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

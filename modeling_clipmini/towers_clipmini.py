@@ -202,8 +202,21 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         mask = attention_mask[:, :, None].to(hidden.dtype)  # (T, L, 1)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
+    def _cut_to_positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Cut captions to the positions that the tower has.
+
+        The processor has done so already; transformers' zero-shot pipeline pads its labels but does not cut them, and
+        one long label would crash the tower.
+        """
+        positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        if positions is None or input_ids.shape[1] <= positions:
+            return input_ids, attention_mask
+        logger.warning_once(f"A text of {input_ids.shape[1]} tokens was cut to the {positions} that the model reads.")
+        return input_ids[:, :positions], None if attention_mask is None else attention_mask[:, :positions]
+
     def pool_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Run the text tower alone and pool its tokens: (T, L) to (T, W), what `pooled_text` takes."""
+        input_ids, attention_mask = self._cut_to_positions(input_ids, attention_mask)
         hidden = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return self._pool_text(hidden, attention_mask)
 
@@ -218,7 +231,7 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         """Embed captions, before normalisation.
 
         Args:
-            input_ids: (T, L) token ids.
+            input_ids: (T, L) token ids; past the tower's last position they are cut.
             attention_mask: (T, L), 1 for tokens and 0 for padding; None means no padding.
             pooled_text: (T, W) pooled outputs of the text tower that were computed earlier; the tower is skipped.
             **kwargs: `output_hidden_states`, `output_attentions` and others, passed to the tower.
@@ -226,7 +239,8 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         Returns:
             The tower's output; its `pooler_output` is the projection, (T, D), not yet of length 1.
         """
-        if pooled_text is None:
+        if pooled_text is None and input_ids is not None:
+            input_ids, attention_mask = self._cut_to_positions(input_ids, attention_mask)
             outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
             pooled_text = self._pool_text(outputs.last_hidden_state, attention_mask)  # (T, W)
         else:

@@ -1,5 +1,6 @@
 """Fixtures that every folder uses: tiny random models, made once, and nothing from any network."""
 
+import io
 import os
 
 # Before anything imports datasets or transformers: a test must not find, or leave, anything in the user's caches.
@@ -7,6 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image, ImageDraw
 
 from clipmini.training.build import character_tokenizer
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
@@ -45,3 +49,31 @@ def tiny_folder(tmp_path_factory):
     ClipMiniModel(make_tiny_config()).save_pretrained(folder)
     ClipMiniProcessor.from_towers(make_tiny_config(), character_tokenizer()).save_pretrained(folder)
     return folder
+
+
+COLORS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 210), "white": (245, 245, 245)}
+SHAPES = ("square", "disc", "bar")
+
+
+@pytest.fixture(scope="session")
+def toy_pairs():
+    """Twelve pictures of coloured shapes with two captions each, as `load_pairs` gives them."""
+    rows = []
+    for image_id, (color, shape) in enumerate((color, shape) for color in COLORS for shape in SHAPES):
+        image = Image.new("RGB", (80, 64), "black")
+        box = {"square": (20, 12, 60, 52), "disc": (20, 12, 60, 52), "bar": (5, 28, 75, 36)}[shape]
+        draw = ImageDraw.Draw(image)
+        (draw.ellipse if shape == "disc" else draw.rectangle)(box, fill=COLORS[color])
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        rows.append(
+            {
+                "image": {"bytes": file.getvalue(), "path": None},
+                "captions": [f"a {color} {shape}", f"{shape} in {color}"],
+                "image_id": image_id,
+            }
+        )
+    features = Features(
+        {"image": ImageFeature(decode=False), "captions": List(Value("string")), "image_id": Value("int64")}
+    )
+    return Dataset.from_list(rows, features=features)

@@ -1,8 +1,8 @@
 """Where pairs come from: the Hub, folders, tables and token files, all read into the same raw rows.
 
-Text (CSV, TSV, JSON, token files) is parsed here: the readers of `datasets` stop at the first odd row, take the caption
-"None" for a missing one, and leave a copy in the cache. What holds pictures (parquet, saved data sets, the Hub) is read
-by `datasets` and stays on disk.
+What is text goes through `tables`: the readers of `datasets` stop at the first odd row, take the caption "None" for a
+missing one, and leave a copy in the cache. What holds pictures (parquet, saved data sets, the Hub) is read by
+`datasets`, and stays on disk.
 """
 
 import hashlib
@@ -10,20 +10,20 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, Value
 from datasets.table import InMemoryTable
 from tqdm.auto import tqdm
 
 from clipmini.inference.images import Skipped, find_images
 
-from .tables import caption_texts, is_token_file, read_rows
+from .tables import caption_texts, is_token_file, read_rows, valid_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +37,28 @@ CAPTION_COLUMNS = (
     *("captions", "caption", "image_caption", "sentences", "sentence", "texts", "text", "descriptions", "description"),
     *("comments", "comment", "alt_text", "alt", "title", "raw", "txt"),
 )
-SPLITS = {"train": "train", "training": "train", "restval": "train"}
-SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation") | dict.fromkeys(("test", "testing"), "test")
+SPLITS = {
+    **dict.fromkeys(
+        ("train", "training", "restval"), "train"
+    ),  # restval: Karpathy's spare images of COCO's validation
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 TOKEN_SUFFIXES = (".txt", ".token")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 NUM_SAMPLED = 100  # rows that column names and the place of the pictures are found from
 BATCH_SIZE = 10_000
 
 
 @dataclass
 class RawPairs:
-    """Rows as the source has them: an image may have several.
+    """Rows as the source has them; an image may have several.
 
     Attributes:
-        images: column `image`, undecoded.
-        captions: a list of texts per row; null where a caption cannot be used.
-        keys: what tells one image from another: its path, relative to the source where it can be, or its bytes' hash.
+        images: one column, `image`, not decoded.
+        captions: a list of texts per row; null where a caption is empty or no text.
+        keys: what tells one image from another: its path, relative where it can be, or its bytes' hash.
         splits: "train", "validation", "test", or None where the source does not say.
     """
 
@@ -70,7 +75,7 @@ class SourceReader:
     Attributes:
         image_column: the column with paths, bytes or pictures; None to find it.
         caption_column: the column with captions; None to find it.
-        image_root: the folder that paths are relative to; None for that of the table.
+        image_root: the folder that paths are relative to; None for the table's.
         skipped: takes rows that cannot be parsed.
     """
 
@@ -97,152 +102,245 @@ class SourceReader:
         if path.is_dir():
             return self._read_folder(path)
         if path.exists():
-            return self._read_table(path, None, base=None)
-        is_hub_id = isinstance(source, str) and HUB_ID.fullmatch(source) and path.suffix not in TABLE_SUFFIXES
-        if not is_hub_id or source.startswith("."):  # type: ignore[union-attr]
+            return self._read_table(path, split=None, base=None)
+        if isinstance(source, Path) or not HUB_ID.fullmatch(source) or path.suffix in TABLE_SUFFIXES + TOKEN_SUFFIXES:
             raise ValueError(f"{source} does not exist. Name a folder, a table, or a Hub data set as owner/name.")
         try:
-            loaded = datasets.load_dataset(str(source))
+            loaded = datasets.load_dataset(source)
         except Exception as error:  # of a dozen kinds, from three packages
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ValueError(f"{source} is no local path and cannot be loaded from the Hub: {reason}.") from error
-        return self._from_splits(loaded, str(source), folder=Path())
+            raise ValueError(
+                f"{source} is no local path, and loading it from the Hub failed: {_one_line(error)}"
+            ) from error
+        return self._from_loaded(loaded, source, folder=Path())
 
     def _read_folder(self, folder: Path) -> RawPairs:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            return self._from_splits(datasets.load_from_disk(str(folder)), str(folder), folder)
+            try:
+                loaded = datasets.load_from_disk(str(folder))
+            except Exception as error:
+                raise ValueError(f"{folder} cannot be read as a saved data set: {_one_line(error)}") from error
+            return self._from_loaded(loaded, str(folder), folder)
         tables = _find_tables(folder)
         if not tables:
-            find_images(folder)  # says so if there are none
+            find_images(folder)  # raises if there are none
             raise ValueError(
                 f"{folder} has pictures but no captions; add metadata.jsonl with a line "
                 '{"file_name": "a.jpg", "caption": "a dog"} for each.'
             )
-        splits = [_split_of(table.relative_to(folder)) for table in tables]
-        if any(splits) and not all(splits):
-            left_out = [str(table.relative_to(folder)) for table, split in zip(tables, splits, strict=True) if not split]
-            logger.warning("%s: left out %s, which names no split", folder, ", ".join(left_out))
-        parts = [
-            self._read_table(table, split, base=folder)
-            for table, split in zip(tables, splits, strict=True)
-            if split or not any(splits)
-        ]
-        return _concatenate(parts)
+        splits = {table: _split_in(table.relative_to(folder)) for table in tables}
+        if any(splits.values()):
+            left_out = [str(table) for table, split in splits.items() if split is None]
+            if left_out:
+                logger.warning("left out %s: the name has no split, as others in the folder have", ", ".join(left_out))
+            splits = {table: split for table, split in splits.items() if split}
+        return _concatenate([self._read_table(table, split, base=folder) for table, split in splits.items()])
 
     def _read_table(self, table: Path, split: str | None, base: Path | None) -> RawPairs:
         if table.suffix.lower() != ".parquet":
-            return self._from_rows(read_rows(table, self.skipped), str(table), table.parent, base, split)
+            return self._from_rows(read_rows(table, self.skipped), str(table), table.parent, split, base)
         try:
             dataset = datasets.load_dataset("parquet", data_files=[str(table)], split="train")
         except Exception as error:
-            raise ValueError(f"{table} cannot be read as parquet: {str(error).splitlines()[0]}") from error
-        return self._from_dataset(dataset, str(table), table.parent, base, split)
+            raise ValueError(f"{table} cannot be read as parquet: {_one_line(error)}") from error
+        return self._from_dataset(dataset, str(table), table.parent, split, base)
 
-    def _from_splits(self, loaded: Dataset | DatasetDict, where: str, folder: Path) -> RawPairs:
+    def _from_loaded(self, loaded: Dataset | DatasetDict, where: str, folder: Path) -> RawPairs:
         if isinstance(loaded, Dataset):
             return self._from_dataset(loaded, where, folder, None, None)
-        splits = {name: _split_of(Path(name)) for name in loaded}
-        known = {name: split for name, split in splits.items() if split}
-        if len(loaded) > 1 and len(known) < len(loaded):
-            logger.warning("%s: left out %s, which name no split", where, ", ".join(splits.keys() - known.keys()))
-        if len(loaded) > 1 and not known:
-            raise ValueError(f"{where} has the splits {', '.join(loaded)}; one must be named train.")
-        chosen = known or splits
-        if len(chosen) == 1 and "split" in map(str.lower, loaded[next(iter(chosen))].column_names):
-            chosen = dict.fromkeys(chosen)  # all rows are under one name, and the column tells them apart
+        splits = {name: _split_in(Path(name)) for name in loaded}
+        if len(splits) == 1:
+            ((name, split),) = splits.items()
+            # A lone split says little where a column tells rows apart, as in Hub copies of Flickr30k.
+            has_column = _find_named(loaded[name].column_names, ("split",)) is not None
+            return self._from_dataset(loaded[name], where, folder, None if has_column else split, None)
+        left_out = [name for name, split in splits.items() if split is None]
+        if len(left_out) == len(splits):
+            raise ValueError(f"{where} has the splits {', '.join(splits)}; none is named train, validation or test.")
+        if left_out:
+            logger.warning("%s: left out the splits %s, which are not train, validation or test", where, left_out)
         return _concatenate(
-            [self._from_dataset(loaded[name], where, folder, None, split) for name, split in chosen.items()]
+            [
+                self._from_dataset(loaded[name], f"{where} {name}", folder, split, None)
+                for name, split in splits.items()
+                if split
+            ]
         )
 
     def _from_rows(
-        self, rows: Iterator[dict[str, Any]], where: str, folder: Path, base: Path | None, split: str | None
+        self, rows: Iterator[dict[str, Any]], where: str, folder: Path, split: str | None, base: Path | None
     ) -> RawPairs:
         head = list(itertools.islice(rows, NUM_SAMPLED))
         if not head:
             raise ValueError(f"{where} has no rows.")
-        names = list(dict.fromkeys(name for row in head for name in row))
-        image = _find_column(names, self.image_column, IMAGE_COLUMNS, "image", where)
-        caption = _find_column(names, self.caption_column, CAPTION_COLUMNS, "caption", where)
-        split_column = None if split else _find_named(names, ("split",))
-        parts = [
-            (
-                [_path_of(row.get(image)) for row in batch],
-                _to_lists(row.get(caption) for row in batch),
-                [_split_named(row.get(split_column), where) if split_column else split for row in batch],
-            )
-            for batch in _batches(itertools.chain(head, rows), BATCH_SIZE)
-        ]
-        paths, captions, splits = zip(*parts, strict=True)
-        images, keys = self._locate(list(itertools.chain(*paths)), where, folder, base)
-        return RawPairs(images, pa.chunked_array(captions), keys, list(itertools.chain(*splits)))
+        columns = list(dict.fromkeys(name for row in head for name in row))
+        image = _find_column(columns, self.image_column, IMAGE_COLUMNS, "image", where)
+        caption = _find_column(columns, self.caption_column, CAPTION_COLUMNS, "caption", where)
+        split_column = None if split else _find_named(columns, ("split",))
+        paths: list[str | None] = []
+        splits: list[str | None] = []
+        captions = []
+        rows = itertools.chain(head, rows)
+        while batch := list(itertools.islice(rows, BATCH_SIZE)):
+            paths += [_path_in(row.get(image)) for row in batch]
+            splits += [_split_named(row.get(split_column), where) if split_column else split for row in batch]
+            captions.append(_caption_lists(row.get(caption) for row in batch))
+        images, keys = self._locate(paths, where, folder, base)
+        return RawPairs(images, pa.chunked_array(captions), keys, splits)
 
     def _from_dataset(
-        self, dataset: Dataset, where: str, folder: Path, base: Path | None, split: str | None
+        self, dataset: Dataset, where: str, folder: Path, split: str | None, base: Path | None
     ) -> RawPairs:
-        if not len(dataset):
+        if len(dataset) == 0:
             raise ValueError(f"{where} has no rows.")
-        features = dataset.features
-        pictures = [name for name, feature in features.items() if _holds_pictures(feature)]
-        texts = [name for name, feature in features.items() if feature in (Value("string"), Value("large_string"))]
-        image = self.image_column
-        if image is None and len(pictures) == 1:
-            image = pictures[0]
-        image = _find_column(dataset.column_names, image, IMAGE_COLUMNS, "image", where, pictures or texts)
-        others = [name for name in dataset.column_names if name != image]
-        caption = _find_column(dataset.column_names, self.caption_column, CAPTION_COLUMNS, "caption", where, others)
-        batches = dataset.select_columns([caption]).iter(BATCH_SIZE)
-        captions = pa.chunked_array([_to_lists(batch[caption]) for batch in batches])
-
-        split_column = None if split else _find_named(dataset.column_names, ("split",))
+        columns, features = dataset.column_names, dataset.features
+        image = self.image_column or _find_pictures(features)
+        image = _find_column(columns, image, IMAGE_COLUMNS, "image", where)
+        others = [name for name in columns if name != image]
+        caption = _find_column(others, self.caption_column, CAPTION_COLUMNS, "caption", where)
+        captions = [_caption_lists(batch[caption]) for batch in dataset.select_columns([caption]).iter(BATCH_SIZE)]
+        split_column = None if split else _find_named(columns, ("split",))
         splits: list[str | None] = [split] * len(dataset)
         if split_column:
             to_name = getattr(features[split_column], "int2str", lambda value: value)  # of a ClassLabel
             splits = [_split_named(to_name(value), where) for value in dataset[split_column]]
 
-        if image in texts:
-            images, keys = self._locate([_path_of(path) for path in dataset[image]], where, folder, base)
-        elif image in pictures:
+        if features[image] in (Value("string"), Value("large_string")):
+            images, keys = self._locate([_path_in(path) for path in dataset[image]], where, folder, base)
+        elif _is_picture(features[image]) or features[image] in (Value("binary"), Value("large_binary")):
             images = dataset.select_columns([image]).cast_column(image, Image(decode=False))
             images = images if image == "image" else images.rename_column(image, "image")
-            keys = _hash_pictures(images)
-            if not any(keys):  # paths only
-                paths = [row["path"] if row else None for row in images["image"]]
-                images, keys = self._locate(paths, where, folder, base)
+            hashes = _hash_pictures(images)
+            if any(hashes):
+                keys = [digest or f"{where} row {number}" for number, digest in enumerate(hashes, 1)]
+            else:  # pictures that lie elsewhere
+                images, keys = self._locate([_path_in(row) for row in images["image"]], where, folder, base)
         else:
-            raise ValueError(f"{where}: column {image!r} holds neither pictures, bytes nor paths but {features[image]}.")
-        return RawPairs(images, captions, [key or f"{where} row {i}" for i, key in enumerate(keys, 1)], splits)
+            raise ValueError(f"{where}: column {image!r} is {features[image]}, neither pictures nor bytes nor paths.")
+        return RawPairs(images, pa.chunked_array(captions), keys, splits)
 
     def _locate(
         self, paths: Sequence[str | None], where: str, folder: Path, base: Path | None
     ) -> tuple[Dataset, list[str]]:
-        """Make paths whole, and keys of them: relative, so that a data set splits alike wherever it lies."""
-        root = self.image_root or _find_root([path for path in paths[:NUM_SAMPLED] if path], folder)
-        root = root.absolute()
+        """Make paths absolute, and keys of them relative, so that a data set splits alike wherever it lies."""
+        root = (self.image_root or _find_root([path for path in paths[:NUM_SAMPLED] if path], folder)).absolute()
         prefix = os.path.join((self.image_root or base or root).absolute(), "")
-        full = [path and (path if "://" in path else os.path.normpath(os.path.join(root, path))) for path in paths]
-        keys = [path.removeprefix(prefix) if path else f"{where} row {i}" for i, path in enumerate(full, 1)]
-        column = pa.StructArray.from_arrays(
-            [pa.nulls(len(full), pa.binary()), pa.array(full, pa.string())], names=["bytes", "path"]
+        full = [path and (path if "://" in path else os.path.join(root, path)) for path in paths]
+        keys = [path.removeprefix(prefix) if path else f"{where} row {number}" for number, path in enumerate(full, 1)]
+        structs = pa.StructArray.from_arrays(
+            [pa.nulls(len(full), pa.binary()), pa.array(full, pa.string())], ["bytes", "path"]
         )
         info = datasets.DatasetInfo(features=Features({"image": Image(decode=False)}))
-        table = InMemoryTable(pa.table({"image": column}))
-        return Dataset(table, info=info, fingerprint=os.urandom(8).hex()), keys
+        images = Dataset(InMemoryTable.from_pydict({"image": structs}), info=info, fingerprint=os.urandom(8).hex())
+        return images, keys
 
 
 def _find_tables(folder: Path) -> list[Path]:
-    """List the tables of a folder: `metadata.*` wherever they lie, else data files, else the one token file."""
-    found = [
-        Path(parent, name)
-        for parent, folders, files in os.walk(folder)
-        if not folders.sort() and "/." not in Path(parent).relative_to(folder).as_posix().join("//")
-        for name in sorted(files)
-        if not name.startswith(".") and name.lower().endswith((*TABLE_SUFFIXES, *TOKEN_SUFFIXES))
-    ]
-    metadata = [path for path in found if path.stem == "metadata" and path.suffix.lower() in TABLE_SUFFIXES]
+    """List a folder's tables: `metadata.*` in any sub-folder, else data files, else the one token file."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        suffixes = (*TABLE_SUFFIXES, *TOKEN_SUFFIXES)
+        names = [name for name in files if not name.startswith(".") and name.lower().endswith(suffixes)]
+        found += [Path(parent, name) for name in sorted(names)]
     tables = [path for path in found if path.suffix.lower() in TABLE_SUFFIXES]
-    if metadata or tables:
-        return metadata or tables
-    tokens = [path for path in found if is_token_file(path)]
+    metadata = [path for path in tables if path.stem == "metadata"]
+    known_folders = {"data", *SPLITS}
+    data_files = [path for path in tables if known_folders.issuperset(path.relative_to(folder).parts[:-1])]
+    if metadata or data_files:
+        return metadata or data_files
+    tokens = [path for path in found if path.suffix.lower() in TOKEN_SUFFIXES and is_token_file(path)]
     if len(tokens) > 1:
-        raise ValueError(f"{folder} has several caption files ({', '.join(map(str, tokens))}); name one of them.")
+        raise ValueError(f"{folder} has several caption files, {', '.join(map(str, tokens))}; name one of them.")
     return tokens
+
+
+def _find_root(names: Sequence[str], folder: Path) -> Path:
+    """Find the folder that holds the pictures: the given one, or one up to two levels below it."""
+    for depth in (".", "*/", "*/*/"):
+        for candidate in [folder] if depth == "." else sorted(folder.glob(depth)):
+            if any((candidate / name).is_file() for name in names[:10]):
+                return candidate
+    return folder
+
+
+def _split_in(path: Path) -> str | None:
+    """Find the split that a file's name or one of its folders' speaks of, as train-00000-of-00002.parquet does."""
+    for part in reversed((*path.parts[:-1], path.name.partition(".")[0])):
+        for word in re.findall("[a-z]+", part.lower()):
+            if word in SPLITS:
+                return SPLITS[word]
+    return None
+
+
+def _split_named(value: Any, where: str) -> str:
+    split = SPLITS.get(str(value).strip().lower())
+    if split is None:
+        raise ValueError(f"{where}: split {value!r} is not known; use one of {', '.join(SPLITS)}.")
+    return split
+
+
+def _find_named(columns: Iterable[str], usual: Sequence[str]) -> str | None:
+    by_name = {re.sub(r"[\s-]+", "_", column.strip().lower()): column for column in columns}
+    return next((by_name[name] for name in usual if name in by_name), None)
+
+
+def _find_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str], kind: str, where: str) -> str:
+    found = wanted or _find_named(columns, usual)
+    if found is None or found not in columns:
+        fault = f"column {wanted!r}" if wanted else f"{kind} column by any usual name"
+        names = ", ".join(map(repr, columns))
+        raise ValueError(f"{where} has no {fault}; set {kind}_column to one of its columns: {names}.")
+    return found
+
+
+def _is_picture(feature: Any) -> bool:
+    return isinstance(feature, Image) or (isinstance(feature, dict) and "bytes" in feature)
+
+
+def _find_pictures(features: Features) -> str | None:
+    """Find the image column by type, where that is certain; what is left is found by name."""
+    pictures = [name for name, feature in features.items() if _is_picture(feature)]
+    if pictures:
+        return pictures[0] if len(pictures) == 1 else _find_named(pictures, IMAGE_COLUMNS)
+    binaries = [name for name, feature in features.items() if feature in (Value("binary"), Value("large_binary"))]
+    return binaries[0] if len(binaries) == 1 and _find_named(features, IMAGE_COLUMNS) is None else None
+
+
+def _path_in(value: Any) -> str | None:
+    """Read an image column's value as a path; None where there is none."""
+    if isinstance(value, dict):
+        value = value.get("path")
+    if value is None:
+        return None
+    return valid_unicode(str(value).strip()) or None
+
+
+def _caption_lists(values: Iterable[Any]) -> pa.ListArray:
+    return pa.array((caption_texts(value) for value in values), pa.list_(pa.string()))
+
+
+def _hash_pictures(images: Dataset) -> list[str | None]:
+    """Hash each picture's bytes where they lie, without making Python objects of them; None where there are none."""
+    hashes: list[str | None] = []
+    with tqdm(total=len(images), desc="telling pictures apart", unit="picture", leave=False) as progress:
+        for table in images.with_format("arrow").iter(100):
+            for chunk in table["image"].chunks:
+                for value in chunk.field("bytes"):
+                    buffer = value.as_buffer()
+                    hashes.append(hashlib.blake2b(buffer, digest_size=16).hexdigest() if buffer is not None else None)
+                progress.update(len(chunk))
+    return hashes
+
+
+def _concatenate(parts: Sequence[RawPairs]) -> RawPairs:
+    return RawPairs(
+        datasets.concatenate_datasets([part.images for part in parts]),
+        pa.chunked_array([chunk for part in parts for chunk in part.captions.chunks]),
+        [key for part in parts for key in part.keys],
+        [split for part in parts for split in part.splits],
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."

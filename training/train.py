@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -23,6 +24,7 @@ from .curves import draw_curves
 from .data import load_pairs
 from .evaluate import chance_level, evaluate_retrieval
 from .features import CachedPairs
+from .publish import render_model_card
 from .recipes import Recipe
 from .trainer import ClipMiniTrainer
 
@@ -91,11 +93,8 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> TrainResult:
     trainer.train(resume_from_checkpoint=checkpoint)
     after = _measure(trainer, held_out)
 
-    model_dir = save_model_folder(model, processor, output_dir / MODEL_FOLDER)
-    draw_curves(trainer.state.log_history, output_dir / CURVES_FILE)
     skipped.log_summary()
     results = {
-        "model_dir": str(model_dir),
         "num_train_images": len(pairs["train"]),
         "num_skipped": skipped.count,
         "train_s": _logged(trainer.state.log_history, "train_runtime"),
@@ -110,14 +109,19 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> TrainResult:
             for name in held_out
         },
     }
+    model_dir = output_dir / MODEL_FOLDER
+    save_model_folder(model, processor, model_dir, card=render_model_card(recipe, model.config, results))
+    draw_curves(trainer.state.log_history, output_dir / CURVES_FILE)
     # Last: a run without results is one that was cut off.
     with _written_beside(output_dir / RESULTS_FILE) as file:
         file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return TrainResult(output_dir=output_dir, model_dir=model_dir, results=results)
 
 
-def save_model_folder(model: ClipMiniModel, processor: ClipMiniProcessor, folder: Path) -> Path:
-    """Save a complete model folder: code, config, weights, processor, tokenizer.
+def save_model_folder(
+    model: ClipMiniModel, processor: ClipMiniProcessor, folder: Path, card: ModelCard | None = None
+) -> None:
+    """Save a complete model folder: code, config, weights, processor, tokenizer and card.
 
     It is written beside and renamed, so that no half of it is ever found under its name; a folder that stood there
     before is replaced.
@@ -126,14 +130,13 @@ def save_model_folder(model: ClipMiniModel, processor: ClipMiniProcessor, folder
         model: what to save.
         processor: the model's processor.
         folder: where.
-
-    Returns:
-        `folder`.
+        card: what becomes its README.md.
     """
     with _written_beside(folder) as beside:
         model.save_pretrained(beside)
         processor.save_pretrained(beside)
-    return folder
+        if card is not None:
+            card.save(beside / "README.md")
 
 
 def _claim_output_dir(output_dir: Path, recipe: Recipe, overwrite: bool) -> None:

@@ -72,6 +72,8 @@ class ClipMiniTrainer(Trainer):
             data_collator=kwargs.pop("data_collator", None) or ClipMiniCollator(processing_class),
             **kwargs,
         )
+        if train_dataset is not None and len(train_dataset) < self._train_batch_size:
+            args.dataloader_drop_last = False  # dropping the only batch would train on nothing
         self.train_dataset = self.with_cached_features(self.train_dataset)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self.with_cached_features(pairs) for name, pairs in self.eval_dataset.items()}

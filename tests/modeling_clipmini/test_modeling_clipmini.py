@@ -85,6 +85,13 @@ def test_mean_pooling_by_hand(tiny_model):
     assert tiny_model._pool_text(hidden, torch.tensor([[1, 1, 0]])).tolist() == [[2.0, 4.0]]
 
 
+def test_a_text_longer_than_the_tower_reads_is_cut(tiny_model):
+    long_ids = torch.randint(5, 60, (2, 100))
+    expected = tiny_model(input_ids=long_ids[:, :64], attention_mask=torch.ones(2, 64)).text_embeds
+    assert torch.equal(tiny_model(input_ids=long_ids, attention_mask=torch.ones(2, 100)).text_embeds, expected)
+    assert torch.equal(tiny_model.pool_texts(long_ids), tiny_model.pool_texts(long_ids[:, :64]))
+
+
 def test_the_loss_needs_as_many_images_as_captions(tiny_model):
     inputs = make_inputs()
     assert tiny_model(inputs["input_ids"][:2], inputs["pixel_values"]).loss is None

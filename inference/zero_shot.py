@@ -1,0 +1,127 @@
+"""Classify pictures by labels that are only named, never trained on."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini.loss_clipmini import pairwise_logits
+
+from .encode import encode_files, encode_images, encode_texts
+from .images import Skipped
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """A label and the probability that a picture shows it rather than one of the other labels."""
+
+    label: str
+    score: float
+
+
+def classify(
+    model: ClipMiniModel,
+    processor: ClipMiniProcessor,
+    images: Iterable[Any],
+    labels: Sequence[str],
+    template: str = DEFAULT_TEMPLATE,
+    batch_size: int = 32,
+) -> list[list[LabelScore]]:
+    """Score labels for pictures, as transformers' zero-shot image classification pipeline does.
+
+    Args:
+        model: in eval mode.
+        processor: the one that came with the model.
+        images: whatever `read_image` takes; read one batch at a time.
+        labels: what the pictures may show.
+        template: the caption made of a label, which stands in place of `{}`. Trained on captions, a model knows
+            sentences better than single words.
+        batch_size: pictures per forward.
+
+    Returns:
+        Per picture all labels, best first; scores are the softmax of the model's logits and sum to 1.
+
+    Raises:
+        ValueError: labels or template are wrong, or (as `ImageError`) a picture cannot be read.
+    """
+    captions = fill_template(labels, template)
+    image_embeds = encode_images(model, processor, images, batch_size)
+    return _score(model, image_embeds, encode_texts(model, processor, captions), labels)
+
+
+def classify_files(
+    model: ClipMiniModel,
+    processor: ClipMiniProcessor,
+    paths: Sequence[str | Path],
+    labels: Sequence[str],
+    template: str = DEFAULT_TEMPLATE,
+    skipped: Skipped | None = None,
+    batch_size: int = 32,
+) -> list[tuple[Path, list[LabelScore]]]:
+    """Score labels for picture files, leaving out those that cannot be read.
+
+    Args:
+        model: in eval mode.
+        processor: the one that came with the model.
+        paths: the pictures.
+        labels: what the pictures may show.
+        template: as in `classify`.
+        skipped: is told what is left out; given none, a summary is logged at the end.
+        batch_size: pictures per forward.
+
+    Returns:
+        Each file that could be read, in the order given, with what `classify` returns for it.
+
+    Raises:
+        ValueError: labels or template are wrong, no picture can be read, or `skipped` is strict and one cannot.
+    """
+    captions = fill_template(labels, template)
+    kept, image_embeds = encode_files(model, processor, paths, skipped, batch_size)
+    scores = _score(model, image_embeds, encode_texts(model, processor, captions), labels)
+    return list(zip(kept, scores, strict=True))
+
+
+def fill_template(labels: Sequence[str], template: str = DEFAULT_TEMPLATE) -> list[str]:
+    """Make captions of labels.
+
+    Args:
+        labels: at least one, none blank, no two alike.
+        template: holds `{}`, where the label goes; other braces stay as they are.
+
+    Returns:
+        A caption per label.
+
+    Raises:
+        ValueError: a label or the template is not allowed.
+    """
+    if "{}" not in template:
+        raise ValueError(f"The template {template!r} has no {{}} where the label goes; try {DEFAULT_TEMPLATE!r}.")
+    if isinstance(labels, str) or not labels:
+        raise ValueError(f"The labels {labels!r} are not allowed; give a list of at least one.")
+    for index, label in enumerate(labels):
+        if not label.strip():
+            raise ValueError(f"Label {index + 1} of {len(labels)} is blank; leave it out or name it.")
+        if label in labels[:index]:
+            raise ValueError(f"The label {label!r} is given twice, and would share its score with itself.")
+    return [template.replace("{}", label) for label in labels]
+
+
+def _score(
+    model: ClipMiniModel, image_embeds: Tensor, text_embeds: Tensor, labels: Sequence[str]
+) -> list[list[LabelScore]]:
+    scale = model.get_logit_scale().detach().float().cpu()
+    bias = None if model.logit_bias is None else model.logit_bias.detach().float().cpu()
+    logits = pairwise_logits(image_embeds, text_embeds, scale, bias)  # (I, T)
+    if not logits.isfinite().all():
+        raise ValueError("The model gives similarities that are no numbers: its weights are damaged.")
+    probabilities = logits.softmax(dim=-1)
+    rows = []
+    for row in probabilities.tolist():
+        scores = [LabelScore(label, score) for label, score in zip(labels, row, strict=True)]
+        rows.append(sorted(scores, key=lambda item: -item.score))
+    return rows

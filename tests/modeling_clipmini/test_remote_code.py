@@ -1,0 +1,118 @@
+"""The saved folder as strangers use it: where neither `clipmini` nor `modeling_clipmini` can be imported."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+
+PROLOGUE = """
+import json, sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("clipmini", "modeling_clipmini"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocker())
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
+folder, picture = sys.argv[1:3]
+LABELS = ["red", "blue", "a label of very many words " * 200]
+"""
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    file = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.linear_gradient("L").resize((200, 120)).convert("RGB").save(file)
+    return file
+
+
+def run_as_stranger(code, tmp_path, *arguments, check=True):
+    """Run code elsewhere, with module and Hub caches of its own."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PROLOGUE + code, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=check, stdin=subprocess.DEVNULL
+    )
+
+
+def test_model_processor_and_pipeline_load_and_agree(tiny_folder, picture, tmp_path):
+    model, processor = ClipMiniModel.from_pretrained(tiny_folder), ClipMiniProcessor.from_pretrained(tiny_folder)
+    labels = ["red", "blue", "a label of very many words " * 200]
+    with torch.no_grad():
+        expected = model(**processor(images=[Image.open(picture)], text=labels)).logits_per_image
+        uncut = model(**processor(images=[Image.open(picture)], text=labels, truncation=False)).logits_per_image
+    code = """
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    logits = model(**processor(images=[Image.open(picture)], text=LABELS)).logits_per_image
+classify = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
+scores = classify(picture, candidate_labels=LABELS, hypothesis_template="{}")  # does not cut the long label
+print(json.dumps({"logits": logits.tolist(), "scores": {s["label"]: s["score"] for s in scores}}))
+"""
+    output = json.loads(run_as_stranger(code, tmp_path, tiny_folder, picture).stdout.splitlines()[-1])
+    assert torch.allclose(torch.tensor(output["logits"]), expected, atol=1e-5)
+    probabilities = uncut.softmax(dim=-1)[0].tolist()
+    assert [output["scores"][label] for label in labels] == pytest.approx(probabilities, abs=1e-5)
+
+
+def test_a_stranger_who_saves_it_again_has_all_of_it(tiny_folder, picture, tmp_path):
+    code = """
+model = AutoModelForZeroShotImageClassification.from_pretrained(folder, trust_remote_code=True)
+AutoProcessor.from_pretrained(folder, trust_remote_code=True).save_pretrained("again")
+model.save_pretrained("again")
+again = AutoModel.from_pretrained("again", trust_remote_code=True)
+pixels = torch.ones(1, 3, 160, 160)
+print(torch.equal(model(pixel_values=pixels).image_embeds, again(pixel_values=pixels).image_embeds))
+pipeline("zero-shot-image-classification", model="again", trust_remote_code=True)(picture, candidate_labels=["a", "b"])
+print(json.dumps(AutoConfig.from_pretrained("again", trust_remote_code=True).auto_map))
+"""
+    lines = run_as_stranger(code, tmp_path, tiny_folder, picture).stdout.splitlines()
+    assert lines[-2] == "True"
+    assert json.loads(lines[-1]) == {
+        "AutoConfig": "configuration_clipmini.ClipMiniConfig",
+        "AutoModel": "modeling_clipmini.ClipMiniModel",
+        "AutoModelForZeroShotImageClassification": "modeling_clipmini.ClipMiniModel",
+    }
+    assert {file.name for file in tiny_folder.iterdir()} == {file.name for file in (tmp_path / "again").iterdir()}
+
+
+def test_without_trust_it_is_refused(tiny_folder, picture, tmp_path):
+    code = """
+for loader in (AutoModel, AutoProcessor, AutoConfig):
+    try:
+        loader.from_pretrained(folder)
+    except ValueError as error:
+        print("trust_remote_code" in str(error))
+"""
+    assert run_as_stranger(code, tmp_path, tiny_folder, picture).stdout.split() == ["True"] * 3
+
+
+def test_the_folder_is_complete(tiny_folder):
+    assert {file.name for file in tiny_folder.iterdir()} == {
+        "config.json",
+        "configuration_clipmini.py",
+        "loss_clipmini.py",
+        "model.safetensors",
+        "modeling_clipmini.py",
+        "preprocessor_config.json",
+        "processing_clipmini.py",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "towers_clipmini.py",
+    }
+
+
+def test_both_processor_files_agree(tiny_folder):
+    nested = json.loads((tiny_folder / "processor_config.json").read_text())["image_processor"]
+    plain = json.loads((tiny_folder / "preprocessor_config.json").read_text())
+    differing = {key for key in {*nested, *plain} if nested.get(key) != plain.get(key)}
+    assert differing <= {"auto_map", "processor_class"}

@@ -1,0 +1,51 @@
+import torch
+from PIL import Image
+
+from clipmini.training.collator import ClipMiniCollator
+
+
+def make_rows():
+    return [
+        {
+            "image": Image.new("RGB", (40, 30), "red"),
+            "captions": ["one", "a much longer caption of it"],
+            "image_id": 4,
+        },
+        {"image": Image.new("RGB", (30, 50), "blue"), "captions": ["short"], "image_id": 9},
+    ]
+
+
+def test_pads_to_the_longest_and_passes_ids(tiny_processor):
+    torch.manual_seed(1)
+    batch = ClipMiniCollator(tiny_processor)(make_rows())
+    assert batch["image_ids"].tolist() == [4, 9]
+    assert batch["pixel_values"].shape == (2, 3, 160, 160)  # test_resnet's size
+    longest = max(int(mask.sum()) for mask in batch["attention_mask"])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, longest)
+
+
+def test_draws_every_caption_and_follows_the_seed(tiny_processor):
+    collate = ClipMiniCollator(tiny_processor)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return [int(collate(make_rows())["attention_mask"][0].sum()) for _ in range(12)]
+
+    assert draw(0) == draw(0)
+    assert len(set(draw(0))) == 2
+
+
+def test_cached_features_stand_for_pictures_and_captions(tiny_processor):
+    rows = [
+        {"image_id": 0, "pooled_image": torch.ones(3), "pooled_captions": torch.tensor([[1.0, 1.0]])},
+        {"image_id": 1, "pooled_image": torch.zeros(3), "pooled_captions": torch.tensor([[2.0, 2.0], [3.0, 3.0]])},
+    ]
+    batch = ClipMiniCollator(tiny_processor)(rows)
+    assert set(batch) == {"image_ids", "pooled_image", "pooled_text"}
+    assert batch["pooled_text"][0].tolist() == [1.0, 1.0]
+    assert batch["pooled_text"][1].tolist() in ([2.0, 2.0], [3.0, 3.0])
+
+
+def test_very_long_captions_are_cut(tiny_processor):
+    row = {"image": Image.new("RGB", (8, 8)), "captions": ["word " * 10_000], "image_id": 0}
+    assert ClipMiniCollator(tiny_processor)([row])["input_ids"].shape[1] == 64

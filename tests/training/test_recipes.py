@@ -1,0 +1,125 @@
+import pytest
+
+from clipmini.training.build import ModelPreset, build_model
+from clipmini.training.recipes import load_recipe, preset_names
+
+
+def write(tmp_path, text):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+GOOD = """
+model: tiny
+data:
+  source: photos
+  validation_fraction: 0.2
+training:
+  output_dir: out
+  learning_rate: 5e-5   # text to YAML 1.1
+  weight_decay: 0
+  warmup_steps: 10
+  bf16: false
+  text_learning_rate: null
+"""
+
+
+def test_values_arrive_with_their_types(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert recipe.training.learning_rate == 5e-5
+    assert recipe.training.weight_decay == 0.0
+    assert recipe.training.text_learning_rate is None
+    assert recipe.data.validation_fraction == 0.2
+    assert isinstance(recipe.model, ModelPreset)
+    assert recipe.model.vision == "test_resnet"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "read", "expected"),
+    [
+        (["training.learning_rate=1e-3"], lambda r: r.training.learning_rate, 1e-3),
+        (["learning_rate=0.5"], lambda r: r.training.learning_rate, 0.5),
+        (["source=other folder"], lambda r: r.data.source, "other folder"),
+        (["projection=mlp"], lambda r: r.model_config, {"projection": "mlp"}),
+        (["model_config.loss=sigmoid"], lambda r: r.model_config, {"loss": "sigmoid"}),
+        (["model=org/name"], lambda r: r.model, "org/name"),
+        (["freeze_vision=true", "num_train_epochs=3"], lambda r: r.training.num_train_epochs, 3),
+        (["lr_scheduler_type=cosine"], lambda r: r.training.lr_scheduler_type.value, "cosine"),
+    ],
+)
+def test_overrides(overrides, read, expected, tmp_path):
+    assert read(load_recipe(write(tmp_path, GOOD), overrides)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (GOOD, ["learning_rat=1"], "there is no 'learning_rat'; the nearest name is 'learning_rate'"),
+        (GOOD, ["training.freeze_visoin=true"], "training: there is no 'freeze_visoin'; .* 'freeze_vision'"),
+        (GOOD, ["trainig.seed=1"], "there is no 'trainig'; the nearest name is 'training'"),
+        (GOOD, ["a.b.c=1"], "there is no 'a'"),
+        (GOOD, ["learning_rate"], "not of the form key=value"),
+        (GOOD, ["learning_rate=fast"], "training.learning_rate='fast' is not allowed; use a number"),
+        (GOOD, ["num_train_epochs=true"], "training.num_train_epochs=True is not allowed"),
+        (GOOD, ["warmup_steps=[1, 2]"], "training.warmup_steps"),
+        (GOOD, ["seed=1.5"], "training.seed=1.5 is not allowed; use a whole number"),
+        (GOOD, ["freeze_text=1"], "training.freeze_text=1 is not allowed; use true or false"),
+        (GOOD, ["source=null"], "data.source=None is not allowed; use text"),
+        (GOOD, ["model=tinny"], r"model='tinny' is neither a preset \(.*tiny.*\)"),
+        (GOOD, ["lr_scheduler_type=cosin"], "cosin"),
+        (GOOD.replace("data:", "dta:"), [], "there is no 'dta'; the nearest name is 'data'"),
+        (GOOD.replace("  source: photos\n", ""), [], "data: missing 1 required .*'source'"),
+        (GOOD.replace("model: tiny", ""), [], "model=None"),
+        ("model: tiny\ndata: photos\n", [], "data must hold `key: value` lines"),
+        ("- a\n- b\n", [], "must hold `key: value` lines, not list"),
+        ("model: [tiny\n", [], "is not YAML"),
+    ],
+)
+def test_what_is_wrong_is_said(text, overrides, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path, text), overrides)
+
+
+def test_a_missing_recipe_lists_the_presets():
+    with pytest.raises(ValueError, match=r"neither a file nor among the recipes .* demo"):
+        load_recipe("dmeo")
+
+
+def test_output_folder_is_named_after_the_recipe(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD.replace("  output_dir: out\n", "")))
+    assert recipe.training.output_dir == "runs/recipe"
+
+
+@pytest.mark.parametrize("name", preset_names("recipes"))
+def test_every_recipe_of_the_package_is_valid_and_says_how_it_is_run(name):
+    recipe = load_recipe(name)
+    assert isinstance(recipe.model, ModelPreset)
+
+
+@pytest.mark.parametrize("name", preset_names("models"))
+def test_every_model_preset_names_towers(name, tmp_path):
+    preset = load_recipe(write(tmp_path, GOOD.replace("tiny", name))).model
+    assert preset.vision
+    assert preset.text
+
+
+def test_a_random_model_starts_as_timm_starts_it(tmp_path):
+    preset = load_recipe(write(tmp_path, GOOD)).model
+    model, processor = build_model(preset)
+    convolution = model.vision_model.timm_model.conv1[0].weight
+    assert convolution.std() > 0.05  # transformers' own rule would give 0.02
+    assert processor(text="A cat, 2 dogs!")["input_ids"].max() < len(processor.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        (ModelPreset(vision="resnet5", text={}, pretrained=False), "vision='resnet5' is not an architecture"),
+        (ModelPreset(vision="resnet18", text="bert", pretrained=False), "give the fields of a DistilBERT config"),
+        (ModelPreset(vision="resnet18", text={}), "text must name a pretrained tower"),
+    ],
+)
+def test_a_wrong_preset_is_refused(preset, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(preset)

@@ -1,0 +1,185 @@
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from clipmini.training.arguments import ClipMiniTrainingArguments
+from clipmini.training.collator import ClipMiniCollator
+from clipmini.training.evaluate import chance_level, embed_pairs, image_of_captions
+from clipmini.training.features import CachedPairs
+from clipmini.training.metrics import retrieval_metrics
+from clipmini.training.trainer import ClipMiniTrainer, parameter_groups
+from modeling_clipmini import ClipMiniModel
+
+
+def make_arguments(folder, **options):
+    defaults = {
+        "output_dir": str(folder),
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return ClipMiniTrainingArguments(**{**defaults, **options})
+
+
+@pytest.fixture
+def make_trainer(tiny_config, tiny_processor, toy_pairs, tmp_path):
+    def make(folder="run", model=None, **options):
+        if model is None:
+            torch.manual_seed(0)
+            model = ClipMiniModel(tiny_config())
+        return ClipMiniTrainer(
+            model=model,
+            args=make_arguments(tmp_path / folder, **options),
+            train_dataset=toy_pairs,
+            eval_dataset=toy_pairs,
+            processing_class=tiny_processor,
+        )
+
+    return make
+
+
+def weights_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_weights(model, other, tolerance):
+    for (name, weight), other_weight in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.allclose(weight, other_weight, atol=tolerance), name
+
+
+@pytest.mark.parametrize("frozen", [(), ("vision",), ("text",), ("vision", "text")])
+def test_what_may_move_moves_and_what_is_frozen_does_not(frozen, make_trainer):
+    trainer = make_trainer(**{f"freeze_{tower}": True for tower in frozen}, max_steps=3, warmup_steps=0)
+    before = weights_of(trainer.model)
+    trainer.train()
+    after = weights_of(trainer.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    expected = {name for name in before if not name.startswith(tuple(f"{tower}_model." for tower in frozen))}
+    # Tokens that no caption holds, and positions past the longest caption, have nothing to learn from.
+    assert moved == expected
+
+
+def test_frozen_towers_are_computed_once_and_training_is_the_same(make_trainer):
+    frozen = {"freeze_vision": True, "freeze_text": True, "num_train_epochs": 3}
+    cached = make_trainer(**frozen)
+    cached.train()
+    uncached = make_trainer(**frozen, cache_features=False)
+    uncached.train()
+    assert isinstance(cached.train_dataset, CachedPairs)
+    assert not isinstance(uncached.train_dataset, CachedPairs)
+    assert_same_weights(cached.model, uncached.model, 1e-5)
+    recalls = [name for name in cached.evaluate() if "recall" in name or "_r1" in name]
+    assert [cached.evaluate()[name] for name in recalls] == [uncached.evaluate()[name] for name in recalls]
+
+
+def test_one_tower_may_be_cached_while_the_other_trains(make_trainer):
+    trainer = make_trainer(freeze_vision=True)
+    row = trainer.train_dataset[3]
+    assert set(row) == {"image_id", "pooled_image", "captions"}
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    assert {"pooled_image", "input_ids"} <= set(batch)
+    trainer.train()
+
+
+def test_evaluate_is_retrieval_over_the_whole_split(make_trainer, toy_pairs, tiny_processor):
+    trainer = make_trainer(per_device_eval_batch_size=5)
+    metrics = trainer.evaluate()
+    image_embeds, text_embeds = embed_pairs(trainer.model.eval(), tiny_processor, toy_pairs)
+    expected = retrieval_metrics(image_embeds, text_embeds, image_of_captions(toy_pairs))
+    assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected)
+    assert "eval_loss" not in metrics
+    several = trainer.evaluate({"a": toy_pairs, "b": toy_pairs})
+    assert several["eval_a_mean_recall"] == several["eval_b_mean_recall"]
+
+
+def test_evaluation_leaves_the_model_in_its_mode(make_trainer):
+    trainer = make_trainer()
+    trainer.model.train()
+    trainer.evaluate()
+    assert trainer.model.training
+
+
+def test_it_learns_and_ends_with_the_best_checkpoint(make_trainer, tiny_config):
+    torch.manual_seed(0)
+    trainer = make_trainer(
+        model=ClipMiniModel(tiny_config(vision_config={"architecture": "test_vit"})),
+        num_train_epochs=15,
+        per_device_train_batch_size=12,
+        learning_rate=3e-3,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    history = [entry["eval_mean_recall"] for entry in trainer.state.log_history if "eval_mean_recall" in entry]
+    assert trainer.state.best_metric == max(history)
+    assert trainer.evaluate()["eval_mean_recall"] == pytest.approx(max(history))
+    assert max(history) > chance_level(trainer.eval_dataset)["mean_recall"] + 0.2
+
+
+def test_a_run_goes_on_from_its_checkpoint(make_trainer, tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "seed": 5}
+    whole = make_trainer("whole", **options)
+    whole.train()
+    resumed = make_trainer("resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same_weights(whole.model, resumed.model, 1e-6)
+
+
+def test_each_part_has_its_learning_rate_and_only_matrices_decay(tiny_model, tmp_path):
+    args = make_arguments(
+        tmp_path, learning_rate=3.0, vision_learning_rate=1.0, text_learning_rate=2.0, weight_decay=0.1
+    )
+    of = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in parameter_groups(tiny_model, args)
+        for p in group["params"]
+    }
+    assert len(of) == len(list(tiny_model.parameters()))
+    assert of[id(tiny_model.vision_model.timm_model.conv1[0].weight)] == (1.0, 0.1)
+    assert of[id(tiny_model.vision_model.timm_model.bn1.weight)] == (1.0, 0.0)
+    assert of[id(tiny_model.text_model.embeddings.word_embeddings.weight)] == (2.0, 0.1)
+    assert of[id(tiny_model.text_projection.weight)] == (3.0, 0.1)
+    assert of[id(tiny_model.logit_scale)] == (3.0, 0.0)
+
+
+def test_towers_follow_the_heads_unless_told_otherwise(tiny_model, tmp_path):
+    groups = parameter_groups(tiny_model, make_arguments(tmp_path, learning_rate=0.5, text_learning_rate=0.0))
+    assert {group["lr"] for group in groups} == {0.5, 0.0}
+
+
+def test_data_parallel_is_refused_with_the_remedy(make_trainer, monkeypatch):
+    monkeypatch.setattr(ClipMiniTrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"2 GPUs .* DataParallel.*torchrun .*CUDA_VISIBLE_DEVICES"):
+        make_trainer()
+
+
+def test_a_batch_larger_than_the_data_still_trains(make_trainer):
+    trainer = make_trainer(per_device_train_batch_size=64)
+    before = weights_of(trainer.model)
+    trainer.train()
+    assert not torch.equal(before["text_projection.weight"], trainer.model.text_projection.weight)
+
+
+def test_the_plain_trainer_trains_it_too(tiny_config, tiny_processor, toy_pairs, tmp_path):
+    torch.manual_seed(0)
+    model = ClipMiniModel(tiny_config())
+    before = weights_of(model)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, remove_unused_columns=False, disable_tqdm=True, use_cpu=True
+        ),
+        train_dataset=toy_pairs,
+        eval_dataset=toy_pairs,
+        data_collator=ClipMiniCollator(tiny_processor),
+    )
+    trainer.train()
+    assert not torch.equal(before["text_projection.weight"], model.text_projection.weight)
+    assert trainer.evaluate()["eval_loss"] > 0
