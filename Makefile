@@ -17,15 +17,16 @@ help:  ## list the targets
 
 .PHONY: demo
 demo: .venv/.installed  ## train on the shipped photographs, measure, search, draw: under 3 minutes on 2 cores
+	$(BIN)/clipmini train demo --overwrite
 	$(BIN)/python examples/demo.py
 
 .PHONY: test
 test: .venv/.installed  ## the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .PHONY: test-all
 test-all: .venv/.installed  ## every test, the slow ones too
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not gpu'
 
 .PHONY: check
 check: .venv/.installed  ## ruff and mypy

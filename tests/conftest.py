@@ -5,6 +5,8 @@ import os
 
 # Before anything imports datasets or transformers: a test must not find, or leave, anything in the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny models gain nothing from threads, and workers of pytest-xdist that share cores would wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

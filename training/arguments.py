@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -42,6 +43,12 @@ class ClipMiniTrainingArguments(TrainingArguments):
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Trainer integrations to log to."})
+
+    def __post_init__(self) -> None:
+        """Check and complete the arguments as `TrainingArguments` does."""
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # pinned memory is there for a GPU; without one torch warns per epoch
+        super().__post_init__()
 
 
 @dataclass

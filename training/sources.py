@@ -224,7 +224,7 @@ class SourceReader:
         """Make paths absolute, and keys of them relative, so that a data set splits alike wherever it lies."""
         root = (self.image_root or _find_root([path for path in paths[:NUM_SAMPLED] if path], folder)).absolute()
         prefix = os.path.join((self.image_root or base or root).absolute(), "")
-        full = [path and (path if "://" in path else os.path.join(root, path)) for path in paths]
+        full = [path and (path if "://" in path else os.path.normpath(os.path.join(root, path))) for path in paths]
         keys = [path.removeprefix(prefix) if path else f"{where} row {number}" for number, path in enumerate(full, 1)]
         structs = pa.StructArray.from_arrays(
             [pa.nulls(len(full), pa.binary()), pa.array(full, pa.string())], ["bytes", "path"]

@@ -72,6 +72,9 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> TrainResult:
     data_options = {name: value for name, value in vars(recipe.data).items() if name not in ("strict", "split_seed")}
     pairs = load_pairs(**data_options, seed=recipe.data.split_seed, skipped=skipped)
 
+    if "train" not in pairs:
+        raise ValueError(f"{recipe.data.source} has no pictures to train on, only {' and '.join(pairs)}.")
+
     set_seed(args.seed)  # before the heads are made
     if isinstance(recipe.model, ModelPreset):
         preset = ModelPreset(**{**vars(recipe.model), "config": {**recipe.model.config, **recipe.model_config}})
@@ -135,6 +138,7 @@ def save_model_folder(
     with _written_beside(folder) as beside:
         model.save_pretrained(beside)
         processor.save_pretrained(beside)
+        shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors writes for its owner alone
         if card is not None:
             card.save(beside / "README.md")
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import speed_metrics
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
@@ -15,6 +15,7 @@ from .arguments import ClipMiniTrainingArguments
 from .collator import ClipMiniCollator
 from .evaluate import evaluate_retrieval
 from .features import CachedPairs, cache_features
+from .progress import RecallProgress
 
 TOWERS = ("vision_model", "text_model")
 
@@ -74,6 +75,8 @@ class ClipMiniTrainer(Trainer):
         )
         if train_dataset is not None and len(train_dataset) < self._train_batch_size:
             args.dataloader_drop_last = False  # dropping the only batch would train on nothing
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RecallProgress)
         self.train_dataset = self.with_cached_features(self.train_dataset)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self.with_cached_features(pairs) for name, pairs in self.eval_dataset.items()}

@@ -1,0 +1,29 @@
+"""Ask the model that `clipmini train demo` made for held-out pictures, in words; the second half of `make demo`."""
+
+from pathlib import Path
+
+from clipmini.inference.encode import encode_texts, load_model
+from clipmini.inference.search import draw_results, embed_folder, rank
+from transformers.utils import logging
+
+RUN = Path("runs/demo")
+HELD_OUT = Path(__file__).parent / "photos" / "test"
+# Parrots, carved faces and scissors are in no training picture: the model goes by what its towers knew before.
+QUERIES = ("a colourful parrot", "faces carved into a mountain", "a tool to cut paper")
+
+
+def main() -> None:
+    """Embed the held-out pictures once, rank them for each query, draw the results."""
+    logging.disable_progress_bar()  # of loading weights, which takes no time
+    model, processor = load_model(RUN / "model")
+    paths, embeddings = embed_folder(model, processor, HELD_OUT)
+    query_embeds = encode_texts(model, processor, QUERIES)
+    hits = {query: rank(paths, embeddings, embed, top=5) for query, embed in zip(QUERIES, query_embeds, strict=True)}
+    for query, found in hits.items():
+        print(f'"{query}": {", ".join(f"{hit.path.stem} {hit.score:.2f}" for hit in found[:3])}')
+    draw_results(hits, RUN / "search.png")
+    print(f"Now look at {RUN / 'search.png'} and {RUN / 'curves.png'}.")
+
+
+if __name__ == "__main__":
+    main()

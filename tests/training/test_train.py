@@ -1,0 +1,149 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from clipmini.inference.encode import load_model
+from clipmini.training import train as train_module
+from clipmini.training.recipes import load_recipe
+from clipmini.training.train import save_model_folder, train
+from modeling_clipmini import ClipMiniModel
+
+RECIPE = """
+model: tiny
+training:
+  num_train_epochs: 2
+  per_device_train_batch_size: 4
+  use_cpu: true
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Twenty pictures with captions in a CSV, two of them broken: no splits."""
+    folder = tmp_path_factory.mktemp("photos")
+    lines = ["file_name,caption"]
+    for index in range(20):
+        image = Image.new("RGB", (48, 40), (12 * index, 250 - 12 * index, 90))
+        ImageDraw.Draw(image).rectangle((index, index, 20, 20), fill="white")
+        image.save(folder / f"{index}.png")
+        lines.append(f"{index}.png,picture number {index}")
+    (folder / "7.png").write_bytes(b"")
+    (folder / "8.png").write_text("no picture")
+    (folder / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def recipe(photos, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE, encoding="utf-8")
+
+    def make(*overrides):
+        return load_recipe(str(file), [f"source={photos}", f"output_dir={tmp_path / 'run'}", *overrides])
+
+    return make
+
+
+def test_a_folder_of_pictures_becomes_a_model(recipe, tmp_path, caplog):
+    result = train(recipe())
+    assert {file.name for file in result.output_dir.iterdir() if not file.name.startswith("checkpoint")} == {
+        "curves.png",
+        "model",
+        "recipe.yaml",
+        "results.json",
+    }
+    assert result.results == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert result.results["num_skipped"] == 2
+    assert "7.png" in caplog.text
+    splits = result.results["splits"]
+    assert set(splits) == {"validation", "test"}
+    assert splits["test"]["chance"]["text_to_image_r1"] == 1 / splits["test"]["num_images"]
+    total = result.results["num_train_images"] + sum(split["num_images"] for split in splits.values())
+    assert total == 18
+    model, processor = load_model(result.model_dir)
+    assert model(**processor(images=[Image.new("RGB", (30, 30))], text=["a"])).logits_per_image.shape == (1, 1)
+    card = (result.model_dir / "README.md").read_text()
+    assert "pipeline_tag: zero-shot-image-classification" in card
+    assert "| text to image |" in card
+    assert "{{" not in card
+
+
+def test_the_saved_weights_are_those_that_were_measured(recipe, photos):
+    result = train(recipe("freeze_vision=true", "freeze_text=true"))
+    model, processor = load_model(result.model_dir, "cpu")
+    pairs = train_module.load_pairs(photos)
+    measured = train_module.evaluate_retrieval(model, processor, pairs["test"])
+    assert measured == pytest.approx(result.results["splits"]["test"]["after"])
+
+
+def test_the_same_recipe_gives_the_same_weights(recipe, tmp_path):
+    first = train(recipe())
+    second = train(recipe(f"output_dir={tmp_path / 'other'}"))
+    states = [ClipMiniModel.from_pretrained(result.model_dir).state_dict() for result in (first, second)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_a_finished_run_is_not_overwritten_unasked(recipe, tmp_path):
+    train(recipe())
+    note = tmp_path / "run" / "note.txt"
+    note.write_text("mine")
+    with pytest.raises(ValueError, match="holds a finished run; pass --overwrite"):
+        train(recipe())
+    train(recipe("num_train_epochs=1"), overwrite=True)
+    assert note.read_text() == "mine"  # only the run's own files are replaced
+
+
+def test_a_run_that_was_cut_off_goes_on(recipe, tmp_path, caplog, monkeypatch):
+    whole = train(recipe(f"output_dir={tmp_path / 'whole'}"))
+
+    class Killed(Exception):
+        pass
+
+    def kill(self, args, state, control, **kwargs):
+        if state.epoch == 1:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clipmini.training.progress.RecallProgress.on_epoch_begin", kill)
+        with pytest.raises(Killed):
+            train(recipe())
+    assert not (tmp_path / "run" / "model").exists()
+    with pytest.raises(ValueError, match="unfinished run of another recipe"):
+        train(recipe("learning_rate=0.1"))
+    resumed = train(recipe())
+    assert "going on from" in caplog.text
+    states = [ClipMiniModel.from_pretrained(result.model_dir).state_dict() for result in (whole, resumed)]
+    assert all(torch.allclose(tensor, states[1][name], atol=1e-6) for name, tensor in states[0].items())
+
+
+def test_a_trained_model_can_be_trained_further(recipe, tmp_path):
+    first = train(recipe())
+    further = recipe(f"model={first.model_dir}", f"output_dir={tmp_path / 'further'}")
+    result = train(further)
+    before = result.results["splits"]["test"]["before"]
+    assert before == pytest.approx(first.results["splits"]["test"]["after"])
+    with pytest.raises(ValueError, match="its heads are trained already"):
+        train(recipe(f"model={first.model_dir}", f"output_dir={tmp_path / 'third'}", "projection=mlp"))
+
+
+def test_strict_stops_at_the_first_broken_picture(recipe):
+    with pytest.raises(ValueError, match=r"(7|8)\.png"):
+        train(recipe("strict=true"))
+
+
+def test_no_half_of_a_folder_is_ever_seen(tiny_model, tiny_processor, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    save_model_folder(tiny_model, tiny_processor, folder)
+    before = (folder / "config.json").read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(tiny_processor), "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_model_folder(tiny_model, tiny_processor, folder)
+    assert (folder / "config.json").read_bytes() == before
+    assert [path.name for path in Path(tmp_path).iterdir()] == ["model"]
