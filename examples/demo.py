@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from transformers.utils import logging
+
 from clipmini.inference.encode import encode_texts, load_model
 from clipmini.inference.search import draw_results, embed_folder, rank
-from transformers.utils import logging
 
 RUN = Path("runs/demo")
 HELD_OUT = Path(__file__).parent / "photos" / "test"

@@ -142,7 +142,7 @@ def search(
     from .search import check_search, draw_results, search_folder
 
     skipped = Skipped(strict)
-    with _working(progress=False):
+    with _working():
         check_search(query, top, out)
         hits = search_folder(*load_model(model), folder, query, top, skipped)
     if as_json:
@@ -177,7 +177,7 @@ def classify(
 
     names = [label.strip() for label in labels.split(",")]
     skipped = Skipped(strict)
-    with _working(progress=False):
+    with _working():
         fill_template(names, template)
         results = classify_files(*load_model(model), images, names, template, skipped)
     if as_json:
@@ -212,7 +212,8 @@ def _print_table(table: Table) -> None:
 def _visible(text: str | Path) -> str:
     """Escape what would move the cursor or break a table, as file names may."""
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in str(text)
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in str(text)
     )
 
 
@@ -242,14 +243,13 @@ def _command_path(error: Any) -> str:
 
 
 @contextlib.contextmanager
-def _working(progress: bool = True) -> Iterator[None]:
-    """Keep stdout for the results while a verb works: Trainer, for one, prints its losses there."""
+def _working() -> Iterator[None]:
+    """Keep stdout for the results while a verb works, and the bars for what takes time: training and embedding."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
-    if not progress:
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # of loading and saving weights
     with contextlib.redirect_stdout(sys.stderr):
         yield
 

@@ -85,7 +85,7 @@ def embed_folder(
     processor: ClipMiniProcessor,
     folder: str | Path,
     skipped: Skipped | None = None,
-    batch_size: int = 32,
+    batch_size: int = 16,
 ) -> tuple[list[Path], Tensor]:
     """Embed the pictures of a folder, with one batch at most in memory.
 
@@ -276,7 +276,7 @@ class _Page:
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = out.with_name(f".{out.name}.{os.getpid()}")
         try:
-            self.figure.savefig(beside, format=out.suffix[1:].lower())
+            self.figure.savefig(beside, format=out.suffix[1:].lower(), dpi=self.figure.dpi)
             os.replace(beside, out)
         finally:
             beside.unlink(missing_ok=True)

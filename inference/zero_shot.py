@@ -30,7 +30,7 @@ def classify(
     images: Iterable[Any],
     labels: Sequence[str],
     template: str = DEFAULT_TEMPLATE,
-    batch_size: int = 32,
+    batch_size: int = 16,
 ) -> list[list[LabelScore]]:
     """Score labels for pictures, as transformers' zero-shot image classification pipeline does.
 
@@ -61,7 +61,7 @@ def classify_files(
     labels: Sequence[str],
     template: str = DEFAULT_TEMPLATE,
     skipped: Skipped | None = None,
-    batch_size: int = 32,
+    batch_size: int = 16,
 ) -> list[tuple[Path, list[LabelScore]]]:
     """Score labels for picture files, leaving out those that cannot be read.
 

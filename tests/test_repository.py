@@ -57,7 +57,7 @@ def test_files_are_short_and_have_a_name_that_says_something(path):
 
 def test_the_tree_in_the_readme_is_the_tree():
     """Every file of the packages has its line in README, and every file named there exists."""
-    tree = re.search(r"```\n(README\.md .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    tree = re.search(r"```\n(README\.md\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     named, folder = set(), ""
     for line in tree.splitlines():
         name = line.split()[0]

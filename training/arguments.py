@@ -42,6 +42,7 @@ class ClipMiniTrainingArguments(TrainingArguments):
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Pictures per forward when embedding."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Trainer integrations to log to."})
 
     def __post_init__(self) -> None:

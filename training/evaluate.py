@@ -17,7 +17,7 @@ CACHED_CHUNK_SIZE = 8192  # rows of cached features projected at once
 
 
 def embed_pairs(
-    model: ClipMiniModel, processor: ClipMiniProcessor, pairs: Dataset | CachedPairs, batch_size: int = 32
+    model: ClipMiniModel, processor: ClipMiniProcessor, pairs: Dataset | CachedPairs, batch_size: int = 16
 ) -> tuple[Tensor, Tensor]:
     """Embed all pictures and all captions of a pair data set.
 
@@ -53,7 +53,7 @@ def image_of_captions(pairs: Dataset | CachedPairs) -> Tensor:
 
 
 def evaluate_retrieval(
-    model: ClipMiniModel, processor: ClipMiniProcessor, pairs: Dataset | CachedPairs, batch_size: int = 32
+    model: ClipMiniModel, processor: ClipMiniProcessor, pairs: Dataset | CachedPairs, batch_size: int = 16
 ) -> dict[str, float]:
     """Measure retrieval on a whole split with all captions of every image; see `retrieval_metrics`.
 

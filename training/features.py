@@ -55,7 +55,7 @@ def cache_features(
     *,
     vision: bool,
     text: bool,
-    batch_size: int = 32,
+    batch_size: int = 16,
 ) -> CachedPairs:
     """Run frozen towers over a data set once.
 

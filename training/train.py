@@ -63,15 +63,12 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> TrainResult:
     """
     args = recipe.training
     output_dir = Path(str(args.output_dir))
-    _claim_output_dir(output_dir, recipe, overwrite)
-    checkpoint = get_last_checkpoint(str(output_dir))
-    if checkpoint:
-        logger.warning("going on from %s", checkpoint)
+    if not overwrite:
+        _check_output_dir(output_dir, recipe)
 
     skipped = Skipped(strict=recipe.data.strict)
     data_options = {name: value for name, value in vars(recipe.data).items() if name not in ("strict", "split_seed")}
     pairs = load_pairs(**data_options, seed=recipe.data.split_seed, skipped=skipped)
-
     if "train" not in pairs:
         raise ValueError(f"{recipe.data.source} has no pictures to train on, only {' and '.join(pairs)}.")
 
@@ -81,6 +78,12 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> TrainResult:
         model, processor = build_model(preset)
     else:
         model, processor = load_for_fine_tuning(recipe.model, recipe.model_config)
+
+    # Only now, when data and model are there: a mistyped source must not cost an earlier run.
+    _claim_output_dir(output_dir, recipe, overwrite)
+    checkpoint = get_last_checkpoint(str(output_dir))
+    if checkpoint:
+        logger.warning("going on from %s", checkpoint)
 
     trainer = ClipMiniTrainer(
         model=model,
@@ -143,25 +146,33 @@ def save_model_folder(
             card.save(beside / "README.md")
 
 
+def _recipe_text(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True)
+
+
+def _check_output_dir(output_dir: Path, recipe: Recipe) -> None:
+    """Refuse a folder that holds a finished run, or checkpoints of another recipe."""
+    remedy = "pass --overwrite, or --set output_dir=another/folder."
+    if (output_dir / RESULTS_FILE).exists():
+        raise ValueError(f"{output_dir} holds a finished run; {remedy}")
+    recipe_file = output_dir / RECIPE_FILE
+    has_checkpoint = output_dir.is_dir() and get_last_checkpoint(str(output_dir)) is not None
+    if has_checkpoint and (
+        not recipe_file.exists() or recipe_file.read_text(encoding="utf-8") != _recipe_text(recipe)
+    ):
+        raise ValueError(f"{output_dir} holds an unfinished run of another recipe; {remedy}")
+
+
 def _claim_output_dir(output_dir: Path, recipe: Recipe, overwrite: bool) -> None:
-    """Make the output folder this recipe's, or say why it cannot be."""
+    """Make the output folder this run's: clear an earlier run away if told to, and leave the recipe there."""
     if overwrite:
         for name in (RECIPE_FILE, RESULTS_FILE, CURVES_FILE):
             (output_dir / name).unlink(missing_ok=True)
         for folder in (output_dir / MODEL_FOLDER, *output_dir.glob("checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)
-    if (output_dir / RESULTS_FILE).exists():
-        raise ValueError(f"{output_dir} holds a finished run; pass --overwrite, or --set output_dir=another/folder.")
-    text = yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True)
-    recipe_file = output_dir / RECIPE_FILE
-    if recipe_file.exists() and recipe_file.read_text(encoding="utf-8") != text:
-        raise ValueError(
-            f"{output_dir} holds an unfinished run of another recipe ({recipe_file}); pass --overwrite, or --set "
-            "output_dir=another/folder."
-        )
     output_dir.mkdir(parents=True, exist_ok=True)
-    with _written_beside(recipe_file) as file:
-        file.write_text(text, encoding="utf-8")
+    with _written_beside(output_dir / RECIPE_FILE) as file:
+        file.write_text(_recipe_text(recipe), encoding="utf-8")
 
 
 def _measure(trainer: ClipMiniTrainer, splits: Mapping[str, Dataset | CachedPairs]) -> dict[str, dict[str, float]]:

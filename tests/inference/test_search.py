@@ -162,20 +162,24 @@ class TestDrawResults:
             assert width / height == pytest.approx(ratio, rel=0.05)
         assert np.nonzero(is_red)[1].max() < np.nonzero(is_blue)[1].min()  # best first
 
-    def test_grid_for_one_query_and_rows_for_several(self, folder, tmp_path):
-        for name, query_hits, columns, rows in (
-            ("nine.png", {"a": self.hits(folder, 9)}, 3, 3),
-            ("five.png", {"a": self.hits(folder, 5)}, 3, 2),
-            ("given.png", {"a": self.hits(folder, 9)}, None, None),
-            ("two.png", {"a": self.hits(folder, 4), "b": self.hits(folder, 2)}, 4, 2),
-        ):
-            draw_results(query_hits, tmp_path / name, columns=None if columns else 9)
-            columns, rows = columns or 9, rows or 1
-            is_grey = (pixels(tmp_path / name) == 0xF3).all(axis=2)  # what letter-boxing leaves of each cell
-            starts = (is_grey[1:].any(axis=1) & ~is_grey[:-1].any(axis=1)).sum()
-            assert starts == rows, name
-            starts = (is_grey[:, 1:].any(axis=0) & ~is_grey[:, :-1].any(axis=0)).sum()
-            assert starts >= columns, name
+    @pytest.mark.parametrize(
+        ("nums_hits", "given", "columns", "rows"),
+        [
+            ([9], None, 3, 3),
+            ([5], None, 3, 2),
+            ([2], None, 2, 1),
+            ([9], 5, 5, 2),
+            ([4, 2], None, 4, 2),
+            ([1], 7, 1, 1),
+        ],
+    )
+    def test_grid_for_one_query_and_rows_for_several(self, folder, tmp_path, nums_hits, given, columns, rows):
+        query_hits = {str(index): [Hit(folder / "red.png", 1.0)] * num for index, num in enumerate(nums_hits)}
+        draw_results(query_hits, tmp_path / "out.png", given)
+        is_red = (pixels(tmp_path / "out.png") == [255, 0, 0]).all(axis=2)
+        for axis, expected in ((0, columns), (1, rows)):
+            runs = np.diff(is_red.any(axis=axis).astype(int))
+            assert (runs == 1).sum() == (runs == -1).sum() == expected
 
     def test_odd_texts_and_names(self, folder, tmp_path, recwarn):
         odd = tmp_path / "日本 🐟 $x_1^ \\frac{.png"
@@ -183,7 +187,14 @@ class TestDrawResults:
         for path in (odd, undecodable):
             Image.new("RGB", (1, 1)).save(path)
         hits = [Hit(odd, 0.1), Hit(undecodable, -0.1)]
-        queries = ["$5 and $x_{", "日本の寺 🐟 कुत्ता ‮", "w" * 500, "one\ntwo\tthree \x00", "\udcff", "word " * 2000, "…"]
+        queries = [
+            "$x_{$ for $5",
+            "日本の寺 🐟 कुत्ता \u202e",
+            "w" * 500,
+            "one\ntwo\tthree \x00",
+            "\udcff",
+            "word " * 2000,
+        ]
         draw_results({query: hits for query in queries}, tmp_path / "out.png")
         assert size_of(tmp_path / "out.png")[1] > 1000
         assert not [str(warning.message) for warning in recwarn if "lyph" in str(warning.message)]

@@ -92,6 +92,9 @@ def test_a_finished_run_is_not_overwritten_unasked(recipe, tmp_path):
     note.write_text("mine")
     with pytest.raises(ValueError, match="holds a finished run; pass --overwrite"):
         train(recipe())
+    with pytest.raises(ValueError, match="nowhere"):
+        train(recipe("source=nowhere"), overwrite=True)
+    assert (tmp_path / "run" / "model" / "config.json").exists()  # a mistyped source costs nothing
     train(recipe("num_train_epochs=1"), overwrite=True)
     assert note.read_text() == "mine"  # only the run's own files are replaced
 
@@ -127,6 +130,12 @@ def test_a_trained_model_can_be_trained_further(recipe, tmp_path):
     assert before == pytest.approx(first.results["splits"]["test"]["after"])
     with pytest.raises(ValueError, match="its heads are trained already"):
         train(recipe(f"model={first.model_dir}", f"output_dir={tmp_path / 'third'}", "projection=mlp"))
+
+
+def test_a_mistyped_source_does_not_take_the_folder(recipe, tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        train(recipe("source=nowhere"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_strict_stops_at_the_first_broken_picture(recipe):
