@@ -8,6 +8,7 @@ Shape letters used in the comments:
 from dataclasses import dataclass
 from typing import Any, Self
 
+import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, TimmWrapperModel
@@ -128,9 +129,15 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
     def _add_vision_tower(self) -> None:
         config = self.config
         self.vision_model = TimmWrapperModel(config.vision_config)
+        timm_model = self.vision_model.timm_model
+        if next(timm_model.parameters()).device.type != "meta":  # it is, where weights are to be loaded
+            # timm knows how to start its own models; transformers' one rule for all layers leaves some of them dead.
+            tower = config.vision_config
+            fresh = timm.create_model(tower.architecture, num_classes=0, **(tower.model_args or {}))
+            timm_model.load_state_dict(fresh.state_dict())
         if config.vision_embed_dim is None:
             # Not num_features: after a head with a convolution of its own (MobileNetV3, GhostNet) that is too narrow.
-            config.vision_embed_dim = self.vision_model.timm_model.head_hidden_size
+            config.vision_embed_dim = timm_model.head_hidden_size
         self.visual_projection = self._projection(config.vision_embed_dim)
 
     def freeze_vision_tower(self) -> None:
