@@ -1,9 +1,10 @@
 """ClipMiniConfig: two tower configs and what joins them."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from transformers import AutoConfig, DistilBertConfig, PreTrainedConfig, TimmWrapperConfig
+from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
 
 PROJECTIONS = ("linear", "mlp")
 TEXT_POOLINGS = ("mean", "cls")
@@ -12,6 +13,9 @@ LOSSES = ("infonce", "sigmoid")
 # Where each loss starts: CLIP section 2.5 (temperature 0.07) and SigLIP section 3.2 (t' = log 10, b = -10).
 LOGIT_SCALE_STARTS = {"infonce": math.log(1 / 0.07), "sigmoid": math.log(10.0)}
 SIGMOID_LOGIT_BIAS_START = -10.0
+
+# RoBERTa and its kin number positions from the padding token's id on, and so read fewer tokens than they have rows.
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text", "xmod")
 
 
 class ClipMiniConfig(PreTrainedConfig):
@@ -86,38 +90,53 @@ class ClipMiniConfig(PreTrainedConfig):
         )
         super().__init__(**kwargs)
 
+    @property
+    def max_text_tokens(self) -> int | None:
+        """How many tokens the text tower reads, or None if it has no table of positions."""
+        positions = getattr(self.text_config, "max_position_embeddings", None)
+        if positions is not None and self.text_config.model_type in POSITIONS_AFTER_PADDING:
+            positions -= (self.text_config.pad_token_id or 0) + 1
+        return positions
 
-def _tower_vision_config(config: dict[str, Any] | TimmWrapperConfig | None) -> TimmWrapperConfig:
+
+def _tower_vision_config(config: Any) -> TimmWrapperConfig:
     """Copy a timm config without its classifier: 1000 label names would fill config.json and mean nothing here."""
-    if isinstance(config, PreTrainedConfig) and not isinstance(config, TimmWrapperConfig):
+    if not isinstance(config, (dict, TimmWrapperConfig, type(None))):
         raise ValueError(
             f"vision_config is a {type(config).__name__}; the vision tower must be a timm model: pass a "
-            "TimmWrapperConfig, for example TimmWrapperConfig(architecture='resnet50')."
+            "TimmWrapperConfig, for example TimmWrapperConfig(architecture='resnet50'), or its dict."
         )
     values = config.to_dict() if isinstance(config, TimmWrapperConfig) else dict(config or {})
     # timm's own save_for_hf writes its arguments there; TimmWrapperModel passes num_classes itself.
     model_args = {key: value for key, value in (values.get("model_args") or {}).items() if key != "num_classes"}
     values = {**values, "num_classes": 0, "label_names": [], "model_args": model_args or None}
-    tower = TimmWrapperConfig.from_dict(values)
-    if not tower.do_pooling or (tower.model_args or {}).get("features_only"):
+    tower = _built("vision_config", TimmWrapperConfig.from_dict, values)
+    if not tower.do_pooling or model_args.get("features_only"):
         raise ValueError(
             "vision_config must give a pooled output: do_pooling=False and model_args={'features_only': True} do not."
         )
     return tower
 
 
-def _tower_text_config(config: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
-    if config is None:
-        config = DistilBertConfig()
-    elif isinstance(config, dict):
-        config = AutoConfig.for_model(**{"model_type": "distilbert", **config})
+def _tower_text_config(config: Any) -> PreTrainedConfig:
+    if not isinstance(config, (dict, PreTrainedConfig, type(None))):
+        raise ValueError(f"text_config is a {type(config).__name__}; pass a text encoder's config or its dict.")
+    if not isinstance(config, PreTrainedConfig):
+        values = {"model_type": "distilbert", **(config or {})}
+        config = _built("text_config", lambda values: AutoConfig.for_model(**values), values)
     if config.is_encoder_decoder:
         raise ValueError(f"text_config is a {type(config).__name__}, an encoder-decoder; pass an encoder's config.")
     if not isinstance(getattr(config, "hidden_size", None), int):
-        raise ValueError(
-            f"text_config is a {type(config).__name__} without a hidden_size; pass a text encoder's config."
-        )
+        raise ValueError(f"text_config is a {type(config).__name__} without a hidden_size; pass a text encoder's.")
     return config
+
+
+def _built(field: str, build: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> Any:
+    """Build a library config; it raises errors of many kinds for a value of the wrong type."""
+    try:
+        return build(values)
+    except Exception as error:
+        raise ValueError(f"{field} is not allowed: {' '.join(str(error).split())}") from error
 
 
 def _one_of(field: str, value: Any, allowed: tuple[str, ...]) -> Any:

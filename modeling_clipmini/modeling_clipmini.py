@@ -5,8 +5,8 @@ Shape letters used in the comments:
     V width of the vision tower's pooled output, W width of the text tower, D width of the shared space.
 """
 
+import inspect
 import math
-from os import PathLike
 from typing import Any
 
 import torch
@@ -132,8 +132,12 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
             The model, in eval mode, with every pretrained weight kept, in float32.
 
         Raises:
-            ValueError: the vision tower is not a timm model, or a checkpoint lacks weights of its tower.
+            ValueError: the vision tower is not a timm model, a checkpoint lacks weights of its tower, or the config
+                has no such field.
         """
+        known = inspect.signature(ClipMiniConfig.__init__).parameters
+        if unknown := config.keys() - known.keys():
+            raise ValueError(f"ClipMiniConfig has no field {sorted(unknown)[0]!r}; it has {', '.join(known)}.")
         vision_kwargs, text_kwargs = dict(vision_kwargs or {}), dict(text_kwargs or {})
         vision_config = AutoConfig.from_pretrained(vision_model_name_or_path, **vision_kwargs)
         if not isinstance(vision_config, TimmWrapperConfig):
@@ -150,25 +154,19 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
         # Put in whole, after construction: `post_init` initialises what it finds during it.
         for name, tower in towers.items():
             setattr(model, name, tower)
+        if hasattr(model.text_model, "pooler"):
+            model.text_model.pooler = None
         return model.eval()
-
-    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as `PreTrainedModel` does, and tell the zero-shot pipeline, which asks for a map of its own."""
-        if self.is_remote_code():
-            self.config.auto_map = {
-                **(getattr(self.config, "auto_map", None) or {}),
-                "AutoModelForZeroShotImageClassification": f"modeling_clipmini.{type(self).__name__}",
-            }
-        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def _load_tower(auto_class: Any, path: str, options: dict[str, Any]) -> nn.Module:
     """Load a pretrained tower in float32 and see that the checkpoint held all of it."""
     options = {"dtype": torch.float32, **options, "output_loading_info": True}
     tower, info = auto_class.from_pretrained(path, **options)
-    if info["missing_keys"]:
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # pooling is ours
+    if missing:
         raise ValueError(
-            f"{path!r} lacks weights of its own model, among them {sorted(info['missing_keys'])[0]!r}; they would be "
+            f"{path!r} lacks weights of its own model, among them {missing[0]!r}; they would be "
             "random. Is it the right checkpoint?"
         )
     return tower

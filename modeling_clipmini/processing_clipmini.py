@@ -29,7 +29,7 @@ def image_processor_for(vision_config: TimmWrapperConfig) -> CLIPImageProcessor:
         The image processor.
 
     Raises:
-        ValueError: the tower's crop mode or interpolation has no stock equivalent.
+        ValueError: the tower's crop or interpolation has no stock equivalent.
     """
     pretrained_cfg = getattr(vision_config, "pretrained_cfg", None)
     if not pretrained_cfg:
@@ -47,10 +47,13 @@ def image_processor_for(vision_config: TimmWrapperConfig) -> CLIPImageProcessor:
         )
     _, height, width = data["input_size"]
     scaled = {"height": math.floor(height / data["crop_pct"]), "width": math.floor(width / data["crop_pct"])}
-    is_square = height == width
-    size = {"shortest_edge": scaled["height"]} if crop_mode == "center" and is_square else scaled
+    if crop_mode == "center" and height != width:
+        raise ValueError(
+            f"timm input_size={data['input_size']} with crop_mode='center' keeps the aspect ratio in a way that no "
+            "stock image processor does; set pretrained_cfg['crop_mode']='squash'."
+        )
     return CLIPImageProcessor(
-        size=size,
+        size={"shortest_edge": scaled["height"]} if crop_mode == "center" else scaled,
         crop_size={"height": height, "width": width},
         resample=TIMM_INTERPOLATIONS[data["interpolation"]],
         image_mean=list(data["mean"]),
@@ -109,9 +112,9 @@ class ClipMiniProcessor(ProcessorMixin):
             The processor. The tokenizer is changed in place: it gives `input_ids` and `attention_mask` alone, and its
             `model_max_length` is no more than the text tower has positions for.
         """
-        positions = getattr(config.text_config, "max_position_embeddings", None) or DEFAULT_MAX_TOKENS
         # Unset it is 1e30, and one long label would crash the tower.
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+        longest = config.max_text_tokens or DEFAULT_MAX_TOKENS
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         return cls(image_processor=image_processor_for(config.vision_config), tokenizer=tokenizer)
 

@@ -6,6 +6,7 @@ Shape letters used in the comments:
 """
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Self
 
 import timm
@@ -19,6 +20,11 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .configuration_clipmini import ClipMiniConfig
 
 logger = logging.get_logger(__name__)
+
+AUTO_MAP = {
+    "AutoModelForZeroShotImageClassification": "modeling_clipmini.ClipMiniModel",
+    "AutoProcessor": "processing_clipmini.ClipMiniProcessor",
+}
 
 
 @dataclass
@@ -109,6 +115,18 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
                     "keeps all its activations."
                 )
 
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as `PreTrainedModel` does, with all Auto classes in `auto_map`.
+
+        transformers notes one Auto class per class. The zero-shot pipeline asks for another, which a half cannot be.
+        """
+        if self.is_remote_code():
+            auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
+            if not (hasattr(self, "vision_model") and hasattr(self, "text_model")):
+                del auto_map["AutoModelForZeroShotImageClassification"]
+            self.config.auto_map = auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def train(self, mode: bool = True) -> Self:
         """Set train or eval mode; a tower whose every parameter is frozen stays in eval mode.
 
@@ -181,6 +199,8 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
 
     def _add_text_tower(self) -> None:
         self.text_model = AutoModel.from_config(self.config.text_config)
+        if hasattr(self.text_model, "pooler"):
+            self.text_model.pooler = None  # BERT's; pooling is ours, and unused it would never receive a gradient
         self.text_projection = self._projection(self.config.text_config.hidden_size)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -215,7 +235,7 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         The processor has done so already; transformers' zero-shot pipeline pads its labels but does not cut them, and
         one long label would crash the tower.
         """
-        positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        positions = self.config.max_text_tokens
         if positions is None or input_ids.shape[1] <= positions:
             return input_ids, attention_mask
         logger.warning_once(f"A text of {input_ids.shape[1]} tokens was cut to the {positions} that the model reads.")

@@ -1,9 +1,16 @@
-"""What a run can be told: training arguments and the recipe that holds them together with model and data."""
+"""What a run can be told: the `training` and `data` sections of a recipe."""
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+
+from .metrics import METRIC_NAMES
+
+logger = logging.getLogger(__name__)
+
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass
@@ -46,7 +53,26 @@ class ClipMiniTrainingArguments(TrainingArguments):
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Trainer integrations to log to."})
 
     def __post_init__(self) -> None:
-        """Check and complete the arguments as `TrainingArguments` does."""
+        """Check and complete the arguments as `TrainingArguments` does.
+
+        Raises:
+            ValueError: a value that cannot work; the message names the field and what is allowed.
+        """
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; use at least 1.")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs:g} is not allowed; use a number above 0.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would take pictures and captions away; leave it out.")
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            self.load_best_model_at_end = False  # nothing is measured to choose by
+        best = self.metric_for_best_model
+        if self.load_best_model_at_end and (best or "").removeprefix("eval_") not in METRIC_NAMES:
+            raise ValueError(f"metric_for_best_model={best!r} is not measured; use one of {', '.join(METRIC_NAMES)}.")
+        for tower in ("vision", "text"):
+            if getattr(self, f"freeze_{tower}") and getattr(self, f"{tower}_learning_rate") is not None:
+                logger.warning("%s_learning_rate has no effect: freeze_%s is on", tower, tower)
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinned memory is there for a GPU; without one torch warns per epoch
         super().__post_init__()
@@ -64,7 +90,8 @@ class DataArguments:
         validation_fraction: share of the images to validate on, where the data has no such split.
         test_fraction: share of the images to test on, where the data has neither split.
         split_seed: seed of the split.
-        check_images: open every picture once before training and leave out those that cannot be read.
+        check_images: open every picture once before training and leave out those that cannot be read. Without it
+            the first such picture stops the run.
         strict: stop at the first picture or caption that cannot be used, rather than leave it out.
     """
 

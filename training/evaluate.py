@@ -3,7 +3,6 @@
 import itertools
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
@@ -87,4 +86,4 @@ def _project(model: ClipMiniModel, pooled: Tensor, name: str) -> Tensor:
         output = model(**{name: chunk.to(model.device)})
         embeds = output.image_embeds if name == "pooled_image" else output.text_embeds
         results.append(embeds.float().cpu())
-    return F.normalize(torch.cat(results), dim=-1)
+    return torch.cat(results)

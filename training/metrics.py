@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
+METRIC_NAMES = (
+    *(f"{direction}_r{k}" for direction in ("text_to_image", "image_to_text") for k in RECALL_AT),
+    "mean_recall",
+)
 CHUNK_SIZE = 1024  # rows of the similarity matrix alive at once
 
 
@@ -16,8 +20,8 @@ def retrieval_ranks(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Te
     """Rank the right answer of every query, 0 being first place.
 
     A caption's right answer is its one image; an image's is the best placed of its captions, and its other captions do
-    not stand in the way. Ties count against the model: a collapsed model, which gives every pair the same similarity,
-    must not look perfect. The similarity matrix is never built whole.
+    not stand in the way. Ties count against the model, and so does NaN: neither a collapsed model, which gives every
+    pair the same similarity, nor a diverged one must look perfect. The similarity matrix is never built whole.
 
     Args:
         image_embeds: (I, D), of length 1.
@@ -30,20 +34,26 @@ def retrieval_ranks(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Te
     text_ranks = torch.empty(len(text_embeds), dtype=torch.long)
     for start in range(0, len(text_embeds), CHUNK_SIZE):
         rows = slice(start, start + CHUNK_SIZE)
-        similarity = text_embeds[rows] @ image_embeds.T  # (chunk, I)
+        similarity = _similarity(text_embeds[rows], image_embeds)  # (chunk, I)
         right = similarity.gather(1, image_of_text[rows, None])
-        text_ranks[rows] = (similarity >= right).sum(dim=1) - 1  # the right image ties with itself
+        text_ranks[rows] = (~(similarity < right)).sum(dim=1) - 1  # the right image ties with itself
 
     image_ranks = torch.full((len(image_embeds),), -1)
     for start in range(0, len(image_embeds), CHUNK_SIZE):
         rows = slice(start, start + CHUNK_SIZE)
-        similarity = image_embeds[rows] @ text_embeds.T  # (chunk, T)
+        similarity = _similarity(image_embeds[rows], text_embeds)  # (chunk, T)
         images = torch.arange(start, start + len(similarity))
         is_own = images[:, None] == image_of_text[None, :]
         best_own = similarity.masked_fill(~is_own, -torch.inf).amax(dim=1, keepdim=True)
-        ranks = ((similarity >= best_own) & ~is_own).sum(dim=1)
+        ranks = (~(similarity < best_own) & ~is_own).sum(dim=1)
         image_ranks[rows] = ranks.where(is_own.any(dim=1), -1)
     return text_ranks, image_ranks
+
+
+def _similarity(queries: Tensor, answers: Tensor) -> Tensor:
+    """Cosine similarities in float32; rounded to bf16, as under autocast, many would tie."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries.float() @ answers.float().T
 
 
 def retrieval_metrics(

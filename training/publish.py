@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from .build import ModelPreset
@@ -27,15 +28,13 @@ def render_model_card(recipe: Recipe, model_config: Any, results: dict[str, Any]
         towers = [recipe.model]
     elif recipe.model.pretrained:
         towers = [recipe.model.vision, str(recipe.model.text)]
-    is_offline = bool(towers) and all(tower.startswith("offline:") for tower in towers)
     base_model = [tower for tower in towers if not tower.startswith("offline:") and not Path(tower).exists()]
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         tags=["clip", "clipmini", "image-text-retrieval", "timm"],
         base_model=base_model or None,
-        # Both offline towers are Apache-2.0; of others, and of the pictures, only the person who trains can tell.
-        license="apache-2.0" if is_offline else None,
+        # No licence: of towers and pictures together only the person who trains can tell.
     )
     name = Path(str(recipe.training.output_dir)).name
     return ModelCard.from_template(
@@ -52,6 +51,7 @@ def render_model_card(recipe: Recipe, model_config: Any, results: dict[str, Any]
         num_train_epochs=recipe.training.num_train_epochs,
         batch_size=recipe.training.per_device_train_batch_size,
         seed=recipe.training.seed,
+        recipe=yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True),
         **results,
     )
 

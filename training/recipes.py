@@ -1,6 +1,7 @@
 """Recipes: whole training runs as YAML, checked before anything is loaded."""
 
 import contextlib
+import datetime
 import difflib
 import inspect
 import types
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import DistilBertConfig
 
 from modeling_clipmini import ClipMiniConfig
 
@@ -80,6 +82,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     for name, cls in SECTIONS.items():
         section = _mapping(values.get(name, {}), name)
         sections[name] = _build(cls, section, name)
+    if not values["training"]["output_dir"]:
+        raise ValueError("training.output_dir is empty; name a folder.")
     if not isinstance(values.get("model"), str):
         raise ValueError(
             f"{name_or_path}: model={values.get('model')!r}; name a preset, a YAML file or a saved model."
@@ -97,8 +101,11 @@ def _load_preset(name: str) -> ModelPreset | str:
             raise ValueError(f"model={name!r} is neither a preset ({known}) nor a YAML file, a folder or a Hub id.")
         return name
     values = _read_yaml(_find("models", name))
-    _check_keys(values.get("config", {}), _config_fields(), f"{name}: config")
-    return _build(ModelPreset, values, name)
+    preset = _build(ModelPreset, values, name)
+    _check_keys(preset.config, _config_fields(), f"{name}: config")
+    if isinstance(preset.text, dict):
+        _check_keys(preset.text, _field_names(DistilBertConfig), f"{name}: text")
+    return preset
 
 
 def _config_fields() -> list[str]:
@@ -149,7 +156,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {key}=...: {_unknown(path[0], [*SECTIONS, 'model_config'])}")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the latter of what looks like a date and is none
         value = text
     home = values if len(path) == 1 else values.setdefault(path[0], {})
     _mapping(home, path[0])[path[-1]] = value
@@ -181,9 +188,10 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """Fit a YAML value to a field's type: whole numbers may stand for others, and nothing else is bent.
+    """Fit a YAML value to a field's type, and bend as little as possible.
 
-    YAML 1.1 reads 5e-5 as text; where a number is wanted and text is not, it becomes one.
+    YAML 1.1 reads 5e-5 as text; where a number is wanted and text is not, it becomes one. It reads 2024 as a number,
+    2024-01-02 as a date and `no` as false; where only text is wanted they become text again.
     """
     allowed = _members(hint)
     takes_text = str in allowed or any(isinstance(member, type) and issubclass(member, str) for member in allowed)
@@ -192,6 +200,10 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             value = float(value)
     if float in allowed and type(value) is int and int not in allowed:
         value = float(value)
+    if takes_text and type(value) in (int, datetime.date) and type(value) not in allowed:
+        value = str(value)
+    if takes_text and value is False and bool not in allowed and where.endswith("_strategy"):
+        value = "no"
     if Any in allowed or type(value) in allowed or (isinstance(value, str) and takes_text):
         return value
     words = [TYPE_WORDS.get(member, getattr(member, "__name__", str(member))) for member in allowed]

@@ -14,7 +14,8 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from clipmini.inference.images import Skipped
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
@@ -30,7 +31,7 @@ from .trainer import ClipMiniTrainer
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe.yaml", "results.json", "curves.png", "model"
+RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "curves.png", "model"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TrainResult:
     """What a run leaves.
 
     Attributes:
-        output_dir: the run's folder: `recipe.yaml`, `results.json`, `curves.png`, checkpoints.
+        output_dir: the run's folder: `recipe_as_run.yaml`, `results.json`, `curves.png`, checkpoints.
         model_dir: the trained model, complete: code, config, weights, processor.
         results: what `results.json` holds: per split the recalls by chance, before and after training, all in [0, 1].
     """
@@ -79,23 +80,29 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> TrainResult:
     else:
         model, processor = load_for_fine_tuning(recipe.model, recipe.model_config)
 
-    # Only now, when data and model are there: a mistyped source must not cost an earlier run.
-    _claim_output_dir(output_dir, recipe, overwrite)
-    checkpoint = get_last_checkpoint(str(output_dir))
-    if checkpoint:
-        logger.warning("going on from %s", checkpoint)
-
-    trainer = ClipMiniTrainer(
-        model=model,
-        args=args,
-        train_dataset=pairs["train"],
-        eval_dataset=pairs.get("validation"),
-        processing_class=processor,
-    )
+    if "validation" not in pairs and args.eval_strategy != "no":
+        logger.warning("there is no validation split: no checkpoint is chosen, the last weights are kept")
+        args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+    try:
+        trainer = ClipMiniTrainer(
+            model=model,
+            args=args,
+            train_dataset=pairs["train"],
+            eval_dataset=pairs.get("validation"),
+            processing_class=processor,
+        )
+    except (ImportError, RuntimeError) as error:  # an integration or an optimizer that is not installed
+        raise ValueError(f"the recipe's training section cannot be used: {error}") from error
     held_out = {"validation": trainer.eval_dataset} if "validation" in pairs else {}
     if "test" in pairs:
         held_out["test"] = trainer.with_cached_features(pairs["test"])
     before = _measure(trainer, held_out)
+
+    # Only now, when everything works: a mistyped value must not cost an earlier run.
+    _claim_output_dir(output_dir, recipe, overwrite)
+    checkpoint = _last_checkpoint(output_dir)
+    if checkpoint:
+        logger.warning("going on from %s", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     after = _measure(trainer, held_out)
 
@@ -103,6 +110,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> TrainResult:
     results = {
         "num_train_images": len(pairs["train"]),
         "num_skipped": skipped.count,
+        "skipped": [{"path": name, "reason": reason} for name, reason in skipped.items],
         "train_s": _logged(trainer.state.log_history, "train_runtime"),
         "splits": {
             name: {
@@ -147,32 +155,46 @@ def save_model_folder(
 
 
 def _recipe_text(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True)
+    """Give the recipe as YAML; whether to be strict is a matter of this call, not of the run."""
+    data = {name: value for name, value in recipe.values["data"].items() if name != "strict"}
+    return yaml.safe_dump({**recipe.values, "data": data}, sort_keys=False, allow_unicode=True)
 
 
 def _check_output_dir(output_dir: Path, recipe: Recipe) -> None:
-    """Refuse a folder that holds a finished run, or checkpoints of another recipe."""
+    """Refuse a folder that holds a finished run, or what this run would replace and another left there."""
     remedy = "pass --overwrite, or --set output_dir=another/folder."
     if (output_dir / RESULTS_FILE).exists():
         raise ValueError(f"{output_dir} holds a finished run; {remedy}")
     recipe_file = output_dir / RECIPE_FILE
-    has_checkpoint = output_dir.is_dir() and get_last_checkpoint(str(output_dir)) is not None
-    if has_checkpoint and (
-        not recipe_file.exists() or recipe_file.read_text(encoding="utf-8") != _recipe_text(recipe)
-    ):
-        raise ValueError(f"{output_dir} holds an unfinished run of another recipe; {remedy}")
+    is_same = recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == _recipe_text(recipe)
+    others = [name for name in (RECIPE_FILE, MODEL_FOLDER) if (output_dir / name).exists()]
+    others += [folder.name for folder in output_dir.glob("checkpoint-*")]
+    if others and not is_same:
+        raise ValueError(f"{output_dir} holds an unfinished run of another recipe ({others[0]}); {remedy}")
 
 
 def _claim_output_dir(output_dir: Path, recipe: Recipe, overwrite: bool) -> None:
-    """Make the output folder this run's: clear an earlier run away if told to, and leave the recipe there."""
+    """Make the output folder this run's. Of an earlier run the model stays until the new one takes its place."""
     if overwrite:
-        for name in (RECIPE_FILE, RESULTS_FILE, CURVES_FILE):
-            (output_dir / name).unlink(missing_ok=True)
-        for folder in (output_dir / MODEL_FOLDER, *output_dir.glob("checkpoint-*")):
-            shutil.rmtree(folder, ignore_errors=True)
+        (output_dir / RESULTS_FILE).unlink(missing_ok=True)
+        for folder in output_dir.glob("checkpoint-*"):
+            shutil.rmtree(folder)
     output_dir.mkdir(parents=True, exist_ok=True)
     with _written_beside(output_dir / RECIPE_FILE) as file:
         file.write_text(_recipe_text(recipe), encoding="utf-8")
+
+
+def _last_checkpoint(output_dir: Path) -> str | None:
+    """Find the last whole checkpoint. Trainer writes its state last, so one without was cut off, and goes."""
+    while checkpoint := get_last_checkpoint(str(output_dir)):
+        try:
+            json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s was cut off while it was written; removed", checkpoint)
+            shutil.rmtree(checkpoint)
+        else:
+            return checkpoint
+    return None
 
 
 def _measure(trainer: ClipMiniTrainer, splits: Mapping[str, Dataset | CachedPairs]) -> dict[str, dict[str, float]]:
@@ -191,15 +213,23 @@ def _logged(log_history: list[dict[str, float]], key: str) -> float | None:
 
 @contextmanager
 def _written_beside(target: Path) -> Iterator[Path]:
-    """Give a path beside `target` to write to, and rename it to `target` when all is written."""
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    """Give a path beside `target` to write to; when all is written, it takes the place of what stood there."""
+    beside, old = (target.with_name(f".{target.name}.{os.getpid()}{suffix}") for suffix in ("", ".old"))
     try:
         yield beside
-        if target.is_dir():
-            shutil.rmtree(target)
-        beside.replace(target)
+        if target.is_symlink():
+            target.unlink()
+        if target.is_dir():  # a folder cannot be replaced in one step
+            target.rename(old)
+        try:
+            beside.replace(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside)
-        else:
-            beside.unlink(missing_ok=True)
+        for path in (beside, old):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)

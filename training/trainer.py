@@ -36,7 +36,8 @@ class ClipMiniTrainer(Trainer):
         **kwargs: passed to `Trainer`: `callbacks`, `optimizers`, ...
 
     Raises:
-        ValueError: several GPUs are visible to one process, which Trainer would use through `DataParallel`.
+        ValueError: several GPUs are visible to one process, which Trainer would use through `DataParallel`; or several
+            processes train together, whose negatives are not gathered yet.
     """
 
     args: ClipMiniTrainingArguments
@@ -55,8 +56,12 @@ class ClipMiniTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process: Trainer would split each batch over them with "
-                "DataParallel, and every part would see only its own negatives. Start one process per GPU with "
-                "`torchrun --nproc_per_node N -m clipmini.inference.cli train ...`, or set CUDA_VISIBLE_DEVICES=0."
+                "DataParallel, and every part would see only its own negatives. Set CUDA_VISIBLE_DEVICES=0."
+            )
+        if args.world_size > 1:
+            raise ValueError(
+                f"{args.world_size} processes train together, but negatives are not gathered across them yet: each "
+                "would see only its own. Start one process."
             )
         if processing_class is None:
             raise ValueError("ClipMiniTrainer needs the model's processor: pass processing_class=processor.")

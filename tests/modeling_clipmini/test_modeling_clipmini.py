@@ -1,4 +1,5 @@
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,16 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from transformers import AutoModel, BertConfig, BertModel, DistilBertModel, TimmWrapperConfig, TimmWrapperModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    DistilBertModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+)
 
 from modeling_clipmini import ClipMiniModel, ClipMiniTextModel, ClipMiniVisionModel
 
@@ -239,6 +249,38 @@ def test_any_text_encoder_will_do(tiny_config):
     model = ClipMiniModel(tiny_config(text_config=text_config)).eval()
     assert isinstance(model.text_model, BertModel)
     assert model(**make_inputs()).loss.isfinite()
+
+
+def test_a_text_tower_with_positions_after_padding_and_a_pooler(tower_folders, tmp_path):
+    """RoBERTa: saved from pretraining without a pooler, two positions fewer than the table has rows."""
+    config = RobertaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=34,
+    )
+    RobertaForMaskedLM(config).save_pretrained(tmp_path / "text")
+    model = ClipMiniModel.from_vision_text_pretrained(tower_folders[2], str(tmp_path / "text"))
+    assert model.config.max_text_tokens == 32
+    assert model(input_ids=torch.full((2, 40), 7)).text_embeds.isfinite().all()
+    assert not any("pooler" in name for name, _ in model.named_parameters())
+    model.save_pretrained(tmp_path / "model")
+    _, info = ClipMiniModel.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_an_unknown_config_field_is_refused(tower_folders):
+    with pytest.raises(ValueError, match="no field 'projektion'"):
+        ClipMiniModel.from_vision_text_pretrained(tower_folders[2], tower_folders[3], projektion="mlp")
+
+
+def test_a_half_saved_alone_does_not_claim_to_classify(tiny_folder, tmp_path):
+    ClipMiniVisionModel.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "towers_clipmini.ClipMiniVisionModel"
+    assert "AutoModelForZeroShotImageClassification" not in auto_map
 
 
 def test_single_towers_load_from_the_whole_checkpoint(tiny_folder):

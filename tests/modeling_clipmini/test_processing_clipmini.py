@@ -99,7 +99,11 @@ def test_without_a_pretrained_cfg_timms_default_holds():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"crop_mode": "border"}, "crop_mode='border'"), ({"interpolation": "random"}, "'random'")],
+    [
+        ({"input_size": (3, 256, 128)}, "keeps the aspect ratio"),
+        ({"crop_mode": "border"}, "crop_mode='border'"),
+        ({"interpolation": "random"}, "'random'"),
+    ],
 )
 def test_what_has_no_stock_equivalent_is_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -80,6 +80,7 @@ print(json.dumps(AutoConfig.from_pretrained("again", trust_remote_code=True).aut
         "AutoConfig": "configuration_clipmini.ClipMiniConfig",
         "AutoModel": "modeling_clipmini.ClipMiniModel",
         "AutoModelForZeroShotImageClassification": "modeling_clipmini.ClipMiniModel",
+        "AutoProcessor": "processing_clipmini.ClipMiniProcessor",
     }
     assert {file.name for file in tiny_folder.iterdir()} == {file.name for file in (tmp_path / "again").iterdir()}
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import os
 from pathlib import Path
 
 import datasets
@@ -158,7 +159,7 @@ class TestBadInput:
         table.write_text(
             'image,caption\n0.png,a\n1.png,a, b\n"1.png"x,b\n\n2.png\n2.png,c\n1.png,"never closed\n2.png,d\n'
         )
-        assert captions_of(table, skipped=skipped) == [["a"], ["c"]]
+        assert captions_of(table, skipped=skipped) == [["a"], ["c", "d"]]
         assert [Path(name).name for name, _ in skipped.items] == [f"a.csv line {line}" for line in (3, 4, 6, 8)]
         assert skipped.items[0][1] == "has 3 fields instead of 2"
 
@@ -173,6 +174,35 @@ class TestBadInput:
         table.write_text("0.png#0\ta\n1.png b\n2.png#0\tc\n")
         assert captions_of(table, skipped=skipped) == [["a"], ["c"]]
         assert [Path(name).name for name, _ in skipped.items] == ["tokens.txt line 2"]
+
+    def test_a_quote_that_is_never_closed_costs_its_row(self, tmp_path):
+        lines = [f"{number}.png,{number}" for number in range(1000)]
+        lines[2], lines[500], lines[999] = '2.png,"5 inch screen', '500.png,"two\nlines"', '999.png,"last'
+        table = tmp_path / "a.csv"
+        table.write_text("image,caption\n" + "\n".join(lines))
+        skipped = Skipped()
+        captions = captions_of(table, skipped=skipped, check_images=False)
+        assert captions == [[str(n)] if n != 500 else ["two\nlines"] for n in range(999) if n != 2]
+        assert [Path(name).name for name, _ in skipped.items] == ["a.csv line 4", "a.csv line 1002"]
+        assert "cannot be parsed" in skipped.items[0][1]
+
+    def test_every_row_with_a_quote_that_is_never_closed(self, tmp_path):
+        table = tmp_path / "a.csv"
+        table.write_text("image,caption\n0.png,a\n" + '1.png,"b\n' * 20_000)
+        skipped = Skipped()
+        assert captions_of(table, skipped=skipped, check_images=False) == [["a"]]
+        assert skipped.count == 20_000
+
+    def test_quotes_in_a_table_with_tabs(self, tmp_path):
+        table = tmp_path / "a.tsv"
+        lines = ["image\tcaption", '0.png\t"Stop" says the sign', '1.png\t"5 inch screen', '2.png\t"a ""red"" fish"']
+        table.write_text("\r\n".join([*lines, "3.png\tlast", '4.png\t"a"\tb c"']), newline="")
+        skipped = Skipped()
+        captions = captions_of(table, skipped=skipped, check_images=False)
+        assert captions == [['"Stop" says the sign'], ['"5 inch screen'], ['a "red" fish'], ["last"]]
+        assert [(Path(name).name, reason) for name, reason in skipped.items] == [
+            ("a.tsv line 6", "has 3 fields instead of 2")
+        ]
 
     def test_web_addresses(self, tmp_path):
         table = write_jsonl(tmp_path / "a.jsonl", [{"image": "https://example.org/a.jpg", "caption": "a"}])
@@ -236,3 +266,44 @@ class TestBadInput:
         assert captions_of(tmp_path) == [["a"]]
         assert "left out" in caplog.text
         assert caplog.records[0].levelno == logging.WARNING
+
+    @pytest.mark.parametrize("contents", ['{"MIT": "the text"}', '["MIT"]', "3", "[]"])
+    def test_table_without_pairs_beside_others(self, contents, tmp_path, caplog):
+        make_csv(write_pictures(tmp_path, 3))
+        for name in ("licences.json", "pairs.json"):
+            (tmp_path / name).write_text(contents)
+            assert captions_of(tmp_path) == [["zero", "nought"], ["one"], ["two"]]
+            assert f"left out {tmp_path / name}" in caplog.text
+
+    def test_a_split_without_pairs_is_an_error(self, tmp_path):
+        write_pictures(tmp_path, 2)
+        write_jsonl(tmp_path / "train.jsonl", [{"image": "0.png", "caption": "a"}])
+        write_jsonl(tmp_path / "test.jsonl", [{"image": "1.png", "titel": "b"}])
+        with pytest.raises(ValueError, match=r"test\.jsonl has no caption column"):
+            load_pairs(tmp_path)
+
+    def test_the_same_table_in_two_formats(self, tmp_path):
+        write_csv(write_pictures(tmp_path, 3) / "metadata.csv", [("image", "caption"), *ROWS])
+        write_jsonl(tmp_path / "metadata.jsonl", [{"image": name, "caption": text} for name, text in ROWS])
+        with pytest.raises(ValueError, match=r"both metadata\.csv and metadata\.jsonl.*; remove one"):
+            load_pairs(tmp_path)
+        assert len(captions_of(tmp_path / "metadata.csv")) == 3
+
+    def test_a_sub_folder_that_cannot_be_read(self, tmp_path, monkeypatch, caplog):
+        make_csv(write_pictures(tmp_path, 3))
+        closed = write_pictures(tmp_path / "closed", 1)
+        scandir = os.scandir
+
+        def refuse(path):
+            if Path(path) == closed:
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        assert len(captions_of(tmp_path)) == 3
+        assert caplog.messages == [f"cannot look into {closed} (Permission denied)"]
+
+    def test_a_path_that_is_too_long(self, tmp_path):
+        write_pictures(tmp_path, 1)
+        rows = [{"image": "x" * 300, "caption": "a"}, {"image": "0.png", "caption": "b"}]
+        assert captions_of(write_jsonl(tmp_path / "a.jsonl", rows)) == [["b"]]

@@ -15,6 +15,7 @@ from PIL import Image
 
 from clipmini.inference.images import read_image
 from clipmini.training.data import load_pairs
+from clipmini.training.sources import _split_in
 
 WHOLE = {"validation_fraction": 0, "test_fraction": 0}
 
@@ -165,6 +166,30 @@ class TestSplits:
         pairs = load_pairs(tmp_path)
         assert {split: len(rows) for split, rows in pairs.items()} == {"train": 2, "validation": 1}
 
+    def test_names_that_only_hold_the_name_of_a_split(self, tmp_path):
+        for index, name in enumerate(["dev trip", "home", "my-test"]):
+            folder = write_pictures(tmp_path / name, 1, index)
+            write_jsonl(folder / "metadata.jsonl", [{"file_name": f"{index}.png", "caption": name}])
+        pairs = load_pairs(tmp_path, **WHOLE)
+        assert {split: len(rows) for split, rows in pairs.items()} == {"train": 3}
+
+    @pytest.mark.parametrize(
+        ("name", "split"),
+        [
+            ("train-00000-of-00002.parquet", "train"),
+            ("captions.Val.jsonl", "validation"),
+            ("captions_val2017.json", "validation"),
+            ("Dev/metadata.csv", "validation"),
+            ("train/test.csv", "test"),
+            ("train2017/metadata.csv", "train"),
+            ("test-photos/metadata.csv", None),
+            ("dev trip.csv", None),
+            ("contest.csv", None),
+        ],
+    )
+    def test_split_in_a_path(self, name, split):
+        assert _split_in(Path(name)) == split
+
     def test_split_column(self, tmp_path):
         write_pictures(tmp_path, 4)
         splits = ["train", "restval", "val", "test"]
@@ -173,6 +198,11 @@ class TestSplits:
         )
         pairs = load_pairs(table)
         assert {split: len(rows) for split, rows in pairs.items()} == {"train": 2, "validation": 1, "test": 1}
+        write_csv(table, [("image", "caption", "split"), ("0.png", "a", "train"), ("0.png", "b", " ")])
+        assert [row["captions"] for row in load_pairs(table, **WHOLE)["train"]] == [["a", "b"]]
+        rows = [{"image": "0.png", "caption": "a", "split": None}, {"image": "1.png", "caption": "b", "split": "test"}]
+        pairs = load_pairs(write_jsonl(tmp_path / "a.jsonl", rows), **WHOLE)
+        assert {split: len(rows) for split, rows in pairs.items()} == {"train": 1, "test": 1}
         write_csv(table, [("image", "caption", "split"), ("0.png", "a", "holdout")])
         with pytest.raises(ValueError, match="'holdout' is not known; use one of train"):
             load_pairs(table)

@@ -48,6 +48,19 @@ def test_a_collapsed_model_does_not_look_good():
     assert set(result.values()) == {0.0}
 
 
+def test_a_diverged_model_does_not_look_good():
+    vectors = torch.full((20, 4), torch.nan)
+    result = retrieval_metrics(vectors, vectors, torch.arange(20))
+    assert set(result.values()) == {0.0}
+
+
+def test_autocast_does_not_round_similarities():
+    images, texts = unit_vectors([[0.9001, 0.9], [0.9, 0.9001]])
+    with torch.autocast("cpu", torch.bfloat16):
+        result = retrieval_metrics(images, texts, torch.tensor([0, 1]), recall_at=(1,))
+    assert result["mean_recall"] == 1.0
+
+
 def test_an_image_without_captions_is_a_distractor_and_no_query():
     images, texts = unit_vectors([[0.9, 0.1, 0.95], [0.1, 0.9, 0.2]])
     result = retrieval_metrics(images, texts, torch.tensor([0, 1]), recall_at=(1,))

@@ -45,6 +45,10 @@ def test_values_arrive_with_their_types(tmp_path):
         (["model_config.loss=sigmoid"], lambda r: r.model_config, {"loss": "sigmoid"}),
         (["model=org/name"], lambda r: r.model, "org/name"),
         (["freeze_vision=true", "num_train_epochs=3"], lambda r: r.training.num_train_epochs, 3),
+        (["eval_strategy=no"], lambda r: r.training.eval_strategy.value, "no"),
+        (["source=2024"], lambda r: r.data.source, "2024"),
+        (["source=2024-01-02"], lambda r: r.data.source, "2024-01-02"),
+        (["source=2024-13-02"], lambda r: r.data.source, "2024-13-02"),
         (["lr_scheduler_type=cosine"], lambda r: r.training.lr_scheduler_type.value, "cosine"),
     ],
 )
@@ -66,6 +70,17 @@ def test_overrides(overrides, read, expected, tmp_path):
         (GOOD, ["seed=1.5"], "training.seed=1.5 is not allowed; use a whole number"),
         (GOOD, ["freeze_text=1"], "training.freeze_text=1 is not allowed; use true or false"),
         (GOOD, ["source=null"], "data.source=None is not allowed; use text"),
+        (GOOD, ["source=no"], "data.source=False is not allowed; use text"),
+        (GOOD, ["output_dir="], "training.output_dir is empty; name a folder"),
+        (
+            GOOD,
+            ["metric_for_best_model=eval_loss"],
+            "metric_for_best_model='eval_loss' is not measured",
+        ),
+        (GOOD, ["per_device_eval_batch_size=0"], "per_device_eval_batch_size=0 is not allowed; use at least 1"),
+        (GOOD, ["gradient_accumulation_steps=0"], "gradient_accumulation_steps=0"),
+        (GOOD, ["num_train_epochs=-1"], "num_train_epochs=-1 is not allowed"),
+        (GOOD, ["remove_unused_columns=true"], "remove_unused_columns=True would take"),
         (GOOD, ["model=tinny"], r"model='tinny' is neither a preset \(.*tiny.*\)"),
         (GOOD, ["lr_scheduler_type=cosin"], "cosin"),
         (GOOD.replace("data:", "dta:"), [], "there is no 'dta'; the nearest name is 'data'"),
@@ -104,6 +119,30 @@ def test_every_model_preset_names_towers(name, tmp_path):
     assert preset.text
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vision: resnet18\ntext: {n_layer: 1}\npretrained: false", "text: there is no 'n_layer'; .* 'n_layers'"),
+        ("vision: resnet18\ntext: bert\nconfig:", "config=None is not allowed; use a mapping"),
+        (
+            "vision: resnet18\ntext: bert\nconfig: {projektion: mlp}",
+            "no 'projektion'; .* 'projection'",
+        ),
+        ("vison: resnet18\ntext: bert", "there is no 'vison'"),
+    ],
+)
+def test_a_wrong_preset_file_is_refused(text, message, tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path, GOOD), [f"model={preset}"])
+
+
+def test_a_frozen_towers_learning_rate_is_said_to_have_no_effect(tmp_path, caplog):
+    load_recipe(write(tmp_path, GOOD), ["freeze_vision=true", "vision_learning_rate=1e-4"])
+    assert "vision_learning_rate has no effect" in caplog.text
+
+
 def test_a_random_model_can_be_built_without_any_download(tmp_path):
     model, processor = build_model(load_recipe(write(tmp_path, GOOD)).model)
     token_ids = processor(text="A cat, 2 dogs!")["input_ids"]
@@ -116,6 +155,7 @@ def test_a_random_model_can_be_built_without_any_download(tmp_path):
     [
         (ModelPreset(vision="resnet5", text={}, pretrained=False), "vision='resnet5' is not an architecture"),
         (ModelPreset(vision="resnet18", text="bert", pretrained=False), "give the fields of a DistilBERT config"),
+        (ModelPreset(vision="resnet18", text={"dim": "x"}, pretrained=False), "text_config is not allowed: .*dim"),
         (ModelPreset(vision="resnet18", text={}), "text must name a pretrained tower"),
     ],
 )

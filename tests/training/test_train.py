@@ -52,7 +52,7 @@ def test_a_folder_of_pictures_becomes_a_model(recipe, tmp_path, caplog):
     assert {file.name for file in result.output_dir.iterdir() if not file.name.startswith("checkpoint")} == {
         "curves.png",
         "model",
-        "recipe.yaml",
+        "recipe_as_run.yaml",
         "results.json",
     }
     assert result.results == json.loads((tmp_path / "run" / "results.json").read_text())
@@ -92,9 +92,10 @@ def test_a_finished_run_is_not_overwritten_unasked(recipe, tmp_path):
     note.write_text("mine")
     with pytest.raises(ValueError, match="holds a finished run; pass --overwrite"):
         train(recipe())
-    with pytest.raises(ValueError, match="nowhere"):
-        train(recipe("source=nowhere"), overwrite=True)
-    assert (tmp_path / "run" / "model" / "config.json").exists()  # a mistyped source costs nothing
+    for mistake in ("source=nowhere", "report_to=wandb"):
+        with pytest.raises(ValueError, match=r"nowhere|wandb"):
+            train(recipe(mistake), overwrite=True)
+    assert (tmp_path / "run" / "results.json").exists()  # a mistake costs nothing
     train(recipe("num_train_epochs=1"), overwrite=True)
     assert note.read_text() == "mine"  # only the run's own files are replaced
 
@@ -138,6 +139,33 @@ def test_a_mistyped_source_does_not_take_the_folder(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_others_left_in_the_folder_is_not_replaced(recipe, tmp_path):
+    precious = tmp_path / "run" / "model" / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    with pytest.raises(ValueError, match=r"another recipe \(model\)"):
+        train(recipe())
+    assert precious.read_text() == "mine"
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(recipe, tmp_path, caplog):
+    whole = train(recipe())
+    checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    (tmp_path / "run" / "results.json").unlink()
+    (checkpoints[-1] / "trainer_state.json").unlink()
+    resumed = train(recipe())
+    assert f"{checkpoints[-1]} was cut off" in caplog.text
+    assert f"going on from {checkpoints[-2]}" in caplog.text
+    states = [ClipMiniModel.from_pretrained(result.model_dir).state_dict() for result in (whole, resumed)]
+    assert all(torch.allclose(tensor, states[1][name], atol=1e-6) for name, tensor in states[0].items())
+
+
+def test_without_a_validation_split_the_last_weights_are_kept(recipe, caplog):
+    result = train(recipe("validation_fraction=0"))
+    assert set(result.results["splits"]) == {"test"}
+    assert "no validation split" in caplog.text
+
+
 def test_strict_stops_at_the_first_broken_picture(recipe):
     with pytest.raises(ValueError, match=r"(7|8)\.png"):
         train(recipe("strict=true"))
@@ -156,3 +184,12 @@ def test_no_half_of_a_folder_is_ever_seen(tiny_model, tiny_processor, tmp_path, 
         save_model_folder(tiny_model, tiny_processor, folder)
     assert (folder / "config.json").read_bytes() == before
     assert [path.name for path in Path(tmp_path).iterdir()] == ["model"]
+
+
+def test_a_link_to_a_folder_is_replaced_and_the_folder_left_alone(tiny_model, tiny_processor, tmp_path):
+    elsewhere, link = tmp_path / "elsewhere", tmp_path / "model"
+    elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    save_model_folder(tiny_model, tiny_processor, link)
+    assert (link / "config.json").exists()
+    assert list(elsewhere.iterdir()) == []
