@@ -68,7 +68,7 @@ def find_images(folder: str | Path) -> list[Path]:
     """List a folder's pictures, those of its sub-folders too, by suffix.
 
     Args:
-        folder: where to look; hidden files and folders are passed over.
+        folder: where to look; hidden files and folders are passed over, and with a warning those that cannot be read.
 
     Returns:
         Paths that begin with `folder`, sorted.
@@ -80,7 +80,7 @@ def find_images(folder: str | Path) -> list[Path]:
     if not root.is_dir():
         raise ValueError(f"{folder} is not a folder." if root.exists() else f"The folder {folder} does not exist.")
     found = []
-    for parent, folders, files in os.walk(root):
+    for parent, folders, files in os.walk(root, onerror=warn_of_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
             Path(parent, name)
@@ -90,6 +90,11 @@ def find_images(folder: str | Path) -> list[Path]:
     if not found:
         raise ValueError(f"{folder} has no pictures; looked for {', '.join(sorted(IMAGE_SUFFIXES))}.")
     return sorted(found)
+
+
+def warn_of_unreadable(error: OSError) -> None:
+    """Name a folder that `os.walk` would pass over in silence."""
+    logger.warning("cannot look into %s (%s)", error.filename, error.strerror)
 
 
 class Skipped:

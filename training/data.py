@@ -37,11 +37,11 @@ def load_pairs(
     Rows with the same path, or in columns of bytes the same bytes, are one image. Pictures stay where they are, in
     files or in the memory-mapped cache of `datasets`, and are read when a row is.
 
-    Splits that the data has are kept: files or folders named after them, or a `split` column. Where there is only a
-    train split, or none, validation and test images are drawn from it; where there is a test split, validation alone;
-    where there is a validation split, nothing. An image is drawn by a hash of its path or bytes with the seed, so the
-    order of rows has no say, and an image added or removed moves hardly any other. Every split that is drawn gets at
-    least one image.
+    Splits that the data has are kept: files or folders named after them, or a `split` column (blank means train).
+    Where there is only a train split, or none, validation and test images are drawn from it; where there is a test
+    split, validation alone; where there is a validation split, nothing. An image is drawn by a hash of its path or
+    bytes with the seed, so the order of rows has no say, and an image added or removed moves hardly any other. Every
+    split that is drawn gets at least one image.
 
     A caption may be a text, a number (read as its text), or a list of these. What is empty or no text is left out, and
     so is an image that cannot be read or has no caption left. Captions of any sane length are kept whole, since the

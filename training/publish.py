@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .build import ModelPreset
 from .recipes import Recipe
+from .towers import OFFLINE_PREFIX, OFFLINE_TOWERS
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"  # beside this package in a checkout and in a wheel alike
 
@@ -28,7 +29,7 @@ def render_model_card(recipe: Recipe, model_config: Any, results: dict[str, Any]
         towers = [recipe.model]
     elif recipe.model.pretrained:
         towers = [recipe.model.vision, str(recipe.model.text)]
-    base_model = [tower for tower in towers if not tower.startswith("offline:") and not Path(tower).exists()]
+    base_model = [tower for tower in towers if not tower.startswith(OFFLINE_PREFIX) and not Path(tower).exists()]
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
@@ -52,6 +53,9 @@ def render_model_card(recipe: Recipe, model_config: Any, results: dict[str, Any]
         batch_size=recipe.training.per_device_train_batch_size,
         seed=recipe.training.seed,
         recipe=yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True),
+        offline_towers=[
+            OFFLINE_TOWERS[tower.removeprefix(OFFLINE_PREFIX)] for tower in towers if tower.startswith(OFFLINE_PREFIX)
+        ],
         **results,
     )
 

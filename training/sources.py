@@ -21,9 +21,9 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from datasets.table import InMemoryTable
 from tqdm.auto import tqdm
 
-from clipmini.inference.images import Skipped, find_images
+from clipmini.inference.images import Skipped, find_images, warn_of_unreadable
 
-from .tables import caption_texts, is_token_file, read_rows, valid_unicode
+from .tables import NoPairsError, caption_texts, is_token_file, read_rows, valid_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,25 @@ class SourceReader:
             if left_out:
                 logger.warning("left out %s: the name has no split, as others in the folder have", ", ".join(left_out))
             splits = {table: split for table, split in splits.items() if split}
-        return _concatenate([self._read_table(table, split, base=folder) for table, split in splits.items()])
+        return self._read_tables(splits, folder)
+
+    def _read_tables(self, splits: dict[Path, str | None], folder: Path) -> RawPairs:
+        """Read a folder's tables; what holds no pairs is left out, unless it is named as a split or all there is."""
+        parts: dict[Path, RawPairs] = {}
+        faults: list[NoPairsError] = []
+        for table, split in splits.items():
+            try:
+                parts[table] = self._read_table(table, split, base=folder)
+            except NoPairsError as error:
+                if split:
+                    raise
+                faults.append(error)
+        if not parts:
+            raise faults[0]
+        for fault in faults:
+            logger.warning("left out %s", fault)
+        _refuse_copies(parts)
+        return _concatenate(list(parts.values()))
 
     def _read_table(self, table: Path, split: str | None, base: Path | None) -> RawPairs:
         if table.suffix.lower() != ".parquet":
@@ -171,7 +189,7 @@ class SourceReader:
     ) -> RawPairs:
         head = list(itertools.islice(rows, NUM_SAMPLED))
         if not head:
-            raise ValueError(f"{where} has no rows.")
+            raise NoPairsError(f"{where} has no rows.")
         columns = list(dict.fromkeys(name for row in head for name in row))
         image = _find_column(columns, self.image_column, IMAGE_COLUMNS, "image", where)
         caption = _find_column(columns, self.caption_column, CAPTION_COLUMNS, "caption", where)
@@ -191,7 +209,7 @@ class SourceReader:
         self, dataset: Dataset, where: str, folder: Path, split: str | None, base: Path | None
     ) -> RawPairs:
         if len(dataset) == 0:
-            raise ValueError(f"{where} has no rows.")
+            raise NoPairsError(f"{where} has no rows.")
         columns, features = dataset.column_names, dataset.features
         image = self.image_column or _find_pictures(features)
         image = _find_column(columns, image, IMAGE_COLUMNS, "image", where)
@@ -202,7 +220,9 @@ class SourceReader:
         splits: list[str | None] = [split] * len(dataset)
         if split_column:
             to_name = getattr(features[split_column], "int2str", lambda value: value)  # of a ClassLabel
-            splits = [_split_named(to_name(value), where) for value in dataset[split_column]]
+            splits = [
+                _split_named(None if value is None else to_name(value), where) for value in dataset[split_column]
+            ]
 
         if features[image] in (Value("string"), Value("large_string")):
             images, keys = self._locate([_path_in(path) for path in dataset[image]], where, folder, base)
@@ -237,7 +257,7 @@ class SourceReader:
 def _find_tables(folder: Path) -> list[Path]:
     """List a folder's tables: `metadata.*` in any sub-folder, else data files, else the one token file."""
     found = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=warn_of_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         suffixes = (*TABLE_SUFFIXES, *TOKEN_SUFFIXES)
         names = [name for name in files if not name.startswith(".") and name.lower().endswith(suffixes)]
@@ -254,26 +274,42 @@ def _find_tables(folder: Path) -> list[Path]:
     return tokens
 
 
+def _refuse_copies(tables: Iterable[Path]) -> None:
+    """Refuse one table in two formats, which would give every caption twice."""
+    names: dict[Path, str] = {}
+    for table in tables:
+        other = names.setdefault(table.with_suffix(""), table.name)
+        if other != table.name:
+            raise ValueError(
+                f"{table.parent} has both {other} and {table.name}, which may hold the same captions; remove one."
+            )
+
+
 def _find_root(names: Sequence[str], folder: Path) -> Path:
     """Find the folder that holds the pictures: the given one, or one up to two levels below it."""
     for depth in (".", "*/", "*/*/"):
         for candidate in [folder] if depth == "." else sorted(folder.glob(depth)):
-            if any((candidate / name).is_file() for name in names[:10]):
+            if any(os.path.isfile(candidate / name) for name in names[:10]):
                 return candidate
     return folder
 
 
 def _split_in(path: Path) -> str | None:
-    """Find the split that a file's name or one of its folders' speaks of, as train-00000-of-00002.parquet does."""
-    for part in reversed((*path.parts[:-1], path.name.partition(".")[0])):
-        for word in re.findall("[a-z]+", part.lower()):
-            if word in SPLITS:
-                return SPLITS[word]
+    """Find the split that a file or one of its folders is named after.
+
+    Of a file's name one word will do, as in train-00000-of-00002.parquet; of a folder's it takes the whole. Either may
+    end in a year, as COCO's do.
+    """
+    for word in (*re.split("[-_.]", path.name), *reversed(path.parts[:-1])):
+        split = SPLITS.get(word.lower().rstrip("0123456789"))
+        if split:
+            return split
     return None
 
 
 def _split_named(value: Any, where: str) -> str:
-    split = SPLITS.get(str(value).strip().lower())
+    name = "" if value is None else str(value).strip().lower()
+    split = SPLITS.get(name or "train")  # as for every row of a source that does not say
     if split is None:
         raise ValueError(f"{where}: split {value!r} is not known; use one of {', '.join(SPLITS)}.")
     return split
@@ -289,7 +325,7 @@ def _find_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str
     if found is None or found not in columns:
         fault = f"column {wanted!r}" if wanted else f"{kind} column by any usual name"
         names = ", ".join(map(repr, columns))
-        raise ValueError(f"{where} has no {fault}; set {kind}_column to one of its columns: {names}.")
+        raise NoPairsError(f"{where} has no {fault}; set {kind}_column to one of its columns: {names}.")
     return found
 
 

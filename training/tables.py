@@ -8,6 +8,7 @@ import json
 import math
 import numbers
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ TOKEN_LINE = re.compile(r"[^\t]+#\d+\t")  # image.jpg#0<TAB>caption
 KAGGLE_HEADER = re.compile(r"image(_name)?\s*[,|]\s*(caption|comment)")
 TEXT_FIELDS = ("raw", "caption", "text", "sentence")  # of a caption that is an object
 MAX_CAPTION_CHARACTERS = 100_000  # no text tower reads as far; a tokenizer that has to try takes seconds
+
+
+class NoPairsError(ValueError):
+    """A file can be read, but is no table of pairs."""
 
 
 def is_token_file(path: Path) -> bool:
@@ -106,27 +111,48 @@ def _read_tokens(path: Path, skipped: Skipped) -> Iterator[dict[str, Any]]:
 def _read_delimited(path: Path, skipped: Skipped) -> Iterator[dict[str, Any]]:
     first_line = _first_line(path)
     delimiter = max(DELIMITERS, key=first_line.count)
-    # Strict, for a quotation mark that is never closed would otherwise swallow the rows that follow. Flickr30k's
-    # results.csv is the one kind with bars, and quotes nothing.
+    header: list[str] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        quoting: Any = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
-        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
-        header: list[str] = []
-        while True:
-            place = f"{path} line {reader.line_num + 1}"
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                skipped.add(place, f"cannot be parsed ({error})")
-                continue
-            if not header:
+        for number, row in _parse(file, delimiter):
+            place = f"{path} line {number}"
+            if isinstance(row, csv.Error):
+                skipped.add(place, f"cannot be parsed ({row})")
+            elif not header:
                 header = [name.strip() for name in row]
             elif len(row) == len(header):
                 yield dict(zip(header, row, strict=True))
             elif row:
                 skipped.add(place, f"has {len(row)} fields instead of {len(header)}")
+
+
+def _parse(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """Parse rows, each with the number of its first line; a fault takes up that line alone.
+
+    Strict, for a quotation mark that is never closed would otherwise swallow the rows that follow. Flickr30k's
+    results.csv is the one kind with bars, and quotes nothing. With tabs, a line whose quotes do not parse has none.
+    """
+    quoting: Any = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
+    unread: deque[str] = deque()
+
+    def take(taken: list[str]) -> Iterator[str]:
+        while line := unread.popleft() if unread else next(lines, ""):
+            taken.append(line)
+            yield line
+
+    number = 1
+    while True:
+        taken: list[str] = []
+        row: list[str] | csv.Error | None
+        try:
+            row = next(csv.reader(take(taken), delimiter=delimiter, quoting=quoting, strict=True), None)
+        except csv.Error as error:
+            row = taken[0].rstrip("\r\n").split("\t") if delimiter == "\t" else error
+            unread.extendleft(reversed(taken[1:]))
+            del taken[1:]
+        if row is None:
+            return
+        yield number, row
+        number += len(taken)
 
 
 def _read_json(path: Path, skipped: Skipped) -> Iterator[dict[str, Any]]:
@@ -160,5 +186,5 @@ def _json_items(path: Path, rows: Any) -> Iterator[tuple[str, Any]]:
         lists = [value for value in rows.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         rows = lists[0] if lists else [rows]
     if not isinstance(rows, list):
-        raise ValueError(f"{path} holds neither a list of objects nor lines of them.")
+        raise NoPairsError(f"{path} holds neither a list of objects nor lines of them.")
     return ((f"{path} item {number}", row) for number, row in enumerate(rows, 1))

@@ -355,6 +355,12 @@ class TestFindImages:
         with pytest.raises(ValueError, match=reason):
             find_images(tmp_path / name)
 
+    def test_names_a_sub_folder_that_cannot_be_read(self, tmp_path, monkeypatch, caplog):
+        error = PermissionError(13, "Permission denied", "a/b")
+        monkeypatch.setattr("os.walk", lambda top, onerror: onerror(error) or [(top, [], ["a.png"])])
+        assert find_images(tmp_path) == [tmp_path / "a.png"]
+        assert caplog.messages == ["cannot look into a/b (Permission denied)"]
+
     def test_suffixes(self):
         assert {".jpg", ".png", ".webp", ".gif", ".heic"} <= IMAGE_SUFFIXES
         assert all(suffix.startswith(".") and suffix.islower() for suffix in IMAGE_SUFFIXES)
@@ -386,10 +392,7 @@ class TestSkipped:
             skipped.add(f"{number}.jpg", "is empty")
         skipped.log_summary()
         assert len(caplog.records) == MAX_NAMED + 1
-        assert (
-            caplog.records[-1].getMessage()
-            == f"{MAX_NAMED + 30} inputs skipped; the first {MAX_NAMED} are named above"
-        )
+        assert caplog.messages[-1] == f"{MAX_NAMED + 30} inputs skipped; the first {MAX_NAMED} are named above"
         assert len(skipped.items) == MAX_NAMED + 30
 
     def test_strict_stops_at_the_first(self):
