@@ -1,56 +1,16 @@
 """What cannot be used is left out, counted and named; what is wrong as a whole is said in one sentence."""
 
-import csv
-import io
-import json
 import logging
 import os
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from clipmini.inference.images import Skipped
 from clipmini.training.data import load_pairs
-
-WHOLE = {"validation_fraction": 0, "test_fraction": 0}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-def colour_of(number):
-    return (number % 256, number * 7 % 256, number * 31 % 256)
-
-
-def encode(number=0):
-    stream = io.BytesIO()
-    Image.new("RGB", (4, 3), colour_of(number)).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_pictures(folder, count, start=0):
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(start, start + count):
-        (folder / f"{number}.png").write_bytes(encode(number))
-    return folder
-
-
-def write_jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write_csv(path, rows, delimiter=","):
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, delimiter=delimiter).writerows(rows)
-    return path
+from pair_files import WHOLE, encode, write_csv, write_jsonl, write_pictures
 
 
 def captions_of(source, **options):
