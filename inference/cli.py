@@ -119,11 +119,9 @@ def train(
     for name, split in result.results["splits"].items():
         typer.echo(f"{name}: {split['num_images']} pictures, {split['num_captions']} captions; recall in percent")
         _print_table(_recall_table(split))
-    folder = loaded.data.source if Path(loaded.data.source).is_dir() else "FOLDER"
+    folder = shlex.quote(_folder_to_search(loaded.data.source))
     typer.echo(f"The model is in {result.model_dir}")
-    typer.echo(
-        f'Try it: clipmini search {shlex.quote(str(result.model_dir))} {shlex.quote(folder)} "a dog on a beach"'
-    )
+    typer.echo(f'Try it: clipmini search {shlex.quote(str(result.model_dir))} {folder} "a dog on a beach"')
 
 
 @app.command(epilog='Example: clipmini search runs/demo/model ~/Pictures "a red fish near coral" --out result.png')
@@ -193,6 +191,17 @@ def classify(
     skipped.log_summary()
 
 
+def _folder_to_search(source: str) -> str:
+    """Name the folder that was trained on where it holds pictures, as one with only tables does not."""
+    from .images import find_images
+
+    try:
+        find_images(source)
+    except ValueError:
+        return "FOLDER"
+    return source
+
+
 def _recall_table(split: dict[str, Any]) -> Table:
     table = Table("")
     columns = ("chance", "before", "after")
@@ -233,7 +242,10 @@ def _as_sentence(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     if isinstance(error, (ValueError, OSError)):
-        return " ".join(str(error).split()) or type(error).__name__
+        message = str(error)
+        if "\nOriginal Traceback " in message:  # torch's wrapping of what a data worker raised
+            message = message.rpartition(f"{type(error).__name__}: ")[2]
+        return " ".join(message.split()) or type(error).__name__
     return None
 
 

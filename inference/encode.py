@@ -2,18 +2,18 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini.towers_clipmini import normalise
 
 from .images import ImageError, Skipped, read_image
 
@@ -42,19 +42,24 @@ def load_model(
             raise ValueError(f"{path} is not a model folder: it has no config.json. Name one that training saved.")
         try:
             model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{config_file} is not a JSON object: {error}.") from None
         if model_type != ClipMiniConfig.model_type:
             raise ValueError(f"{path} holds a model of type {model_type!r}; a clipmini model is needed.")
     elif str(name_or_path).count("/") != 1 or str(name_or_path).startswith((".", "/")):
         raise ValueError(f"{name_or_path} does not exist. Name a model folder, or a Hub id like org/name.")
+    # Libraries raise nearly anything for a JSON file with the wrong kind of value in it.
+    expected = Exception if path.exists() else (OSError, RuntimeError, ValueError, SafetensorError)
+    part = "model"
     try:
         loaded: Any = ClipMiniModel.from_pretrained(name_or_path, output_loading_info=True)
+        part = "processor"
         processor = ClipMiniProcessor.from_pretrained(name_or_path)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # files missing, damaged or of other shapes
-        where = "is incomplete or damaged" if path.exists() else "is neither a folder here nor to be had from the Hub"
+    except expected as error:
+        damaged = f"is incomplete or damaged (its {part})"
+        where = damaged if path.exists() else "is neither a folder here nor to be had from the Hub"
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")  # transformers adds a paragraph of advice
-        raise ValueError(f"{name_or_path} {where}: {reason}.") from error
+        raise ValueError(f"{name_or_path} {where}: {reason or type(error).__name__}.") from error
     model, info = loaded
     if info["missing_keys"]:
         raise ValueError(f"{name_or_path} lacks weights, among them {sorted(info['missing_keys'])[0]!r}.")
@@ -77,11 +82,13 @@ def encode_images(
         (I, D) float32 on the CPU, each of length 1.
 
     Raises:
-        ImageError: a picture cannot be read; leave such out beforehand where that may happen.
+        ImageError: a picture cannot be read; the message names it. `encode_files` leaves such out.
     """
-    return run_images(
-        processor, images, lambda pixels: _normalise(model.get_image_features(pixels.to(model.device))), batch_size
-    )
+
+    def embed(pixel_values: Tensor) -> Tensor:
+        return normalise(model.get_image_features(pixel_values.to(model.device)).pooler_output)
+
+    return run_images(processor, images, embed, batch_size)
 
 
 def encode_files(
@@ -128,9 +135,11 @@ def encode_texts(
     Returns:
         (T, D) float32 on the CPU, each of length 1, in the order of `texts`.
     """
-    return run_texts(
-        processor, texts, lambda inputs: _normalise(model.get_text_features(**inputs.to(model.device))), batch_size
-    )
+
+    def embed(inputs: Any) -> Tensor:
+        return normalise(model.get_text_features(**inputs.to(model.device)).pooler_output)
+
+    return run_texts(processor, texts, embed, batch_size)
 
 
 @torch.no_grad()
@@ -147,12 +156,15 @@ def run_images(
 
     Returns:
         (I, width) float32 on the CPU.
+
+    Raises:
+        ImageError: a picture cannot be read; the message names it.
     """
     total = len(images) if isinstance(images, Sized) else None
     progress = tqdm(total=total, desc="pictures", unit="picture", leave=False)
     results = []
     with progress:
-        pictures = map(read_image, images)
+        pictures = (read_named(image, f"picture {number}") for number, image in enumerate(images, start=1))
         while parts := list(_prepared(processor, itertools.islice(pictures, batch_size))):
             # Convolutions run a quarter to a half faster so, on the CPU and under autocast on a GPU.
             pixel_values = torch.cat(parts).contiguous(memory_format=torch.channels_last)
@@ -184,6 +196,43 @@ def run_texts(
         progress.update(len(batch))
     progress.close()
     return torch.cat(results)[torch.tensor(order).argsort()]
+
+
+def read_named(source: Any, name: str) -> Image.Image:
+    """Read one picture of many, so that an error says which.
+
+    Args:
+        source: whatever `read_image` takes.
+        name: stands for a picture that has no path.
+
+    Returns:
+        The picture, as `read_image` gives it.
+
+    Raises:
+        ImageError: it cannot be read; the message is its path or name, and the reason.
+    """
+    try:
+        return read_image(source)
+    except ImageError as error:
+        path = source.get("path") if isinstance(source, Mapping) else source
+        has_path = isinstance(path, (str, Path)) and str(path)
+        raise ImageError(f"{path if has_path else name}: {error}") from error
+
+
+def check_text(kind: str, text: str) -> None:
+    """Refuse a text that no tokenizer takes: the halves of characters that stand for bytes that are not UTF-8.
+
+    Args:
+        kind: what the text is, for the message.
+        text: a caption, or what will be part of one.
+
+    Raises:
+        ValueError: it cannot be written in UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"The {kind} {text!r} is not text in UTF-8; set the terminal or the file to UTF-8.") from None
 
 
 class _ReadablePictures:
@@ -228,7 +277,3 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
-
-
-def _normalise(features: Any) -> Tensor:
-    return F.normalize(features.pooler_output.float(), dim=-1)

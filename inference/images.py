@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = frozenset(
 
 
 class ImageError(ValueError):
-    """A picture cannot be used; the message is the reason in one clause, without the file's name."""
+    """A picture cannot be used; of `read_image` the message is the reason in one clause, without a file name."""
 
 
 def read_image(source: str | Path | bytes | Mapping[str, Any] | Image.Image | None) -> Image.Image:

@@ -1,6 +1,7 @@
 """Search pictures with words: an exact scan over a folder, and a picture of what was found."""
 
 import bisect
+import logging
 import math
 import os
 import textwrap
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
-from .encode import encode_files, encode_texts
+from .encode import check_text, encode_files, encode_texts
 from .images import ImageError, Skipped, find_images, read_image
+
+logger = logging.getLogger(__name__)
 
 DRAWING_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 MAX_DRAWN = 100  # pictures per query; more cannot be told apart
@@ -120,7 +123,7 @@ def rank(paths: Sequence[Path], embeddings: Tensor, query_embed: Tensor, top: in
     Raises:
         ValueError: `top` is below 1, or a similarity is not a number.
     """
-    check_search("any", top)
+    _check_top(top)
     scores = embeddings @ query_embed  # (I,)
     if not scores.isfinite().all():
         raise ValueError("The model gives similarities that are no numbers: its weights are damaged.")
@@ -137,13 +140,23 @@ def check_search(query: str, top: int = 9, out: str | Path | None = None) -> Non
         out: where they are to be drawn, if at all.
 
     Raises:
-        ValueError: the query is blank, `top` is below 1, or the drawing's suffix is not supported.
+        ValueError: the query is blank or not UTF-8, `top` is below 1, or the drawing's suffix is not supported.
     """
     if not query.strip():
         raise ValueError("The query is empty; say in words what the picture should show.")
+    check_text("query", query)
+    _check_top(top)
+    if out is not None:
+        _check_drawing(out)
+
+
+def _check_top(top: int) -> None:
     if top < 1:
         raise ValueError(f"top={top} is not allowed; ask for at least 1 picture.")
-    if out is not None and Path(out).suffix.lower() not in DRAWING_SUFFIXES:
+
+
+def _check_drawing(out: str | Path) -> None:
+    if Path(out).suffix.lower() not in DRAWING_SUFFIXES:
         raise ValueError(f"A drawing cannot be written to {out}; end its name in {', '.join(DRAWING_SUFFIXES)}.")
 
 
@@ -151,7 +164,7 @@ def draw_results(query_hits: Mapping[str, Sequence[Hit]], out: str | Path, colum
     """Draw each query above its best pictures, with scores and file names.
 
     Args:
-        query_hits: hits per query, best first; at most `MAX_DRAWN` of each are drawn.
+        query_hits: hits per query, best first; at most `MAX_DRAWN` of each are drawn, and a warning says so.
         out: the file to write, whole or not at all; its folder is made.
         columns: pictures per row; by default a row per query, or for a single query a grid as wide as high.
 
@@ -159,11 +172,13 @@ def draw_results(query_hits: Mapping[str, Sequence[Hit]], out: str | Path, colum
         ValueError: the suffix is not supported, there is nothing to draw, or a picture can no longer be read.
     """
     drawn = {query: list(hits)[:MAX_DRAWN] for query, hits in query_hits.items() if hits}
-    for query in query_hits:
-        check_search(query, out=out)
+    _check_drawing(out)
     if not drawn:
         raise ValueError("There are no results to draw.")
-    most = max(map(len, drawn.values()))
+    most = max(map(len, query_hits.values()))
+    if most > MAX_DRAWN:
+        logger.warning("only the best %d of %d pictures are drawn", MAX_DRAWN, most)
+    most = min(most, MAX_DRAWN)
     columns = min(most, columns or (math.ceil(math.sqrt(most)) if len(drawn) == 1 else most))
     with warnings.catch_warnings():
         # Where no installed font has a character, a box stands for it.

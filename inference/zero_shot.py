@@ -10,7 +10,7 @@ from torch import Tensor
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.loss_clipmini import pairwise_logits
 
-from .encode import encode_files, encode_images, encode_texts
+from .encode import check_text, encode_files, encode_images, encode_texts
 from .images import Skipped
 
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -90,7 +90,7 @@ def fill_template(labels: Sequence[str], template: str = DEFAULT_TEMPLATE) -> li
     """Make captions of labels.
 
     Args:
-        labels: at least one, none blank, no two alike.
+        labels: at least one, none blank, no two alike; UTF-8, as the template.
         template: holds `{}`, where the label goes; other braces stay as they are.
 
     Returns:
@@ -101,11 +101,13 @@ def fill_template(labels: Sequence[str], template: str = DEFAULT_TEMPLATE) -> li
     """
     if "{}" not in template:
         raise ValueError(f"The template {template!r} has no {{}} where the label goes; try {DEFAULT_TEMPLATE!r}.")
+    check_text("template", template)
     if isinstance(labels, str) or not labels:
         raise ValueError(f"The labels {labels!r} are not allowed; give a list of at least one.")
     for index, label in enumerate(labels):
         if not label.strip():
             raise ValueError(f"Label {index + 1} of {len(labels)} is blank; leave it out or name it.")
+        check_text("label", label)
         if label in labels[:index]:
             raise ValueError(f"The label {label!r} is given twice, and would share its score with itself.")
     return [template.replace("{}", label) for label in labels]

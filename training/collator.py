@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipmini.inference.images import read_image
+from clipmini.inference.encode import read_named
 from modeling_clipmini import ClipMiniProcessor
 
 
@@ -38,13 +38,13 @@ class ClipMiniCollator:
             `attention_mask` (B, L) or `pooled_text` (B, W).
 
         Raises:
-            ImageError: a picture cannot be read; `load_pairs` leaves such out.
+            ImageError: a picture cannot be read; the message names it. `load_pairs` leaves such out.
         """
         batch: dict[str, Tensor] = {"image_ids": torch.tensor([row["image_id"] for row in rows])}
         if "pooled_image" in rows[0]:
             batch["pooled_image"] = torch.stack([row["pooled_image"] for row in rows])
         else:
-            images = [read_image(row["image"]) for row in rows]
+            images = [read_named(row["image"], f"image_id {row['image_id']}") for row in rows]
             batch["pixel_values"] = self.processor(images=images)["pixel_values"]
         if "pooled_captions" in rows[0]:
             batch["pooled_text"] = torch.stack([_draw(row["pooled_captions"]) for row in rows])

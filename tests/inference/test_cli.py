@@ -9,11 +9,13 @@ import warnings
 
 import pytest
 from PIL import Image
+from torch._utils import ExceptionWrapper
 from typer.testing import CliRunner
 
 import clipmini.inference.encode
 import clipmini.training.train
 from clipmini.inference import cli
+from clipmini.inference.images import ImageError
 from clipmini.inference.zero_shot import DEFAULT_TEMPLATE
 from clipmini.training.train import TrainResult
 
@@ -108,6 +110,7 @@ class TestSearch:
         ("options", "words"),
         [
             (["{pictures}", ""], ["query is empty"]),
+            (["{pictures}", "a \udcff fish"], ["query", "\\udcff", "UTF-8"]),
             (["{pictures}", "a fish", "--top", "0"], ["top=0"]),
             (["{pictures}", "a fish", "--top", "many"], ["--top"]),
             (["{pictures}", "a fish", "--out", "result.gif"], ["result.gif", ".png"]),
@@ -191,6 +194,7 @@ class TestClassify:
             (["--labels", "cat,,dog"], ["Label 2 of 3", "blank"]),
             (["--labels", "cat, cat"], ["'cat'", "twice"]),
             (["--labels", "cat", "--template", "a photo"], ["template", "{}"]),
+            (["--labels", "cat,\udcff"], ["label", "\\udcff", "UTF-8"]),
         ],
     )
     def test_bad_input(self, run, tiny_folder, pictures, options, words):
@@ -216,7 +220,8 @@ class TestTrain:
                 "before": {**RECALLS, "mean_recall": 0.5},
                 "after": {**RECALLS, "mean_recall": 1.0},
             }
-            results = {"num_skipped": 0, "splits": {"validation": split, "test": split}}
+            skipped = [{"path": "7.png", "reason": "is empty"}]
+            results = {"num_skipped": 1, "skipped": skipped, "splits": {"validation": split, "test": split}}
             return TrainResult(
                 output_dir=tmp_path / "my run", model_dir=tmp_path / "my run" / "model", results=results
             )
@@ -242,13 +247,20 @@ class TestTrain:
         assert [cell.strip() for cell in row.strip("│").split("│")] == ["mean recall", "3.1", "50.0", "100.0"]
         row = next(line for line in lines if "text to image R@10" in line)
         assert [cell.strip() for cell in row.strip("│").split("│")][1:] == ["25.0"] * 3
-        assert lines[-1] == f"Try it: clipmini search '{tmp_path}/my run/model' {tmp_path} \"a dog on a beach\""
+        assert lines[-1] == f"Try it: clipmini search '{tmp_path}/my run/model' FOLDER \"a dog on a beach\""
         assert "'loss'" in result.stderr
         assert "'loss'" not in result.stdout
+
+    def test_what_to_try_names_a_folder_of_pictures(self, run, calls, recipe, pictures):
+        for source, suggested in ((pictures, str(pictures)), (pictures / "red.png", "FOLDER"), ("a/b", "FOLDER")):
+            result = run("train", recipe, "--set", f"data.source={source}")
+            assert result.exit_code == 0, result.output
+            assert result.stdout.splitlines()[-1].endswith(f' {suggested} "a dog on a beach"')
 
     def test_json(self, run, calls, recipe, tmp_path):
         result = run("train", recipe, "--json")
         answer = json.loads(result.stdout)
+        assert (answer["num_skipped"], answer["skipped"]) == (1, [{"path": "7.png", "reason": "is empty"}])
         assert answer["model_dir"] == str(tmp_path / "my run" / "model")
         assert answer["splits"]["test"]["after"]["mean_recall"] == 1.0
         assert not calls[0][0].data.strict
@@ -290,6 +302,17 @@ class TestErrors:
     def test_files(self, fail_with):
         assert_refused(fail_with(FileNotFoundError(2, "No such file", "x.png")), "error: x.png: No such file.")
         assert_refused(fail_with(OSError("the disk is full")), "error: the disk is full")
+
+    def test_from_a_data_worker(self, fail_with):
+        try:
+            raise ImageError("photos/7.png: is empty (zero bytes)")
+        except ImageError:
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        with pytest.raises(ImageError, match="Original Traceback") as caught:
+            wrapped.reraise()
+        result = fail_with(caught.value)
+        assert_refused(result, "photos/7.png")
+        assert result.stderr.splitlines()[-1] == "error: photos/7.png: is empty (zero bytes)"
 
     def test_a_bug_shows(self, fail_with):
         result = fail_with(RuntimeError("oh"))

@@ -94,7 +94,10 @@ class TestSearchFolder:
         with pytest.raises(ValueError, match=r"No picture can be read: .*bad\.jpg is not an image"):
             search_folder(tiny_model, tiny_processor, tmp_path, "a")
 
-    @pytest.mark.parametrize(("query", "top", "message"), [(" \n", 9, "query is empty"), ("a", 0, "top=0 ")])
+    @pytest.mark.parametrize(
+        ("query", "top", "message"),
+        [(" \n", 9, "query is empty"), ("a", 0, "top=0 "), ("a \udcff fish", 9, "not text in UTF-8")],
+    )
     def test_bad_requests(self, tiny_model, tiny_processor, tmp_path, query, top, message):
         with pytest.raises(ValueError, match=message):
             search_folder(tiny_model, tiny_processor, tmp_path / "missing", query, top)
@@ -243,6 +246,15 @@ class TestDrawResults:
         draw_results({"a": self.hits(folder, 4)}, tmp_path / "four.png")
         draw_results({"a": self.hits(folder, 9)}, tmp_path / "nine.png")
         assert (pixels(tmp_path / "four.png") == pixels(tmp_path / "nine.png")).all()
+
+    def test_what_is_not_drawn_is_said_once(self, folder, tmp_path, monkeypatch, caplog):
+        monkeypatch.setattr(search, "MAX_DRAWN", 2)
+        draw_results({"a": self.hits(folder, 2)}, tmp_path / "out.png")
+        assert not caplog.messages
+        draw_results(
+            {"a": self.hits(folder, 2), "b": self.hits(folder, 5), "c": self.hits(folder, 3)}, tmp_path / "x.png"
+        )
+        assert caplog.messages == ["only the best 2 of 5 pictures are drawn"]
 
 
 def test_check_search_passes_what_is_right():

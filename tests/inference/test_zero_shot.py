@@ -68,7 +68,7 @@ def test_the_model_stays_out_of_the_graph(tiny_model, tiny_processor, paths):
 
 
 def test_an_unreadable_picture_is_an_error(tiny_model, tiny_processor, tmp_path):
-    with pytest.raises(ImageError, match="does not exist"):
+    with pytest.raises(ImageError, match=r"none\.png: does not exist"):
         classify(tiny_model, tiny_processor, [tmp_path / "none.png"], LABELS)
 
 
@@ -100,6 +100,8 @@ def test_files_strict(tiny_model, tiny_processor, paths, tmp_path):
         (["cat", "dog", "cat"], "a {}", "'cat' is given twice"),
         (["cat"], "a photo", "no {} where"),
         (["cat"], "a {0}", "no {} where"),
+        (["cat", "a \udcff fish"], "a {}", r"label 'a \\udcff fish' is not text in UTF-8"),
+        (["cat"], "\udcff {}", r"template '\\udcff \{\}' is not text in UTF-8"),
     ],
 )
 def test_bad_labels_and_templates(tiny_model, tiny_processor, paths, labels, template, message):

@@ -1,6 +1,8 @@
+import pytest
 import torch
 from PIL import Image
 
+from clipmini.inference.images import ImageError
 from clipmini.training.collator import ClipMiniCollator
 
 
@@ -49,3 +51,13 @@ def test_cached_features_stand_for_pictures_and_captions(tiny_processor):
 def test_very_long_captions_are_cut(tiny_processor):
     row = {"image": Image.new("RGB", (8, 8)), "captions": ["word " * 10_000], "image_id": 0}
     assert ClipMiniCollator(tiny_processor)([row])["input_ids"].shape[1] == 64
+
+
+def test_a_picture_that_cannot_be_read_is_named(tiny_processor, tmp_path):
+    (tmp_path / "7.png").write_bytes(b"")
+    row = {"image": {"bytes": None, "path": str(tmp_path / "7.png")}, "captions": ["a"], "image_id": 3}
+    with pytest.raises(ImageError) as caught:
+        ClipMiniCollator(tiny_processor)([*make_rows(), row])
+    assert str(caught.value) == f"{tmp_path / '7.png'}: is empty (zero bytes)"
+    with pytest.raises(ImageError, match=r"^image_id 3: is empty"):
+        ClipMiniCollator(tiny_processor)([*make_rows(), {**row, "image": {"bytes": b"", "path": None}}])

@@ -1,0 +1,104 @@
+"""Damaged model folders and unreadable pictures: each is named, in one sentence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from clipmini.inference import encode
+from clipmini.inference.encode import check_text, encode_images, load_model, read_named
+from clipmini.inference.images import ImageError
+
+
+@pytest.fixture
+def damage(tiny_folder, tmp_path):
+    """Copy the tiny model, with other contents in one of its JSON files."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_folder, folder)
+
+    def write(name, change):
+        values = json.loads((folder / name).read_text())
+        change = change(values) if callable(change) else change
+        (folder / name).write_text(json.dumps(change))
+        return folder
+
+    return write
+
+
+class TestLoadModel:
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda config: config | {"vision_config": 5}, "vision_config"),
+            (lambda config: config | {"text_config": "x"}, "text_config"),
+            (lambda config: config | {"text_config": config["text_config"] | {"dim": "wide"}}, "dim"),
+            (lambda config: config | {"vision_config": {"architecture": "resnet_of_tomorrow"}}, "resnet_of_tomorrow"),
+            (lambda config: config | {"vision_config": config["vision_config"] | {"model_args": 5}}, "int"),
+            (lambda config: config | {"dtype": 7}, "int"),
+        ],
+    )
+    def test_damaged_config(self, damage, change, reason):
+        folder = damage("config.json", change)
+        with pytest.raises(ValueError, match=rf"damaged is incomplete or damaged \(its model\): .*{reason}") as caught:
+            load_model(folder)
+        assert str(folder) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert caught.value.__cause__ is not None
+
+    @pytest.mark.parametrize("name", ["processor_config.json", "tokenizer_config.json", "tokenizer.json"])
+    def test_damaged_processor(self, damage, name):
+        with pytest.raises(ValueError, match=r"damaged is incomplete or damaged \(its processor\): .+\.$") as caught:
+            load_model(damage(name, []))
+        assert caught.value.__cause__ is not None
+
+    def test_config_of_endless_depth(self, damage):
+        folder = damage("config.json", {})
+        (folder / "config.json").write_text("[" * 200_000)
+        with pytest.raises(ValueError, match=r"config\.json is not a JSON object"):
+            load_model(folder)
+
+    def test_an_error_without_words(self, tiny_folder, monkeypatch):
+        def fail(*_, **__):
+            raise KeyError
+
+        monkeypatch.setattr(encode.ClipMiniProcessor, "from_pretrained", fail)
+        with pytest.raises(ValueError, match=r"\(its processor\): KeyError\.$"):
+            load_model(tiny_folder)
+
+
+class TestNames:
+    def test_path(self, tmp_path):
+        (tmp_path / "7.png").write_bytes(b"")
+        for source in (tmp_path / "7.png", str(tmp_path / "7.png"), {"bytes": b"", "path": str(tmp_path / "7.png")}):
+            with pytest.raises(ImageError) as caught:
+                read_named(source, "picture 8")
+            assert str(caught.value) == f"{tmp_path / '7.png'}: is empty (zero bytes)"
+
+    @pytest.mark.parametrize("source", [b"", {"bytes": b"", "path": None}])
+    def test_no_path(self, source):
+        with pytest.raises(ImageError) as caught:
+            read_named(source, "picture 8")
+        assert str(caught.value) == "picture 8: is empty (zero bytes)"
+
+    def test_a_good_picture(self):
+        assert read_named(Image.new("RGB", (4, 3), "red"), "x").getpixel((0, 0)) == (255, 0, 0)
+
+    def test_while_encoding(self, tiny_model, tiny_processor, tmp_path):
+        good = Image.new("RGB", (4, 3))
+        with pytest.raises(ImageError, match=r"none\.png: does not exist$"):
+            encode_images(tiny_model, tiny_processor, [good, tmp_path / "none.png"])
+        with pytest.raises(ImageError, match=r"^picture 2: is empty"):
+            encode_images(tiny_model, tiny_processor, [good, b""])
+
+
+def test_embeddings_have_length_one(tiny_model, tiny_processor):
+    embeds = encode_images(tiny_model, tiny_processor, [Image.new("RGB", (4, 3), color) for color in ("red", "blue")])
+    torch.testing.assert_close(embeds.norm(dim=1), torch.ones(2))
+
+
+def test_check_text():
+    check_text("query", "日本 🐟")
+    with pytest.raises(ValueError, match=r"^The query 'a \\udcff fish' is not text in UTF-8"):
+        check_text("query", "a \udcff fish")
