@@ -87,27 +87,30 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
         has_text = input_ids is not None or pooled_text is not None
         if not has_image and not has_text:
             raise ValueError("There is nothing to embed: give pixel_values, input_ids or both.")
-        output = ClipMiniOutput()
+        vision_output = text_output = images = texts = logits = loss = None
         if has_image:
             vision_output = self.get_image_features(pixel_values, pooled_image, return_dict=True, **kwargs)
-            output.image_embeds = normalise(vision_output.pooler_output)  # (I, D)
-            output.vision_model_output = vision_output
+            images = normalise(vision_output.pooler_output)  # (I, D)
         if has_text:
             text_output = self.get_text_features(input_ids, attention_mask, pooled_text, return_dict=True, **kwargs)
-            output.text_embeds = normalise(text_output.pooler_output)  # (T, D)
-            output.text_model_output = text_output
-        images, texts = output.image_embeds, output.text_embeds
+            texts = normalise(text_output.pooler_output)  # (T, D)
         if images is not None and texts is not None:
             scale = self.get_logit_scale()
-            output.logits_per_image = pairwise_logits(images, texts, scale, self.logit_bias)  # (I, T)
-            output.logits_per_text = output.logits_per_image.T
+            logits = pairwise_logits(images, texts, scale, self.logit_bias)  # (I, T)
             if return_loss and len(images) == len(texts):
                 if self.logit_bias is not None:
-                    output.loss = sigmoid_loss(images, texts, scale, self.logit_bias, image_ids)
+                    loss = sigmoid_loss(images, texts, scale, self.logit_bias, image_ids)
                 else:
-                    output.loss = infonce_loss(images, texts, scale, image_ids)
-        # A ModelOutput keeps the order in which fields were set; rebuilt, a tuple has the documented order.
-        return ClipMiniOutput(**output)
+                    loss = infonce_loss(images, texts, scale, image_ids)
+        return ClipMiniOutput(
+            loss=loss,
+            logits_per_image=logits,
+            logits_per_text=None if logits is None else logits.T,
+            text_embeds=texts,
+            image_embeds=images,
+            text_model_output=text_output,
+            vision_model_output=vision_output,
+        )
 
     @classmethod
     def from_vision_text_pretrained(

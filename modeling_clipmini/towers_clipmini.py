@@ -120,7 +120,7 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
 
         transformers notes one Auto class per class. The zero-shot pipeline asks for another, which a half cannot be.
         """
-        if self.is_remote_code():
+        if self._auto_class is not None:  # is_remote_code() is younger than transformers 5.0
             auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
             if not (hasattr(self, "vision_model") and hasattr(self, "text_model")):
                 del auto_map["AutoModelForZeroShotImageClassification"]

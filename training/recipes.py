@@ -104,7 +104,7 @@ def _load_preset(name: str) -> ModelPreset | str:
     preset = _build(ModelPreset, values, name)
     _check_keys(preset.config, _config_fields(), f"{name}: config")
     if isinstance(preset.text, dict):
-        _check_keys(preset.text, _field_names(DistilBertConfig), f"{name}: text")
+        _check_keys(preset.text, DistilBertConfig().to_dict(), f"{name}: text")
     return preset
 
 
