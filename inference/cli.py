@@ -95,12 +95,18 @@ def options(
     """Train your own small CLIP, and use it to search and classify pictures with words."""
 
 
-@app.command(epilog="Example: clipmini train demo --set num_train_epochs=10 --set output_dir=runs/short")
+@app.command(
+    epilog="Example: clipmini train demo --num_train_epochs 10 --output_dir runs/short",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def train(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, such as demo, or a YAML file.")],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable. Or --KEY VALUE."),
     ] = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="Run this stage of the recipe alone.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     strict: Strict = False,
     as_json: AsJson = False,
@@ -109,9 +115,12 @@ def train(
     from clipmini.training.recipes import load_recipe
     from clipmini.training.train import train as run_recipe
 
+    changes = [*(overrides or []), *_as_overrides(context.args)]
     with _working():
-        loaded = load_recipe(recipe, [*(overrides or []), *(["data.strict=true"] if strict else [])])
-        result = run_recipe(loaded, overwrite=overwrite)
+        loaded = load_recipe(recipe, [*changes, *(["data.strict=true"] if strict else [])])
+        result = run_recipe(loaded, overwrite=overwrite, stage=stage)
+    if loaded.training.process_index > 0:
+        return  # one of several processes tells
     if as_json:
         places = {"model_dir": str(result.model_dir), "output_dir": str(result.output_dir)}
         _print_json({**result.results, **places})
@@ -122,6 +131,34 @@ def train(
     folder = shlex.quote(_folder_to_search(loaded.data.source))
     typer.echo(f"The model is in {result.model_dir}")
     typer.echo(f'Try it: clipmini search {shlex.quote(str(result.model_dir))} {folder} "a dog on a beach"')
+
+
+@app.command(epilog="Example: clipmini teach openai/clip-vit-base-patch32 flickr8k --out teacher.parquet")
+def teach(
+    model: ModelName,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe whose pairs the teacher embeds.")],
+    out: Annotated[Path, typer.Option("--out", help="The parquet file to write.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Embed a recipe's training pairs with a larger image-text model, for `train --teacher FILE` to learn from."""
+    from clipmini.training.recipes import load_recipe
+    from clipmini.training.teacher import embed_with_teacher
+    from clipmini.training.train import load_recipe_pairs
+
+    from .images import Skipped
+
+    with _working():
+        loaded = load_recipe(recipe, overrides or [])
+        pairs = load_recipe_pairs(loaded, Skipped(strict=loaded.data.strict))["train"]
+        embed_with_teacher(model, pairs, out, overwrite=overwrite)
+    if as_json:
+        _print_json({"file": str(out), "num_images": len(pairs)})
+    else:
+        typer.echo(f"{len(pairs)} pictures and their captions are in {out}")
 
 
 @app.command(epilog='Example: clipmini search runs/demo/model ~/Pictures "a red fish near coral" --out result.png')
@@ -189,6 +226,22 @@ def classify(
             table.add_section()
         _print_table(table)
     skipped.log_summary()
+
+
+def _as_overrides(arguments: list[str]) -> list[str]:
+    """Read `--key value` and `--key=value`, for the options that are keys of a recipe."""
+    rest = iter(arguments)
+    overrides = []
+    for argument in rest:
+        name, separator, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not name:
+            raise ValueError(f"{argument!r} is not expected here; a recipe's key is changed by --key value.")
+        if not separator:
+            value = next(rest, None) or ""
+            if not value:
+                raise ValueError(f"{argument} needs a value.")
+        overrides.append(f"{name}={value}")
+    return overrides
 
 
 def _folder_to_search(source: str) -> str:

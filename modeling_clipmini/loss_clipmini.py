@@ -1,8 +1,13 @@
 """Contrastive losses as pure functions of embeddings and image ids.
 
-Shapes: B pairs in the batch, D the width of the shared space. Row i of `image_embeds` and of `text_embeds` is pair i.
-An *image id* says which image a caption describes. Two pairs with the same id are positives of each other: a batch
-that holds two captions of one picture must not be told that the second caption is wrong.
+Every loss here is a sum over *queries*, each compared with all *answers*: images look for their captions, and captions
+for their images. A function ending in `_rows` gives one value per query and never looks at the other queries, so that
+a batch can be taken a few rows at a time, and each of several processes can take its own rows alone.
+
+Shapes: B pairs in the batch, D the width of the shared space; R queries, N answers (R = N = B on one process). Row i
+of `image_embeds` and of `text_embeds` is pair i. An *image id* says which image a caption describes. Two pairs with
+the same id are positives of each other: a batch that holds two captions of one picture must not be told that the
+second caption is wrong.
 """
 
 import torch
@@ -10,26 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def positive_pairs(image_ids: Tensor | None, num_pairs: int, device: torch.device) -> Tensor:
-    """Say which image belongs to which caption.
-
-    Args:
-        image_ids: (B,) integer ids, or None: then each pair is its own.
-        num_pairs: B, needed where there are no ids.
-        device: where the result lives.
-
-    Returns:
-        (B, B) bool, symmetric, True on the diagonal: entry (i, j) tells whether image i and caption j belong together.
-
-    Raises:
-        ValueError: `image_ids` is not a vector with one id per pair.
-    """
-    if image_ids is None:
-        return torch.eye(num_pairs, dtype=torch.bool, device=device)
-    if image_ids.shape != (num_pairs,):
-        raise ValueError(f"image_ids has shape {tuple(image_ids.shape)}; one id per pair is needed: ({num_pairs},).")
-    image_ids = image_ids.to(device)
-    return image_ids[:, None] == image_ids[None, :]
+def positive_pairs(query_ids: Tensor, answer_ids: Tensor) -> Tensor:
+    """Say which answers are right: (R,) and (N,) integer ids to (R, N) bool."""
+    return query_ids[:, None] == answer_ids[None, :]
 
 
 def pairwise_logits(
@@ -41,7 +29,7 @@ def pairwise_logits(
     product is taken in float32 whatever the towers ran in; next to them it costs nothing.
 
     Args:
-        image_embeds: (I, D), of length 1.
+        image_embeds: (I, D), of length 1; or captions, where captions look for images.
         text_embeds: (T, D), of length 1.
         logit_scale: scalar, the inverse temperature itself (not its logarithm).
         logit_bias: scalar added to every logit, or None.
@@ -54,19 +42,139 @@ def pairwise_logits(
         return logits if logit_bias is None else logits + logit_bias.float()
 
 
-def infonce_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, image_ids: Tensor | None = None
-) -> Tensor:
-    """Symmetric InfoNCE with image-id positives.
+def hard_negative_weights(logits: Tensor, positives: Tensor, hardness: float) -> Tensor:
+    """Weigh each negative by how much it looks like a positive.
 
-    For image i with positives P(i) among the captions, and s = logit_scale:
+        w_ij = M_i exp(h l_ij) / sum_k exp(h l_ik),   over the M_i negatives of query i, with hardness h
+
+    The weights of a query's negatives have the mean 1. They are constants: no gradient flows through them. Source: the
+    HN-NCE loss of DiHT (Radenovic et al. 2023), after Robinson et al. 2021.
+
+    Args:
+        logits: (R, N).
+        positives: (R, N) bool.
+        hardness: at least 0; 0 weighs all alike.
+
+    Returns:
+        (R, N) logarithms of the weights, 0 for positives.
+    """
+    with torch.no_grad():
+        log_share = (hardness * logits).masked_fill(positives, -torch.inf).log_softmax(dim=1)
+        log_count = (~positives).sum(dim=1, keepdim=True).log()
+        return (log_share + log_count).masked_fill(positives, 0.0)
+
+
+def infonce_rows(
+    queries: Tensor,
+    answers: Tensor,
+    logit_scale: Tensor,
+    query_ids: Tensor,
+    answer_ids: Tensor,
+    label_smoothing: float = 0.0,
+    hardness: float = 0.0,
+) -> Tensor:
+    """InfoNCE of some queries, with image-id positives.
+
+    For query i with positives P(i), and s = logit_scale:
 
         L_i = - 1/|P(i)| * sum_{p in P(i)} log( exp(s <x_i, y_p>) / sum_j exp(s <x_i, y_j>) )
 
-    The loss is the mean of L_i over images and of the same expression over captions, halved. Without shared ids it is
-    CLIP's loss (Radford et al. 2021, figure 3); with them it is the bidirectional loss of UniCL (Yang et al. 2022,
-    equations 1 to 3), which is L_out of supervised contrastive learning (Khosla et al. 2020, equation 2) across
-    modalities. Its least value is then the mean of log |P(i)|, not zero.
+    Without shared ids it is a row of CLIP's loss (Radford et al. 2021, figure 3); with them, of UniCL's (Yang et al.
+    2022, equations 1 to 3), which is L_out of supervised contrastive learning (Khosla et al. 2020, equation 2) across
+    modalities. Its least value is then log |P(i)|, not zero.
+
+    Args:
+        queries: (R, D), of length 1.
+        answers: (N, D), of length 1.
+        logit_scale: scalar, the inverse temperature itself (not its logarithm).
+        query_ids: (R,) integers.
+        answer_ids: (N,) integers; every query has an answer of its id.
+        label_smoothing: share of the target that is spread evenly over all N answers, in [0, 1).
+        hardness: see `hard_negative_weights`; the weights multiply the negatives' terms in the sum over j.
+
+    Returns:
+        (R,) at least 0, in nats.
+    """
+    logits = pairwise_logits(queries, answers, logit_scale)  # (R, N)
+    positives = positive_pairs(query_ids, answer_ids)
+    if hardness:
+        logits = logits + hard_negative_weights(logits, positives, hardness)
+    targets = positives.float()
+    targets = targets / targets.sum(dim=1, keepdim=True)  # rows are distributions now
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+
+
+def sigmoid_rows(
+    queries: Tensor,
+    answers: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    query_ids: Tensor,
+    answer_ids: Tensor,
+    hardness: float = 0.0,
+) -> Tensor:
+    """Pairwise sigmoid loss of some queries, with image-id positives.
+
+        L_i = - sum_j log sigmoid( z_ij (s <x_i, y_j> + b) ),   z_ij = +1 if ids i and j are equal, else -1
+
+    Source: SigLIP (Zhai et al. 2023, equation in section 3.2, algorithm 1); it takes z_ij = +1 on the diagonal alone.
+
+    Args:
+        queries: (R, D), of length 1.
+        answers: (N, D), of length 1.
+        logit_scale: scalar s, the inverse temperature itself (not its logarithm).
+        logit_bias: scalar b.
+        query_ids: (R,) integers.
+        answer_ids: (N,) integers.
+        hardness: see `hard_negative_weights`; the weights multiply the negatives' terms in the sum over j.
+
+    Returns:
+        (R,) at least 0, in nats.
+    """
+    logits = pairwise_logits(queries, answers, logit_scale, logit_bias)  # (R, N)
+    positives = positive_pairs(query_ids, answer_ids)
+    terms = -F.logsigmoid(torch.where(positives, logits, -logits))
+    if hardness:
+        terms = terms * hard_negative_weights(logits, positives, hardness).exp()
+    return terms.sum(dim=1)
+
+
+def affinity_rows(
+    queries: Tensor,
+    answers: Tensor,
+    logit_scale: Tensor,
+    teacher_queries: Tensor,
+    teacher_answers: Tensor,
+    teacher_scale: float,
+) -> Tensor:
+    """Distil a teacher's similarities: how far the student's ranking of the answers is from the teacher's.
+
+        L_i = KL( softmax_j(s_t <u_i, v_j>) || softmax_j(s <x_i, y_j>) )
+
+    Source: affinity mimicking of TinyCLIP (Wu et al. 2023), with the Kullback-Leibler divergence of MobileCLIP (Vasu
+    et al. 2024). The widths of student and teacher may differ: only similarities are compared.
+
+    Args:
+        queries: (R, D) of the student, of length 1.
+        answers: (N, D) of the student, of length 1.
+        logit_scale: scalar s, the student's inverse temperature.
+        teacher_queries: (R, E), of length 1.
+        teacher_answers: (N, E), of length 1.
+        teacher_scale: s_t, the teacher's inverse temperature.
+
+    Returns:
+        (R,) at least 0, in nats.
+    """
+    student = pairwise_logits(queries, answers, logit_scale).log_softmax(dim=1)
+    scale = torch.tensor(teacher_scale, device=queries.device)
+    teacher = pairwise_logits(teacher_queries, teacher_answers, scale).log_softmax(dim=1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+
+
+def infonce_loss(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, image_ids: Tensor | None = None
+) -> Tensor:
+    """Symmetric InfoNCE of a batch: the mean of `infonce_rows` over images and over captions, halved.
 
     Args:
         image_embeds: (B, D), of length 1.
@@ -76,11 +184,14 @@ def infonce_loss(
 
     Returns:
         Scalar, at least 0, in nats.
+
+    Raises:
+        ValueError: `image_ids` is not a vector with one id per pair.
     """
-    logits = pairwise_logits(image_embeds, text_embeds, logit_scale)  # (B, B)
-    targets = positive_pairs(image_ids, len(logits), logits.device).float()
-    targets = targets / targets.sum(dim=1, keepdim=True)  # symmetric before; rows are distributions now, for both ways
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    ids = _ids_of_batch(image_ids, image_embeds)
+    images_to_texts = infonce_rows(image_embeds, text_embeds, logit_scale, ids, ids)
+    texts_to_images = infonce_rows(text_embeds, image_embeds, logit_scale, ids, ids)
+    return (images_to_texts.mean() + texts_to_images.mean()) / 2
 
 
 def sigmoid_loss(
@@ -90,22 +201,29 @@ def sigmoid_loss(
     logit_bias: Tensor,
     image_ids: Tensor | None = None,
 ) -> Tensor:
-    """Pairwise sigmoid loss with image-id positives.
-
-        L = - 1/B * sum_i sum_j log sigmoid( z_ij (s <x_i, y_j> + b) ),   z_ij = +1 if ids i and j are equal, else -1
-
-    Source: SigLIP (Zhai et al. 2023, equation in section 3.2, algorithm 1); it takes z_ij = +1 on the diagonal alone.
+    """Pairwise sigmoid loss of a batch: the mean of `sigmoid_rows` over images, which meet every caption once.
 
     Args:
         image_embeds: (B, D), of length 1.
         text_embeds: (B, D), of length 1.
-        logit_scale: scalar s, the inverse temperature itself (not its logarithm).
-        logit_bias: scalar b.
+        logit_scale: scalar, the inverse temperature itself (not its logarithm).
+        logit_bias: scalar.
         image_ids: (B,) integers; pairs with equal ids are positives of each other. None: each pair is its own.
 
     Returns:
         Scalar, at least 0, in nats.
+
+    Raises:
+        ValueError: `image_ids` is not a vector with one id per pair.
     """
-    logits = pairwise_logits(image_embeds, text_embeds, logit_scale, logit_bias)  # (B, B)
-    signs = positive_pairs(image_ids, len(logits), logits.device).float() * 2 - 1
-    return -F.logsigmoid(signs * logits).sum() / len(logits)
+    ids = _ids_of_batch(image_ids, image_embeds)
+    return sigmoid_rows(image_embeds, text_embeds, logit_scale, logit_bias, ids, ids).mean()
+
+
+def _ids_of_batch(image_ids: Tensor | None, embeds: Tensor) -> Tensor:
+    num_pairs = len(embeds)
+    if image_ids is None:
+        return torch.arange(num_pairs, device=embeds.device)
+    if image_ids.shape != (num_pairs,):
+        raise ValueError(f"image_ids has shape {tuple(image_ids.shape)}; one id per pair is needed: ({num_pairs},).")
+    return image_ids.to(embeds.device)

@@ -59,6 +59,7 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
         attention_mask: Tensor | None = None,
         image_ids: Tensor | None = None,
         return_loss: bool = True,
+        return_logits: bool = True,
         pooled_image: Tensor | None = None,
         pooled_text: Tensor | None = None,
         **kwargs: Any,
@@ -73,6 +74,8 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
                 other in the loss. None: each pair is its own.
             return_loss: give the loss where there are as many images as captions, row i of both being pair i. True by
                 default, since Trainer looks at the default to know that the model has one.
+            return_logits: compare images and captions. Without it there are embeddings alone: of a large batch the
+                (I, T) logits would take more memory than all else.
             pooled_image: (I, V) pooled outputs of the vision tower in place of `pixel_values`.
             pooled_text: (T, W) pooled outputs of the text tower in place of `input_ids`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
@@ -94,7 +97,7 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
         if has_text:
             text_output = self.get_text_features(input_ids, attention_mask, pooled_text, return_dict=True, **kwargs)
             texts = normalise(text_output.pooler_output)  # (T, D)
-        if images is not None and texts is not None:
+        if images is not None and texts is not None and return_logits:
             scale = self.get_logit_scale()
             logits = pairwise_logits(images, texts, scale, self.logit_bias)  # (I, T)
             if return_loss and len(images) == len(texts):

@@ -12,6 +12,7 @@ from typing import Any, Self
 import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModel, PreTrainedModel, TimmWrapperModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -80,6 +81,7 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer must not rescale it by item counts
     _supports_sdpa = True
+    _batch_norm_is_frozen = False
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise our own heads; the towers bring their own `_init_weights`.
@@ -127,18 +129,37 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
             self.config.auto_map = auto_map
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def freeze_batch_norm(self) -> None:
+        """Keep the BatchNorm statistics of the pretrained towers from now on; scale and shift go on learning.
+
+        The statistics of a small batch, or of a chunk of one, are noise next to those that the tower was trained with.
+        """
+        self._batch_norm_is_frozen = True
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> Self:
-        """Set train or eval mode; a tower whose every parameter is frozen stays in eval mode.
+        """Set train or eval mode; what is frozen stays in eval mode.
 
         Otherwise a frozen tower would still drop units and, worse, move its BatchNorm statistics. Trainer calls this
         at every step, so the rule has to live here.
         """
         super().train(mode)
-        for name in ("vision_model", "text_model"):
-            tower = getattr(self, name, None)
-            if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
-                tower.eval()
+        _keep_frozen_in_eval(self)
+        if self._batch_norm_is_frozen:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         return self
+
+
+def _keep_frozen_in_eval(module: nn.Module) -> None:
+    """Put every module that has parameters, but none that is trained, into eval mode."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+    else:
+        for child in module.children():
+            _keep_frozen_in_eval(child)
 
 
 class ClipMiniVisionHalf(ClipMiniPreTrainedModel):

@@ -1,4 +1,4 @@
-"""Rows of a pair data set to a batch."""
+"""Items of a pair data set to a batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from torch import Tensor
 from clipmini.inference.encode import read_named
 from modeling_clipmini import ClipMiniProcessor
 
+TENSORS = ("pixel_values", "vision_hidden", "pooled_image", "pooled_text", "teacher_image", "teacher_text")
+
 
 @dataclass
 class ClipMiniCollator:
-    """Make a training batch: one row per image, one caption drawn per image, padded to the batch's longest.
+    """Make a training batch: stack tensors, prepare pictures, tokenise captions padded to the batch's longest.
 
-    Each epoch draws anew, so over the epochs a picture meets all its captions, and never two in one batch. The draw
-    uses torch's random state, which Trainer seeds, saves in checkpoints and gives each data worker its own of.
-
-    Rows are those of [`load_pairs`] (`image`, `captions`, `image_id`) or of [`CachedPairs`], where `pooled_image`
-    stands for the picture and `pooled_captions` for the captions.
+    Items are those of [`EpochPairs`], in which everything is drawn, or the plain rows of [`load_pairs`] (`image`,
+    `captions`, `image_id`), such as transformers' own `Trainer` hands over: of these a caption is drawn with torch's
+    random state.
 
     Attributes:
         processor: the model's processor.
@@ -27,31 +27,34 @@ class ClipMiniCollator:
 
     processor: ClipMiniProcessor
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate B rows.
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collate B items.
 
         Args:
-            rows: B rows of the data set.
+            items: B items of the same kind.
 
         Returns:
-            `image_ids` (B,); `pixel_values` (B, 3, height, width) or `pooled_image` (B, V); `input_ids` and
-            `attention_mask` (B, L) or `pooled_text` (B, W).
+            `image_ids` (B,), and `rows` (B,) from `EpochPairs`; of the picture `pixel_values` (B, 3, height, width),
+            `pooled_image` (B, V) or `vision_hidden` (B, ...); of the caption `input_ids` and `attention_mask` (B, L)
+            or `pooled_text` (B, W); and the teacher's (B, E) `teacher_image` and `teacher_text` where there is one.
 
         Raises:
             ImageError: a picture cannot be read; the message names it. `load_pairs` leaves such out.
         """
-        batch: dict[str, Tensor] = {"image_ids": torch.tensor([row["image_id"] for row in rows])}
-        if "pooled_image" in rows[0]:
-            batch["pooled_image"] = torch.stack([row["pooled_image"] for row in rows])
-        else:
-            images = [read_named(row["image"], f"image_id {row['image_id']}") for row in rows]
+        batch = {"image_ids": torch.tensor([item["image_id"] for item in items])}
+        if "row" in items[0]:
+            batch["rows"] = torch.tensor([item["row"] for item in items])
+        for name in TENSORS:
+            if name in items[0]:
+                batch[name] = torch.stack([item[name] for item in items])
+        if "image" in items[0]:
+            images = [read_named(item["image"], f"image_id {item['image_id']}") for item in items]
             batch["pixel_values"] = self.processor(images=images)["pixel_values"]
-        if "pooled_captions" in rows[0]:
-            batch["pooled_text"] = torch.stack([_draw(row["pooled_captions"]) for row in rows])
-        else:
-            batch.update(self.processor(text=[_draw(row["captions"]) for row in rows]))
+        if "pooled_text" not in items[0]:
+            captions = [item["caption"] if "caption" in item else _draw(item["captions"]) for item in items]
+            batch.update(self.processor(text=captions))
         return batch
 
 
-def _draw(captions: Any) -> Any:
-    return captions[torch.randint(len(captions), ()).item()]
+def _draw(captions: Sequence[str]) -> str:
+    return captions[int(torch.randint(len(captions), ()))]

@@ -1,7 +1,10 @@
 """Training curves as a picture."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -11,30 +14,69 @@ RECALL_STYLES = {
     "eval_image_to_text_r1": ("image to text R@1", "tab:orange", "-"),
     "eval_image_to_text_r5": ("image to text R@5", "tab:orange", "--"),
 }
+TITLES = ("training loss", "retrieval on the validation split", "temperature", "learning rate, in units of 0.001")
+Histories = Mapping[str, Sequence[Mapping[str, float]]]
 
 
-def draw_curves(log_history: list[dict[str, float]], out: Path) -> None:
-    """Draw the loss and the validation recalls over the epochs.
+def draw_curves(stages: Histories, out: Path) -> None:
+    """Draw loss, validation recalls, temperature and learning rate over the epochs.
 
     Args:
-        log_history: `trainer.state.log_history`.
+        stages: `trainer.state.log_history` of each stage, by its name, in order. Their epochs are laid one after the
+            other, with a line where the next stage begins; curves do not cross it, since another batch size or another
+            learning rate is another scale.
         out: the PNG to write.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
-    loss_axes, recall_axes = figure.subplots(1, 2)
-    logged = [(entry["epoch"], entry["loss"]) for entry in log_history if "loss" in entry]
-    loss_axes.plot(*zip(*logged, strict=True), color="tab:green") if logged else None
-    loss_axes.set(title="training loss", xlabel="epoch", ylabel="nats")
+    (loss, recall), (temperature, rate) = figure.subplots(2, 2, sharex=True, height_ratios=(2, 1))
+    _plot(loss, stages, "loss", color="tab:green")
+    loss.set_ylabel("nats")
     for key, (name, color, style) in RECALL_STYLES.items():
-        points = [(entry["epoch"], 100 * entry[key]) for entry in log_history if key in entry]
-        if points:
-            recall_axes.plot(*zip(*points, strict=True), color=color, linestyle=style, marker=".", label=name)
-    recall_axes.set(title="retrieval on the validation split", xlabel="epoch", ylabel="recall, %")
-    recall_axes.set_ylim(bottom=0)
-    if recall_axes.lines:
-        recall_axes.legend()
-    for axes in (loss_axes, recall_axes):
+        _plot(recall, stages, key, lambda value: 100 * value, color=color, linestyle=style, marker=".", label=name)
+    recall.set_ylabel("recall, %")
+    recall.set_ylim(bottom=0)
+    if recall.lines:
+        recall.legend()
+    _plot(temperature, stages, "logit_scale", lambda value: 1 / value, color="tab:red")
+    # Trainer logs the rate of the first group of parameters only.
+    _plot(rate, stages, "learning_rate", lambda value: 1000 * value, color="tab:purple")
+    for axes, title in zip((loss, recall, temperature, rate), TITLES, strict=True):
+        axes.set_title(title, loc="left")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=120)
+        for start in _starts(stages)[1:]:
+            axes.axvline(start, color="gray", linestyle=":")
+    for axes in (temperature, rate):
+        axes.set_xlabel("epoch")
+    if len(stages) > 1:
+        for name, start in zip(stages, _starts(stages), strict=True):
+            loss.annotate(f" {name}", (start, 1), xycoords=("data", "axes fraction"), va="top", color="gray")
+    beside = out.with_name(f".{out.name}")
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(out)
+
+
+def _plot(
+    axes: Axes,
+    stages: Histories,
+    key: str,
+    scale: Callable[[float], float] = float,
+    label: str | None = None,
+    **style: Any,
+) -> None:
+    for history, start in zip(stages.values(), _starts(stages), strict=True):
+        points = [(start + entry["epoch"], scale(entry[key])) for entry in history if key in entry]
+        if points:
+            marker = "." if len(points) == 1 else ""  # a line needs two
+            axes.plot(*zip(*points, strict=True), label=label, **{"marker": marker, **style})
+            label = None  # one entry in the legend for all stages
+
+
+def _starts(stages: Histories) -> list[float]:
+    """Give the epoch, counted over all stages, at which each begins."""
+    starts, end = [], 0.0
+    for history in stages.values():
+        starts.append(end)
+        end += max((entry["epoch"] for entry in history if "epoch" in entry), default=0.0)
+    return starts

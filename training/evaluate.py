@@ -1,16 +1,18 @@
 """Full-split retrieval: every picture and every caption embedded once, ranks taken over all of them."""
 
-import itertools
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from clipmini.inference.encode import encode_images, encode_texts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini.towers_clipmini import normalise
 
-from .features import CachedPairs
 from .metrics import chance_metrics, retrieval_metrics
+from .pairs import CachedPairs
 
 CACHED_CHUNK_SIZE = 8192  # rows of cached features projected at once
 
@@ -23,36 +25,34 @@ def embed_pairs(
     Args:
         model: in eval mode.
         processor: the model's processor.
-        pairs: one row per image; cached features are projected, the rest goes through the towers.
+        pairs: one row per image; of cached features the first view is taken.
         batch_size: pictures per forward; captions go eight times as many at once.
 
     Returns:
         (I, D) image and (T, D) caption embeddings, float32 on the CPU, each of length 1; captions in the order of the
         rows.
     """
-    cached = pairs if isinstance(pairs, CachedPairs) else CachedPairs(pairs)
-    rows, pooled_image, pooled_text = cached.pairs, cached.pooled_image, cached.pooled_text
-    if pooled_image is None:
-        image_embeds = encode_images(model, processor, rows["image"], batch_size)
+    cached = _cached(pairs)
+    if cached.image_features is None:
+        image_embeds = encode_images(model, processor, cached.rows["image"], batch_size)
+    elif cached.front is None:
+        image_embeds = _embed_features(model, cached.image_features[:, 0], "pooled_image", CACHED_CHUNK_SIZE)
     else:
-        image_embeds = _project(model, pooled_image, "pooled_image")
-    if pooled_text is None:
-        captions = list(itertools.chain.from_iterable(rows["captions"]))
-        text_embeds = encode_texts(model, processor, captions, 8 * batch_size)
+        with cached.front.resuming():
+            image_embeds = _embed_features(model, cached.image_features[:, 0], "pixel_values", batch_size)
+    if cached.text_features is None:
+        text_embeds = encode_texts(model, processor, cached.captions, 8 * batch_size)
     else:
-        text_embeds = _project(model, pooled_text, "pooled_text")
+        text_embeds = _embed_features(model, cached.text_features, "pooled_text", CACHED_CHUNK_SIZE)
     return image_embeds, text_embeds
 
 
-def image_of_captions(pairs: Dataset | CachedPairs) -> Tensor:
-    """Give the row of each caption's image: (T,) integers."""
-    rows = pairs.pairs if isinstance(pairs, CachedPairs) else pairs
-    counts = torch.tensor([len(captions) for captions in rows["captions"]])
-    return torch.arange(len(counts)).repeat_interleave(counts)
-
-
 def evaluate_retrieval(
-    model: ClipMiniModel, processor: ClipMiniProcessor, pairs: Dataset | CachedPairs, batch_size: int = 16
+    model: ClipMiniModel,
+    processor: ClipMiniProcessor,
+    pairs: Dataset | CachedPairs,
+    batch_size: int = 16,
+    widths: Sequence[int] = (),
 ) -> dict[str, float]:
     """Measure retrieval on a whole split with all captions of every image; see `retrieval_metrics`.
 
@@ -61,9 +61,10 @@ def evaluate_retrieval(
         processor: the model's processor.
         pairs: one row per image.
         batch_size: pictures per forward.
+        widths: measure embeddings cut off at these widths as well.
 
     Returns:
-        `text_to_image_r1`, ..., `mean_recall`, in [0, 1].
+        `text_to_image_r1`, ..., `mean_recall`, in [0, 1]; and for each width the same with `_at_{width}` behind.
     """
     was_training = model.training
     model.eval()
@@ -71,19 +72,33 @@ def evaluate_retrieval(
         image_embeds, text_embeds = embed_pairs(model, processor, pairs, batch_size)
     finally:
         model.train(was_training)
-    return retrieval_metrics(image_embeds, text_embeds, image_of_captions(pairs))
+    image_of_text = _cached(pairs).image_of_captions()
+    metrics = retrieval_metrics(image_embeds, text_embeds, image_of_text)
+    for width in widths:
+        image, text = (normalise(embeds[:, :width]) for embeds in (image_embeds, text_embeds))
+        cut = retrieval_metrics(image, text, image_of_text)
+        metrics.update({f"{name}_at_{width}": value for name, value in cut.items()})
+    return metrics
 
 
 def chance_level(pairs: Dataset | CachedPairs) -> dict[str, float]:
     """Give what a random order reaches on the same split, under the same keys."""
-    return chance_metrics(len(pairs), image_of_captions(pairs))
+    return chance_metrics(len(pairs), _cached(pairs).image_of_captions())
+
+
+def _cached(pairs: Dataset | CachedPairs) -> CachedPairs:
+    return pairs if isinstance(pairs, CachedPairs) else CachedPairs(pairs)
 
 
 @torch.no_grad()
-def _project(model: ClipMiniModel, pooled: Tensor, name: str) -> Tensor:
+def _embed_features(model: ClipMiniModel, features: np.ndarray, name: str, batch_size: int) -> Tensor:
+    """Pass cached features through what remains of their tower."""
     results = []
-    for chunk in pooled.split(CACHED_CHUNK_SIZE):
-        output = model(**{name: chunk.to(model.device)})
-        embeds = output.image_embeds if name == "pooled_image" else output.text_embeds
+    for start in range(0, len(features), batch_size):
+        batch = torch.tensor(features[start : start + batch_size], dtype=torch.float32, device=model.device)
+        if batch.ndim == 4:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        output = model(**{name: batch})
+        embeds = output.text_embeds if name == "pooled_text" else output.image_embeds
         results.append(embeds.float().cpu())
     return torch.cat(results)

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import difflib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,9 @@ from .arguments import ClipMiniTrainingArguments, DataArguments
 from .build import ModelPreset
 
 SECTIONS = {"data": DataArguments, "training": ClipMiniTrainingArguments}
-TOP_LEVEL = ("model", "model_config", *SECTIONS)
+TOP_LEVEL = ("model", "model_config", *SECTIONS, "stages")
+# One folder, one seed and one place for logs serve a whole run.
+NOT_BY_STAGE = ("output_dir", "seed", "data_seed", "feature_cache_dir")
 TYPE_WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -40,7 +43,9 @@ class Recipe:
     Attributes:
         model: a preset, or the name of a saved model (folder or Hub id) to train further.
         data: where the pairs come from.
-        training: how to train; holds `output_dir`.
+        training: how to train; holds `output_dir`. Of a recipe in stages, what they have in common.
+        stages: each stage's name and arguments, in their order, where the recipe has stages; each goes on from the
+            model of the one before it, and keeps its checkpoints in a folder of its own.
         model_config: fields of `ClipMiniConfig` that differ from the preset's.
         values: the recipe as it was read, overrides applied, to be written beside the result.
     """
@@ -48,6 +53,7 @@ class Recipe:
     model: ModelPreset | str
     data: DataArguments
     training: ClipMiniTrainingArguments
+    stages: dict[str, ClipMiniTrainingArguments] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
@@ -63,8 +69,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name_or_path: a YAML file, or the name of a recipe that the package brings ("demo").
-        overrides: "key=value" strings; the key is dotted ("training.learning_rate") or, where only one section has it,
-            bare ("learning_rate"); the value is YAML.
+        overrides: "key=value" strings; the key is dotted ("training.learning_rate", "stages.heads.learning_rate") or,
+            where only one section has it, bare ("learning_rate"); the value is YAML.
 
     Returns:
         The recipe.
@@ -78,19 +84,39 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     _check_keys(values, TOP_LEVEL, name_or_path)
     values.setdefault("training", {})
     _mapping(values["training"], "training").setdefault("output_dir", f"runs/{Path(name_or_path).stem}")
-    sections = {}
-    for name, cls in SECTIONS.items():
-        section = _mapping(values.get(name, {}), name)
-        sections[name] = _build(cls, section, name)
     if not values["training"]["output_dir"]:
         raise ValueError("training.output_dir is empty; name a folder.")
+    sections = {name: _build(cls, _mapping(values.get(name, {}), name), name) for name, cls in SECTIONS.items()}
     if not isinstance(values.get("model"), str):
         raise ValueError(
             f"{name_or_path}: model={values.get('model')!r}; name a preset, a YAML file or a saved model."
         )
     model_config = _mapping(values.get("model_config", {}), "model_config")
     _check_keys(model_config, _config_fields(), "model_config")
-    return Recipe(_load_preset(values["model"]), model_config=model_config, values=values, **sections)
+    return Recipe(
+        _load_preset(values["model"]),
+        stages=_build_stages(values),
+        model_config=model_config,
+        values=values,
+        **sections,
+    )
+
+
+def _build_stages(values: dict[str, Any]) -> dict[str, ClipMiniTrainingArguments]:
+    stages = {}
+    for name, changes in _mapping(values.get("stages", {}), "stages").items():
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", str(name)) or name == "model":
+            raise ValueError(f"stages: {name!r} cannot name a stage's folder; use small letters, digits, - and _.")
+        where = f"stages.{name}"
+        for key in _mapping(changes, where):
+            if key in NOT_BY_STAGE:
+                raise ValueError(f"{where}.{key}: one value serves all stages; set training.{key}.")
+        _check_keys(changes, _field_names(ClipMiniTrainingArguments), where)
+        folder = str(Path(values["training"]["output_dir"]) / name)
+        stages[name] = _build(
+            ClipMiniTrainingArguments, {**values["training"], **changes, "output_dir": folder}, where
+        )
+    return stages
 
 
 def _load_preset(name: str) -> ModelPreset | str:
@@ -142,24 +168,37 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ValueError(f"--set {override!r} is not of the form key=value.")
     path = key.split(".")
+    stages = _mapping(values.get("stages", {}), "stages")
     if len(path) == 1 and key not in TOP_LEVEL:
-        homes = [name for name, cls in SECTIONS.items() if key in _field_names(cls)]
-        if key in _config_fields():
-            homes.append("model_config")
-        if len(homes) > 1:
-            raise ValueError(f"--set {key}=...: say which: {' or '.join(f'{home}.{key}' for home in homes)}.")
-        if not homes:
-            known = [*TOP_LEVEL, *_config_fields(), *(name for cls in SECTIONS.values() for name in _field_names(cls))]
-            raise ValueError(f"--set {key}=...: {_unknown(key, known)}")
-        path = [*homes, key]
-    if len(path) > 2 or (len(path) == 2 and path[0] not in (*SECTIONS, "model_config")):
+        path = [*_home_of(key, stages), key]
+    is_stage = path[0] == "stages" and len(path) == 3
+    if is_stage and path[1] not in stages:
+        raise ValueError(f"--set {key}=...: the recipe has no such stage; it has {', '.join(stages) or 'none'}.")
+    if not is_stage and (len(path) > 2 or (len(path) == 2 and path[0] not in (*SECTIONS, "model_config"))):
         raise ValueError(f"--set {key}=...: {_unknown(path[0], [*SECTIONS, 'model_config'])}")
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):  # the latter of what looks like a date and is none
         value = text
-    home = values if len(path) == 1 else values.setdefault(path[0], {})
-    _mapping(home, path[0])[path[-1]] = value
+    home = values
+    for part in path[:-1]:
+        home = _mapping(home.setdefault(part, {}), part)
+    home[path[-1]] = value
+
+
+def _home_of(key: str, stages: Mapping[str, Any]) -> list[str]:
+    """Find the section that a bare key belongs to."""
+    homes = [name for name, cls in SECTIONS.items() if key in _field_names(cls)]
+    if key in _config_fields():
+        homes.append("model_config")
+    # A stage's own value would hide that of `training`.
+    homes += [f"stages.{name}" for name, changes in stages.items() if isinstance(changes, dict) and key in changes]
+    if len(homes) > 1:
+        raise ValueError(f"--set {key}=...: say which: {' or '.join(f'{home}.{key}' for home in homes)}.")
+    if not homes:
+        known = [*TOP_LEVEL, *_config_fields(), *(name for cls in SECTIONS.values() for name in _field_names(cls))]
+        raise ValueError(f"--set {key}=...: {_unknown(key, known)}")
+    return homes[0].split(".")
 
 
 def _field_names(cls: type) -> list[str]:

@@ -11,27 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import Dataset
+from datasets import DatasetDict
 from huggingface_hub import ModelCard
+from torch import nn
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
+from clipmini.inference.encode import load_model
 from clipmini.inference.images import Skipped
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
+from .arguments import ClipMiniTrainingArguments
+from .averaging import average_checkpoints, best_checkpoints
 from .build import ModelPreset, build_model, load_for_fine_tuning
 from .curves import draw_curves
 from .data import load_pairs
+from .duplicates import DuplicateReport, find_duplicates, share_ids
 from .evaluate import chance_level, evaluate_retrieval
-from .features import CachedPairs
+from .lora import merge_lora
+from .pairs import CachedPairs
 from .publish import render_model_card
 from .recipes import Recipe
+from .runlog import MetricsLog, versions
 from .trainer import ClipMiniTrainer
 
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "curves.png", "model"
+HELD_OUT = ("validation", "test")
+NOT_OF_LOAD_PAIRS = ("strict", "split_seed", "share_duplicate_ids")
+METRICS_FILE, STAGE_FILE = "metrics.jsonl", "stage.json"
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,8 @@ class TrainResult:
     """What a run leaves.
 
     Attributes:
-        output_dir: the run's folder: `recipe_as_run.yaml`, `results.json`, `curves.png`, checkpoints.
+        output_dir: the run's folder: `recipe_as_run.yaml`, `results.json`, `curves.png`, and `metrics.jsonl` and
+            checkpoints, which of a recipe in stages are in a folder for each.
         model_dir: the trained model, complete: code, config, weights, processor.
         results: what `results.json` holds: per split the recalls by chance, before and after training, all in [0, 1].
     """
@@ -49,69 +60,72 @@ class TrainResult:
     results: dict[str, Any]
 
 
-def train(recipe: Recipe, *, overwrite: bool = False) -> TrainResult:
+@dataclass
+class _StageRun:
+    """A trained stage: its model, and what was logged."""
+
+    model: ClipMiniModel
+    processor: ClipMiniProcessor
+    log_history: list[dict[str, float]]
+    train_s: float | None
+
+
+def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) -> TrainResult:
     """Run a recipe; where an earlier run of the same recipe was cut off, go on from its last checkpoint.
 
     Args:
         recipe: as `load_recipe` gives.
         overwrite: start anew where the output folder holds a run already; only that run's files are replaced.
+        stage: run this stage alone. It goes on from the model that the stage before it left in the output folder, or,
+            where that has not been run, from the recipe's model.
 
     Returns:
         The folders and the recalls.
 
     Raises:
-        ValueError: the output folder holds a finished run or another recipe's, or data or model cannot be used.
+        ValueError: the output folder holds a finished run or another recipe's, there is no such stage, or data or
+            model cannot be used.
     """
     args = recipe.training
     output_dir = Path(str(args.output_dir))
+    names = list(recipe.stages)
+    if stage is not None and stage not in names:
+        raise ValueError(f"The recipe has no stage {stage!r}; it has {', '.join(names) or 'none'}.")
+    wanted = names if stage is None else [stage]
     if not overwrite:
-        _check_output_dir(output_dir, recipe)
+        _check_output_dir(output_dir, recipe, wanted)
 
     skipped = Skipped(strict=recipe.data.strict)
-    data_options = {name: value for name, value in vars(recipe.data).items() if name not in ("strict", "split_seed")}
-    pairs = load_pairs(**data_options, seed=recipe.data.split_seed, skipped=skipped)
-    if "train" not in pairs:
-        raise ValueError(f"{recipe.data.source} has no pictures to train on, only {' and '.join(pairs)}.")
-
+    pairs, duplicates = _prepare_data(recipe, skipped)
     set_seed(args.seed)  # before the heads are made
-    if isinstance(recipe.model, ModelPreset):
-        preset = ModelPreset(**{**vars(recipe.model), "config": {**recipe.model.config, **recipe.model_config}})
-        model, processor = build_model(preset)
-    else:
-        model, processor = load_for_fine_tuning(recipe.model, recipe.model_config)
-
-    if "validation" not in pairs and args.eval_strategy != "no":
-        logger.warning("there is no validation split: no checkpoint is chosen, the last weights are kept")
-        args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
-    try:
-        trainer = ClipMiniTrainer(
-            model=model,
-            args=args,
-            train_dataset=pairs["train"],
-            eval_dataset=pairs.get("validation"),
-            processing_class=processor,
-        )
-    except (ImportError, RuntimeError) as error:  # an integration or an optimizer that is not installed
-        raise ValueError(f"the recipe's training section cannot be used: {error}") from error
-    held_out = {"validation": trainer.eval_dataset} if "validation" in pairs else {}
-    if "test" in pairs:
-        held_out["test"] = trainer.with_cached_features(pairs["test"])
-    before = _measure(trainer, held_out)
-
-    # Only now, when everything works: a mistyped value must not cost an earlier run.
-    _claim_output_dir(output_dir, recipe, overwrite)
-    checkpoint = _last_checkpoint(output_dir)
-    if checkpoint:
-        logger.warning("going on from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    after = _measure(trainer, held_out)
+    model, processor = _start_model(recipe, output_dir, names, wanted, overwrite)
+    # Only the first run of a stage knows what came before it, and all else that a recipe says is checked here.
+    runs: dict[str, _StageRun] = {}
+    before: dict[str, dict[str, float]] = {}
+    after: dict[str, dict[str, float]] = {}
+    for name in wanted or [""]:
+        stage_args = recipe.stages[name] if name else args
+        trainer = _make_trainer(model, processor, stage_args, pairs)
+        held_out = {split: trainer.features.for_evaluation(pairs[split]) for split in HELD_OUT if split in pairs}
+        if not runs:
+            before = {split: trainer.measure(held_out[split]) for split in held_out}
+            # Only now, when everything works: a mistyped value must not cost an earlier run.
+            if args.process_index == 0:
+                _claim_output_dir(output_dir, recipe, wanted, overwrite)
+        runs[name] = run = _run_stage(trainer, output_dir / name, held_out, is_one_of_many=bool(name))
+        model, processor = run.model, run.processor
+        after = {split: _measure(run, held_out[split], stage_args) for split in held_out}
 
     skipped.log_summary()
+    times = [run.train_s for run in runs.values()]
     results = {
         "num_train_images": len(pairs["train"]),
         "num_skipped": skipped.count,
         "skipped": [{"path": name, "reason": reason} for name, reason in skipped.items],
-        "train_s": _logged(trainer.state.log_history, "train_runtime"),
+        "duplicates": duplicates.as_dict(),
+        "train_s": None if None in times else sum(filter(None, times)),
+        "stages": [name for name in names if name in runs or (output_dir / name / STAGE_FILE).exists()],
+        "versions": versions(),
         "splits": {
             name: {
                 "num_images": len(pairs[name]),
@@ -124,12 +138,136 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> TrainResult:
         },
     }
     model_dir = output_dir / MODEL_FOLDER
-    save_model_folder(model, processor, model_dir, card=render_model_card(recipe, model.config, results))
-    draw_curves(trainer.state.log_history, output_dir / CURVES_FILE)
-    # Last: a run without results is one that was cut off.
-    with _written_beside(output_dir / RESULTS_FILE) as file:
-        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if args.process_index == 0:
+        save_model_folder(model, processor, model_dir, card=render_model_card(recipe, model.config, results))
+        draw_curves({name or "training": run.log_history for name, run in runs.items()}, output_dir / CURVES_FILE)
+        # Last: a run without results is one that was cut off.
+        with _written_beside(output_dir / RESULTS_FILE) as file:
+            file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return TrainResult(output_dir=output_dir, model_dir=model_dir, results=results)
+
+
+def load_recipe_pairs(recipe: Recipe, skipped: Skipped) -> DatasetDict:
+    """Load the pairs of a recipe.
+
+    Args:
+        recipe: as `load_recipe` gives.
+        skipped: takes what is left out.
+
+    Returns:
+        The splits, "train" among them; see `load_pairs`.
+
+    Raises:
+        ValueError: there is nothing to train on; and what `load_pairs` raises.
+    """
+    data = recipe.data
+    options = {name: value for name, value in vars(data).items() if name not in NOT_OF_LOAD_PAIRS}
+    pairs = load_pairs(**options, seed=data.split_seed, skipped=skipped)
+    if "train" not in pairs:
+        raise ValueError(f"{data.source} has no pictures to train on, only {' and '.join(pairs)}.")
+    return pairs
+
+
+def _prepare_data(recipe: Recipe, skipped: Skipped) -> tuple[DatasetDict, DuplicateReport]:
+    """Load the pairs, and look for pictures and captions that come up twice."""
+    pairs = load_recipe_pairs(recipe, skipped)
+    duplicates = find_duplicates(pairs)
+    if duplicates.pictures:
+        logger.warning("%s", duplicates.summary())
+    if recipe.data.share_duplicate_ids:
+        pairs = share_ids(pairs, duplicates)
+    if "validation" not in pairs:
+        for args in (recipe.training, *recipe.stages.values()):
+            if args.eval_strategy != "no":
+                logger.warning("there is no validation split: no checkpoint is chosen, the last weights are kept")
+                args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+    return pairs, duplicates
+
+
+def _start_model(
+    recipe: Recipe, output_dir: Path, names: list[str], wanted: list[str], overwrite: bool
+) -> tuple[ClipMiniModel, ClipMiniProcessor]:
+    """Build the recipe's model; a stage that is run alone goes on from the one before it, if that has been run."""
+    index = names.index(wanted[0]) if wanted else 0
+    if index and not (overwrite and len(wanted) > 1):
+        previous = output_dir / names[index - 1]
+        if (previous / STAGE_FILE).exists():
+            return load_model(str(previous / MODEL_FOLDER))
+        logger.warning("stage %s has not been run: stage %s begins with its model", names[index - 1], wanted[0])
+    if isinstance(recipe.model, ModelPreset):
+        preset = ModelPreset(**{**vars(recipe.model), "config": {**recipe.model.config, **recipe.model_config}})
+        return build_model(preset)
+    return load_for_fine_tuning(recipe.model, recipe.model_config)
+
+
+def _make_trainer(
+    model: ClipMiniModel, processor: ClipMiniProcessor, args: ClipMiniTrainingArguments, pairs: DatasetDict
+) -> ClipMiniTrainer:
+    try:
+        return ClipMiniTrainer(
+            model=model,
+            args=args,
+            train_dataset=pairs["train"],
+            eval_dataset=pairs.get("validation"),
+            processing_class=processor,
+            callbacks=[MetricsLog(Path(str(args.output_dir)) / METRICS_FILE)],
+        )
+    except (ImportError, RuntimeError) as error:  # an integration or an optimizer that is not installed
+        raise ValueError(f"the recipe's training section cannot be used: {error}") from error
+
+
+def _run_stage(
+    trainer: ClipMiniTrainer, folder: Path, held_out: Mapping[str, CachedPairs], *, is_one_of_many: bool
+) -> _StageRun:
+    """Train, or take over what an earlier run trained; one stage of many leaves its model for the next."""
+    args = trainer.args
+    if is_one_of_many and (folder / STAGE_FILE).exists():
+        logger.warning("%s is finished already", folder)
+        logged = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+        return _StageRun(*load_model(str(folder / MODEL_FOLDER)), **logged)
+    with args.main_process_first(local=False):
+        checkpoint = _last_checkpoint(folder)
+    if checkpoint:
+        logger.warning("going on from %s", checkpoint)
+    set_seed(args.seed)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    merge_lora(trainer.model)
+    if args.average_best and "validation" in held_out:
+        _average_best(trainer, held_out["validation"])
+    history = trainer.state.log_history
+    run = _StageRun(trainer.model, trainer.processing_class, history, _logged(history, "train_runtime"))
+    if is_one_of_many:
+        if args.process_index == 0:
+            save_model_folder(run.model, run.processor, folder / MODEL_FOLDER)
+            with _written_beside(folder / STAGE_FILE) as file:
+                file.write_text(json.dumps({"log_history": history, "train_s": run.train_s}), encoding="utf-8")
+        trainer.accelerator.wait_for_everyone()
+        # Read again, so that a run that is cut off here and one that is not go on from the same.
+        run.model, run.processor = load_model(str(folder / MODEL_FOLDER))
+        nn.Module.to(run.model, args.device)
+    return run
+
+
+def _average_best(trainer: ClipMiniTrainer, validation: CachedPairs) -> None:
+    """Put the average of the best checkpoints into the model, if it is better than the best of them."""
+    args = trainer.args
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    history = trainer.state.log_history
+    folders = best_checkpoints(Path(str(args.output_dir)), history, f"eval_{metric}", args.average_best)
+    best = trainer.measure(validation)[metric]
+    own = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.model.load_state_dict(average_checkpoints(folders))
+    average = trainer.measure(validation)[metric]
+    if average <= best:
+        trainer.model.load_state_dict(own)
+    kept = "kept" if average > best else "not kept"
+    logger.info("average of %d checkpoints: %s %.4f, best one %.4f; %s", len(folders), metric, average, best, kept)
+
+
+def _measure(run: _StageRun, pairs: CachedPairs, args: ClipMiniTrainingArguments) -> dict[str, float]:
+    return evaluate_retrieval(
+        run.model, run.processor, pairs.rows, args.per_device_eval_batch_size, args.matryoshka_widths
+    )
 
 
 def save_model_folder(
@@ -160,25 +298,28 @@ def _recipe_text(recipe: Recipe) -> str:
     return yaml.safe_dump({**recipe.values, "data": data}, sort_keys=False, allow_unicode=True)
 
 
-def _check_output_dir(output_dir: Path, recipe: Recipe) -> None:
+def _check_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str]) -> None:
     """Refuse a folder that holds a finished run, or what this run would replace and another left there."""
     remedy = "pass --overwrite, or --set output_dir=another/folder."
-    if (output_dir / RESULTS_FILE).exists():
-        raise ValueError(f"{output_dir} holds a finished run; {remedy}")
     recipe_file = output_dir / RECIPE_FILE
     is_same = recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == _recipe_text(recipe)
-    others = [name for name in (RECIPE_FILE, MODEL_FOLDER) if (output_dir / name).exists()]
+    is_done = all((output_dir / name / STAGE_FILE).exists() for name in wanted)
+    if (output_dir / RESULTS_FILE).exists() and (is_done or not is_same):
+        raise ValueError(f"{output_dir} holds a finished run; {remedy}")
+    others = [name for name in (RECIPE_FILE, MODEL_FOLDER, *recipe.stages) if (output_dir / name).exists()]
     others += [folder.name for folder in output_dir.glob("checkpoint-*")]
     if others and not is_same:
         raise ValueError(f"{output_dir} holds an unfinished run of another recipe ({others[0]}); {remedy}")
 
 
-def _claim_output_dir(output_dir: Path, recipe: Recipe, overwrite: bool) -> None:
+def _claim_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str], overwrite: bool) -> None:
     """Make the output folder this run's. Of an earlier run the model stays until the new one takes its place."""
     if overwrite:
         (output_dir / RESULTS_FILE).unlink(missing_ok=True)
-        for folder in output_dir.glob("checkpoint-*"):
-            shutil.rmtree(folder)
+        for folder in [output_dir / name for name in wanted or [""]]:
+            (folder / STAGE_FILE).unlink(missing_ok=True)
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
     output_dir.mkdir(parents=True, exist_ok=True)
     with _written_beside(output_dir / RECIPE_FILE) as file:
         file.write_text(_recipe_text(recipe), encoding="utf-8")
@@ -195,16 +336,6 @@ def _last_checkpoint(output_dir: Path) -> str | None:
         else:
             return checkpoint
     return None
-
-
-def _measure(trainer: ClipMiniTrainer, splits: Mapping[str, Dataset | CachedPairs]) -> dict[str, dict[str, float]]:
-    with trainer.autocast_smart_context_manager():
-        return {
-            name: evaluate_retrieval(
-                trainer.model, trainer.processing_class, split, trainer.args.per_device_eval_batch_size
-            )
-            for name, split in splits.items()
-        }
 
 
 def _logged(log_history: list[dict[str, float]], key: str) -> float | None:

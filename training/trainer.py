@@ -1,31 +1,52 @@
 """ClipMiniTrainer: the HF Trainer, with what contrastive training needs beyond it."""
 
+import functools
 import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
-from transformers import ProgressCallback, Trainer
-from transformers.trainer_utils import speed_metrics
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
+from .averaging import WeightAverage
 from .collator import ClipMiniCollator
+from .distributed import world_size
 from .evaluate import evaluate_retrieval
-from .features import CachedPairs, cache_features
-from .progress import RecallProgress
+from .features import TowerFeatures
+from .gradient_cache import Batch, cached_backward, check_batch_norm
+from .lora import add_lora, load_lora_state, lora_state, merged_state_dict
+from .objective import ContrastiveObjective, Embeddings
+from .optimizer import parameter_groups
+from .pairs import CachedPairs, EpochPairs
+from .progress import LiveTable
+from .runlog import check_finite
+from .sampling import PairSampler
+from .teacher import TeacherEmbeddings
+from .tower_split import stage_parts
 
-TOWERS = ("vision_model", "text_model")
+LORA_FILE = "lora.safetensors"  # in a checkpoint, beside the merged weights
 
 
 class ClipMiniTrainer(Trainer):
     """Train a [`ClipMiniModel`] on a pair data set.
 
-    Beyond `Trainer`: a learning rate for each tower and one for the heads; frozen towers, whose features are computed
-    once; and `evaluate` is retrieval over the whole split, so that `metric_for_best_model="eval_mean_recall"` picks
-    checkpoints by what the model is for. The contrastive loss of a split depends on the batch size and cannot.
+    Beyond `Trainer`: negatives from all processes; batches of any size by gradient cache; every option of
+    `ClipMiniTrainingArguments`; and `evaluate` is retrieval over the whole split, so that
+    `metric_for_best_model="eval_mean_recall"` picks checkpoints by what the model is for. The contrastive loss of a
+    split depends on the batch size and cannot.
+
+    Which pairs make up a batch, and how they are augmented, depends on `seed` (`data_seed` if given), epoch and image
+    alone: not on the number of data workers, nor on whether the run was cut off and resumed.
 
     Args:
         model: the dual encoder.
@@ -36,13 +57,15 @@ class ClipMiniTrainer(Trainer):
         **kwargs: passed to `Trainer`: `callbacks`, `optimizers`, ...
 
     Raises:
-        ValueError: several GPUs are visible to one process, which Trainer would use through `DataParallel`; or several
-            processes train together, whose negatives are not gathered yet.
+        ValueError: several GPUs are visible to one process, which Trainer would use through `DataParallel`; or an
+            option does not fit the model or the data.
     """
 
     args: ClipMiniTrainingArguments
     model: ClipMiniModel
     processing_class: ClipMiniProcessor
+    objective: ContrastiveObjective
+    train_dataset: Any  # EpochPairs, once it is prepared
 
     def __init__(
         self,
@@ -56,19 +79,14 @@ class ClipMiniTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process: Trainer would split each batch over them with "
-                "DataParallel, and every part would see only its own negatives. Set CUDA_VISIBLE_DEVICES=0."
-            )
-        if args.world_size > 1:
-            raise ValueError(
-                f"{args.world_size} processes train together, but negatives are not gathered across them yet: each "
-                "would see only its own. Start one process."
+                "DataParallel, and every part would see only its own negatives. Start one process for each GPU: "
+                f"torchrun --nproc_per_node {args.n_gpu} -m clipmini.inference.cli train ..., or set "
+                "CUDA_VISIBLE_DEVICES=0."
             )
         if processing_class is None:
             raise ValueError("ClipMiniTrainer needs the model's processor: pass processing_class=processor.")
-        if args.freeze_vision:
-            model.freeze_vision_tower()
-        if args.freeze_text:
-            model.freeze_text_tower()
+        _check_options(model, args)
+        _choose_what_trains(model, args)
         super().__init__(
             model=model,
             args=args,
@@ -78,46 +96,166 @@ class ClipMiniTrainer(Trainer):
             data_collator=kwargs.pop("data_collator", None) or ClipMiniCollator(processing_class),
             **kwargs,
         )
-        if train_dataset is not None and len(train_dataset) < self._train_batch_size:
-            args.dataloader_drop_last = False  # dropping the only batch would train on nothing
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(RecallProgress)
-        self.train_dataset = self.with_cached_features(self.train_dataset)
+            self.add_callback(LiveTable)
+        self.features = TowerFeatures(self.model, processing_class, args)
+        self.weight_average = None
+        if args.weight_average_decay is not None:
+            self.weight_average = WeightAverage(self.model, args.weight_average_decay)
+            self.add_callback(self.weight_average)
+        self.last_logged: tuple[float, int] | None = None
+        self.objective = ContrastiveObjective(
+            label_smoothing=args.label_smoothing_factor,
+            matryoshka_dims=args.matryoshka_widths,
+            chunk_size=args.loss_chunk,
+        )
+        self.sampler: PairSampler | None = None
+        if train_dataset is not None:
+            self._prepare_training(train_dataset)
         if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self.with_cached_features(pairs) for name, pairs in self.eval_dataset.items()}
-        else:
-            self.eval_dataset = self.with_cached_features(self.eval_dataset)
+            self.eval_dataset = {
+                name: self.features.for_evaluation(split) for name, split in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self.features.for_evaluation(self.eval_dataset)
 
-    def with_cached_features(self, pairs: Dataset | CachedPairs | None) -> Dataset | CachedPairs | None:
-        """Replace what frozen towers would compute in every epoch by features computed once.
-
-        Args:
-            pairs: a pair data set.
-
-        Returns:
-            The same pairs; unchanged if no tower is frozen or `cache_features` is off.
-        """
+    def _prepare_training(self, pairs: Dataset) -> None:
         args = self.args
-        if pairs is None or isinstance(pairs, CachedPairs) or not args.cache_features:
-            return pairs
-        if not (args.freeze_vision or args.freeze_text):
-            return pairs
-        with self.autocast_smart_context_manager():
-            return cache_features(
-                self.model,
-                self.processing_class,
-                pairs,
-                vision=args.freeze_vision,
-                text=args.freeze_text,
-                batch_size=args.per_device_eval_batch_size,
+        teacher = None
+        if args.teacher is not None:
+            teacher = TeacherEmbeddings.load(Path(args.teacher), pairs)
+            self.objective = replace(
+                self.objective, distillation=args.distillation_weight, teacher_scale=teacher.logit_scale
             )
+        cached = self.features.for_training(pairs)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        batch_size = self._train_batch_size * args.world_size
+        if len(pairs) < batch_size:
+            args.dataloader_drop_last = False  # dropping the only batch would train on nothing
+        sampler = PairSampler(
+            cached.image_ids,
+            cached.num_captions,
+            seed=seed,
+            captions_per_epoch=args.captions_per_epoch,
+            unique_within=batch_size if args.unique_images_in_batch else 0,
+        )
+        self.sampler = sampler
+        self.add_callback(_NextEpoch(sampler))
+        self.train_dataset = EpochPairs(
+            cached,
+            seed=seed,
+            augment=self.features.augmenter if cached.image_features is None else None,
+            word_dropout=args.word_dropout,
+            teacher=teacher,
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer` does; the live table is closed in any case."""
+        self.last_logged = None
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, LiveTable):
+                    callback.close()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler | None:
+        return self.sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer over `parameter_groups`."""
         if self.optimizer is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(parameter_groups(model or self.model, self.args), **options)
+            self.optimizer = optimizer_class(parameter_groups(self.model, self.args), **options)
         return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Accumulate the gradient of one batch.
+
+        Args:
+            model: the dual encoder, possibly wrapped for distributed training.
+            inputs: a batch, as `ClipMiniCollator` makes it.
+            num_items_in_batch: has no meaning here; `Trainer` passes it.
+
+        Returns:
+            The loss, detached; over processes its mean is the loss of the global batch.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+            ValueError: a gradient cache meets BatchNorm in train mode.
+        """
+        model.train()
+        batch = self._prepare_inputs(inputs)
+        rows, image_ids = batch.pop("rows"), batch.pop("image_ids")
+        teacher = (batch.pop("teacher_image", None), batch.pop("teacher_text", None))
+        scale, bias = self.model.get_logit_scale(), self.model.logit_bias
+        # Gradients are averaged over processes, but the loss is the sum of their shares.
+        factor = world_size() / self.current_gradient_accumulation_steps
+
+        def loss_of(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+            loss = factor * self._current_objective()(Embeddings(image, text, image_ids, *teacher), scale, bias)
+            if not loss.isfinite():
+                names = self.train_dataset.names(rows.tolist())
+                check_finite(loss, self.state.global_step + 1, names)
+            return loss
+
+        embed = functools.partial(self._embed, model)
+        if self.args.gradient_cache_chunk is None:
+            loss = loss_of(*embed(batch), scale, bias)
+            self.accelerator.backward(loss)
+            return loss.detach()
+        check_batch_norm(self.model)
+        # Leaves of their own: their gradients reach the parameters with the last chunk, when processes synchronise.
+        own_scale = scale.detach().requires_grad_()
+        own_bias = None if bias is None else bias.detach().requires_grad_()
+
+        def scalars() -> Tensor:
+            pairs = [(scale, own_scale)] + ([] if bias is None or own_bias is None else [(bias, own_bias)])
+            return torch.stack([value * leaf.grad for value, leaf in pairs if leaf.grad is not None]).sum()
+
+        return cached_backward(
+            embed,
+            lambda image, text: loss_of(image, text, own_scale, own_bias),
+            batch,
+            self.args.gradient_cache_chunk,
+            backward=self.accelerator.backward,
+            no_sync=functools.partial(self.accelerator.no_sync, model),
+            last=scalars,
+        )
+
+    def _embed(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Give the (B, D) embeddings of both sides, of length 1."""
+        inputs = dict(batch)
+        rest_of_tower: AbstractContextManager = nullcontext()
+        if "vision_hidden" in inputs:
+            assert self.features.front is not None
+            inputs["pixel_values"] = inputs.pop("vision_hidden")
+            rest_of_tower = self.features.front.resuming()
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
+        with self.compute_loss_context_manager(), rest_of_tower:
+            output = model(**inputs, return_loss=False, return_logits=False)
+        return output.image_embeds, output.text_embeds
+
+    def _current_objective(self) -> ContrastiveObjective:
+        args, state = self.args, self.state
+        if not args.hard_negative_weight or state.global_step < args.hard_negative_start * state.max_steps:
+            return self.objective
+        return replace(self.objective, hardness=args.hard_negative_weight)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `Trainer` does, with the temperature and the speed beside the loss."""
+        if "loss" in logs:
+            now, step = time.perf_counter(), self.state.global_step
+            logs["logit_scale"] = self.model.get_logit_scale().item()
+            if self.last_logged is not None and self.last_logged[1] < step:
+                per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+                then, last_step = self.last_logged
+                logs["pairs_per_second"] = round(per_step * (step - last_step) / (now - then), 1)
+            self.last_logged = (now, step)
+        super().log(logs, start_time)
 
     def evaluate(
         self,
@@ -125,7 +263,7 @@ class ClipMiniTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Measure retrieval over the whole split.
+        """Measure retrieval over the whole split, with the averaged weights where there is an average.
 
         Args:
             eval_dataset: by default the one given to the constructor; of a dict, each is measured in turn.
@@ -133,7 +271,8 @@ class ClipMiniTrainer(Trainer):
             metric_key_prefix: stands before every key.
 
         Returns:
-            `{prefix}_text_to_image_r1`, ..., `{prefix}_mean_recall` in [0, 1], and the time taken.
+            `{prefix}_text_to_image_r1`, ..., `{prefix}_mean_recall` in [0, 1], the same with `_at_{width}` behind for
+            each Matryoshka width, and the time taken.
 
         Raises:
             ValueError: there is no data set to evaluate on.
@@ -147,48 +286,105 @@ class ClipMiniTrainer(Trainer):
                 metrics.update(self.evaluate(split, metric_key_prefix=f"{metric_key_prefix}_{name}"))
             return metrics
         start_s = time.time()
-        with self.autocast_smart_context_manager():
-            recalls = evaluate_retrieval(
-                self.accelerator.unwrap_model(self.model),
-                self.processing_class,
-                pairs,
-                self.args.per_device_eval_batch_size,
-            )
+        average = self.weight_average
+        with average.applied() if average is not None else nullcontext():
+            recalls = self.measure(pairs)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in recalls.items()}
         metrics.update(speed_metrics(metric_key_prefix, start_s))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.last_logged = None  # time spent here is not training's
         return metrics
 
+    def measure(self, pairs: Dataset | CachedPairs) -> dict[str, float]:
+        """Measure retrieval with the model's weights as they are; see `evaluate`, without the prefix."""
+        with self.autocast_smart_context_manager():
+            return evaluate_retrieval(
+                self.model,
+                self.processing_class,
+                self.features.for_evaluation(pairs),
+                self.args.per_device_eval_batch_size,
+                self.args.matryoshka_widths,
+            )
 
-def parameter_groups(model: nn.Module, args: ClipMiniTrainingArguments) -> list[dict[str, Any]]:
-    """Split the trainable parameters by learning rate and weight decay.
+    # What a checkpoint holds beyond Trainer's. It is all written before `trainer_state.json`, which marks a checkpoint
+    # as whole.
 
-    Weight decay pulls matrices only: on norms and biases it does nothing useful, on the temperature it would be a pull
-    towards a logit scale of 1.
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is None and self.args.lora_towers:
+            state_dict = merged_state_dict(self.model)  # a checkpoint is a plain model that loads anywhere
+        super()._save(output_dir, state_dict)
 
-    Args:
-        model: the dual encoder, possibly wrapped for distributed training.
-        args: `learning_rate` is that of the heads and the temperature; the towers' default to it.
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self.args.lora_towers:
+            save_file(lora_state(self.model), Path(output_dir) / LORA_FILE)
+        if self.args.should_save and self.weight_average is not None:
+            self.weight_average.save(Path(output_dir))
 
-    Returns:
-        Groups for a torch optimizer; empty ones are left out.
-    """
-    rates = {
-        "vision_model": args.vision_learning_rate,
-        "text_model": args.text_learning_rate,
-        "heads": args.learning_rate,
-    }
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = next((tower for tower in TOWERS if tower in name.split(".")[:2]), "heads")
-            groups.setdefault((part, parameter.ndim >= 2), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": args.learning_rate if rates[part] is None else rates[part],
-            "weight_decay": args.weight_decay if decays else 0.0,
-        }
-        for (part, decays), parameters in groups.items()
-    ]
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.weight_average is not None:
+            self.weight_average.load(Path(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.args.lora_towers:
+            self._load_adapters(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.args.lora_towers:
+            self._load_adapters(Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
+
+    def _load_adapters(self, folder: Path) -> None:
+        # The merged weights bring heads, temperature and statistics; adapted weights have other names here.
+        self.model.load_state_dict(load_file(folder / SAFE_WEIGHTS_NAME), strict=False)
+        load_lora_state(self.model, load_file(folder / LORA_FILE))
+
+
+class _NextEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins; how accelerate passes it on depends on how it has wrapped the sampler."""
+
+    def __init__(self, sampler: PairSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+def _check_options(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> None:
+    width = model.config.projection_dim
+    if args.matryoshka_widths and args.matryoshka_widths[0] >= width:
+        raise ValueError(
+            f"matryoshka_dims={args.matryoshka_widths[0]} is not below the embeddings' width, {width}, which is "
+            "always trained; leave it out, or set projection_dim higher."
+        )
+    if model.logit_bias is not None and args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor:g} has no meaning for the sigmoid loss, which makes "
+            "no distribution over captions. Leave it out, or set loss: infonce."
+        )
+
+
+def _choose_what_trains(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> None:
+    if args.freeze_vision:
+        model.freeze_vision_tower()
+    if args.freeze_text:
+        model.freeze_text_tower()
+    if args.vision_stages is not None:
+        timm_model = model.vision_model.timm_model
+        stages = stage_parts(timm_model)
+        if args.vision_stages > len(stages):
+            raise ValueError(
+                f"vision_stages={args.vision_stages}: the vision tower has {len(stages)}, stem and head too."
+            )
+        for name in [name for stage in stages[: -args.vision_stages] for name in stage]:
+            timm_model.get_parameter(name).requires_grad_(False)
+    if args.lora_towers:
+        add_lora(model, args.lora_towers, rank=args.lora_rank, alpha=2 * args.lora_rank)
+    if args.freeze_batch_norm:
+        model.freeze_batch_norm()
+    model.train(model.training)

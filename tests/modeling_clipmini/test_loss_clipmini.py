@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_clipmini import infonce_loss, sigmoid_loss
-from modeling_clipmini.loss_clipmini import pairwise_logits, positive_pairs
+from modeling_clipmini.loss_clipmini import (
+    affinity_rows,
+    hard_negative_weights,
+    infonce_rows,
+    pairwise_logits,
+    positive_pairs,
+    sigmoid_rows,
+)
 
 # Three pairs in the plane. Similarities: S[i][j] = <image i, text j>.
 IMAGES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
@@ -88,9 +95,57 @@ def test_logits_are_float32_under_autocast():
     assert logits.dtype == torch.float32
 
 
-def test_positive_pairs_are_symmetric_with_a_full_diagonal():
-    positives = positive_pairs(SHARED_IDS, 3, torch.device("cpu"))
-    assert positives.tolist() == [[True, False, True], [False, True, False], [True, False, True]]
+def test_positives_share_an_id():
+    positives = positive_pairs(SHARED_IDS, torch.tensor([3, 7]))
+    assert positives.tolist() == [[False, True], [True, False], [False, True]]
+
+
+def test_label_smoothing_spreads_a_share_of_the_target_evenly():
+    rows = infonce_rows(IMAGES, TEXTS, SCALE, SHARED_IDS, SHARED_IDS, label_smoothing=0.3)
+    logits = [[2.0 * value for value in row] for row in SIMILARITIES]
+    targets = [[0.45, 0.1, 0.45], [0.1, 0.8, 0.1], [0.45, 0.1, 0.45]]  # 0.7 on the positives, 0.1 on everything
+    by_hand = [
+        -sum(t * log_softmax(row, j) for j, t in enumerate(target))
+        for row, target in zip(logits, targets, strict=True)
+    ]
+    assert rows.tolist() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_hard_negatives_weigh_more_and_weights_have_mean_one():
+    logits = torch.tensor([[1.0, 2.0, 0.0], [0.5, 0.5, 0.5]])
+    positives = torch.tensor([[True, False, False], [False, True, False]])
+    weights = hard_negative_weights(logits, positives, 1.0).exp()
+    share = math.exp(2) / (math.exp(2) + 1)
+    assert weights[0].tolist() == pytest.approx([1.0, 2 * share, 2 * (1 - share)])
+    assert weights[1].tolist() == pytest.approx([1.0, 1.0, 1.0])
+    everything = torch.ones(2, 3, dtype=torch.bool)
+    assert hard_negative_weights(logits, everything, 1.0).tolist() == [[0.0] * 3] * 2
+
+
+def test_hard_negatives_enter_both_losses_as_the_formula_says():
+    ids = torch.arange(3)
+    bias = torch.tensor(-1.0)
+    infonce = infonce_rows(IMAGES, TEXTS, SCALE, ids, ids, hardness=0.5)
+    sigmoid = sigmoid_rows(IMAGES, TEXTS, SCALE, bias, ids, ids, hardness=0.5)
+    for i in range(3):
+        logits = [2.0 * value for value in SIMILARITIES[i]]
+        others = [j for j in range(3) if j != i]
+        total = sum(math.exp(0.5 * logits[j]) for j in others)
+        weight = {j: 2 * math.exp(0.5 * logits[j]) / total for j in others}
+        denominator = math.exp(logits[i]) + sum(weight[j] * math.exp(logits[j]) for j in others)
+        assert infonce[i].item() == pytest.approx(math.log(denominator) - logits[i], abs=1e-6)
+        negatives = sum(weight[j] * math.log(1 + math.exp(logits[j] - 1)) for j in others)
+        assert sigmoid[i].item() == pytest.approx(math.log(1 + math.exp(1 - logits[i])) + negatives, abs=1e-6)
+
+
+def test_affinity_is_zero_for_a_perfect_copy_and_the_divergence_otherwise():
+    assert affinity_rows(IMAGES, TEXTS, SCALE, IMAGES, TEXTS, 2.0).abs().max() < 1e-6
+    turned = IMAGES[[1, 2, 0]]
+    rows = affinity_rows(IMAGES, TEXTS, SCALE, turned, TEXTS, 5.0)
+    teacher = (5.0 * turned @ TEXTS.T).softmax(dim=1)
+    student = (2.0 * IMAGES @ TEXTS.T).log_softmax(dim=1)
+    assert torch.allclose(rows, (teacher * (teacher.log() - student)).sum(dim=1), atol=1e-6)
+    assert rows.min() > 0
 
 
 @settings(max_examples=30, deadline=None)

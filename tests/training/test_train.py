@@ -51,6 +51,7 @@ def test_a_folder_of_pictures_becomes_a_model(recipe, tmp_path, caplog):
     result = train(recipe())
     assert {file.name for file in result.output_dir.iterdir() if not file.name.startswith("checkpoint")} == {
         "curves.png",
+        "metrics.jsonl",
         "model",
         "recipe_as_run.yaml",
         "results.json",

@@ -4,10 +4,11 @@ from transformers import Trainer, TrainingArguments
 
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.collator import ClipMiniCollator
-from clipmini.training.evaluate import chance_level, embed_pairs, image_of_captions
-from clipmini.training.features import CachedPairs
+from clipmini.training.evaluate import chance_level, embed_pairs
 from clipmini.training.metrics import retrieval_metrics
-from clipmini.training.trainer import ClipMiniTrainer, parameter_groups
+from clipmini.training.optimizer import parameter_groups
+from clipmini.training.pairs import CachedPairs
+from clipmini.training.trainer import ClipMiniTrainer
 from modeling_clipmini import ClipMiniModel
 
 
@@ -70,8 +71,8 @@ def test_frozen_towers_are_computed_once_and_training_is_the_same(make_trainer):
     cached.train()
     uncached = make_trainer(**frozen, cache_features=False)
     uncached.train()
-    assert isinstance(cached.train_dataset, CachedPairs)
-    assert not isinstance(uncached.train_dataset, CachedPairs)
+    assert {"pooled_image", "pooled_text"} <= set(cached.train_dataset[0, 0])
+    assert {"image", "caption"} <= set(uncached.train_dataset[0, 0])
     assert_same_weights(cached.model, uncached.model, 1e-5)
     recalls = [name for name in cached.evaluate() if "recall" in name or "_r1" in name]
     assert [cached.evaluate()[name] for name in recalls] == [uncached.evaluate()[name] for name in recalls]
@@ -79,9 +80,8 @@ def test_frozen_towers_are_computed_once_and_training_is_the_same(make_trainer):
 
 def test_one_tower_may_be_cached_while_the_other_trains(make_trainer):
     trainer = make_trainer(freeze_vision=True)
-    row = trainer.train_dataset[3]
-    assert set(row) == {"image_id", "pooled_image", "captions"}
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    assert set(trainer.train_dataset[3, 0]) == {"image_id", "row", "pooled_image", "caption"}
+    batch = trainer.data_collator([trainer.train_dataset[i, 0] for i in range(4)])
     assert {"pooled_image", "input_ids"} <= set(batch)
     trainer.train()
 
@@ -90,7 +90,7 @@ def test_evaluate_is_retrieval_over_the_whole_split(make_trainer, toy_pairs, tin
     trainer = make_trainer(per_device_eval_batch_size=5)
     metrics = trainer.evaluate()
     image_embeds, text_embeds = embed_pairs(trainer.model.eval(), tiny_processor, toy_pairs)
-    expected = retrieval_metrics(image_embeds, text_embeds, image_of_captions(toy_pairs))
+    expected = retrieval_metrics(image_embeds, text_embeds, CachedPairs(toy_pairs).image_of_captions())
     assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected)
     assert "eval_loss" not in metrics
     several = trainer.evaluate({"a": toy_pairs, "b": toy_pairs})

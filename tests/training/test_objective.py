@@ -1,0 +1,86 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipmini.training import objective as objective_module
+from clipmini.training.objective import ContrastiveObjective, Embeddings
+from modeling_clipmini import infonce_loss, sigmoid_loss
+
+SCALE = torch.tensor(7.0)
+BIAS = torch.tensor(-3.0)
+IDS = torch.tensor([1, 2, 1, 3, 4, 5, 3])
+
+
+def make_embeddings(width=6, teacher_width=None):
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(width):
+        return F.normalize(torch.randn(len(IDS), width, generator=generator), dim=-1)
+
+    teacher = () if teacher_width is None else (rows(teacher_width), rows(teacher_width))
+    return Embeddings(rows(width).requires_grad_(), rows(width).requires_grad_(), IDS, *teacher)
+
+
+def gradients(loss, pairs):
+    return torch.autograd.grad(loss, [pairs.image, pairs.text])
+
+
+@pytest.mark.parametrize("bias", [None, BIAS])
+def test_on_one_process_it_is_the_models_own_loss(bias):
+    pairs = make_embeddings()
+    own = infonce_loss if bias is None else sigmoid_loss
+    expected = own(pairs.image, pairs.text, SCALE, *([] if bias is None else [bias]), IDS)
+    assert ContrastiveObjective()(pairs, SCALE, bias).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("bias", [None, BIAS])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 6])
+def test_chunks_change_neither_loss_nor_gradient(bias, chunk_size):
+    pairs = make_embeddings(teacher_width=4)
+    options = {"hardness": 0.3, "distillation": 0.4, "matryoshka_dims": (3, 2), "teacher_scale": 9.0}
+    if bias is None:
+        options["label_smoothing"] = 0.1
+    whole = ContrastiveObjective(**options)(pairs, SCALE, bias)
+    chunked = ContrastiveObjective(**options, chunk_size=chunk_size)(pairs, SCALE, bias)
+    assert chunked.item() == pytest.approx(whole.item(), abs=1e-6)
+    for one, other in zip(gradients(whole, pairs), gradients(chunked, pairs), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_never_more_than_a_chunk_of_logits_is_alive(monkeypatch):
+    """Counts what autograd keeps for the backward pass, and the largest tensor that is ever made."""
+    largest = []
+
+    def watched(queries, *args):
+        rows = objective_infonce(queries, *args)
+        largest.append(len(queries))
+        return rows
+
+    objective_infonce = objective_module.infonce_rows
+    monkeypatch.setattr(objective_module, "infonce_rows", watched)
+    pairs = make_embeddings()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        ContrastiveObjective(chunk_size=2)(pairs, SCALE).backward()
+    assert max(largest) == 2
+    assert (7, 7) not in [tuple(shape) for shape in kept]
+
+
+def test_matryoshka_is_the_mean_over_widths_of_cut_and_normalised_embeddings():
+    pairs = make_embeddings()
+    losses = [
+        infonce_loss(F.normalize(pairs.image[:, :d], dim=-1), F.normalize(pairs.text[:, :d], dim=-1), SCALE, IDS)
+        for d in (6, 4, 2)
+    ]
+    loss = ContrastiveObjective(matryoshka_dims=(4, 2))(pairs, SCALE)
+    assert loss.item() == pytest.approx(sum(losses).item() / 3, abs=1e-6)
+
+
+def test_distillation_mixes_in_the_teacher_by_its_weight():
+    pairs = make_embeddings(teacher_width=3)
+    alone = ContrastiveObjective()(pairs, SCALE).item()
+    copied = ContrastiveObjective(distillation=1.0, teacher_scale=9.0)(pairs, SCALE).item()
+    mixed = ContrastiveObjective(distillation=0.25, teacher_scale=9.0)(pairs, SCALE).item()
+    assert mixed == pytest.approx(0.75 * alone + 0.25 * copied, abs=1e-6)
+    same = Embeddings(pairs.image, pairs.text, IDS, pairs.image.detach(), pairs.text.detach())
+    assert ContrastiveObjective(distillation=1.0, teacher_scale=7.0)(same, SCALE).item() == pytest.approx(0, abs=1e-6)

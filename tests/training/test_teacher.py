@@ -1,0 +1,277 @@
+import json
+import string
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import DatasetDict
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipProcessor,
+)
+
+from clipmini.inference.encode import encode_images, encode_texts, load_model
+from clipmini.inference.images import ImageError, read_image
+from clipmini.training import teacher
+from clipmini.training.teacher import TeacherEmbeddings, embed_with_teacher
+
+HALF = {"rtol": 0, "atol": 2**-11}  # the spacing of float16 below 1
+
+VISION = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {"max_position_embeddings": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+WIDTH = {"hidden_size": 16, "intermediate_size": 32}
+
+
+def letter_tokenizer():
+    """CLIP's own tokenizer with single letters for a vocabulary, and as on the Hub with no maximum length set."""
+    letters = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")]
+    vocab = {piece: index for index, piece in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
+    return CLIPTokenizer(vocab=vocab, merges=[])
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    text = {**TEXT, **WIDTH, "vocab_size": 54, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    CLIPModel(CLIPConfig(vision_config={**VISION, **WIDTH}, text_config=text, projection_dim=8)).save_pretrained(
+        folder
+    )
+    pixels = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(pixels, letter_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def siglip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("siglip")
+    torch.manual_seed(0)
+    text = {**TEXT, **WIDTH, "vocab_size": 54, "projection_size": 16}
+    SiglipModel(SiglipConfig(vision_config={**VISION, **WIDTH}, text_config=text)).save_pretrained(folder)
+    SiglipProcessor(SiglipImageProcessor(size={"height": 32, "width": 32}), letter_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder, toy_pairs, tmp_path_factory):
+    """A file of the tiny model's embeddings of the toy pairs; read only."""
+    path = tmp_path_factory.mktemp("teacher") / "embeddings.parquet"
+    embed_with_teacher(tiny_folder, toy_pairs, path)
+    return path
+
+
+def with_captions(pairs, row, captions):
+    return type(pairs).from_list(
+        [{**item, "captions": captions if index == row else item["captions"]} for index, item in enumerate(pairs)],
+        features=pairs.features,
+    )
+
+
+def test_a_clipmini_folder_teaches_what_it_embeds(made, tiny_folder, toy_pairs):
+    model, processor = load_model(tiny_folder, "cpu")
+    images = encode_images(model, processor, toy_pairs["image"])
+    texts = encode_texts(model, processor, [text for captions in toy_pairs["captions"] for text in captions])
+    embeddings = TeacherEmbeddings.load(made, toy_pairs)
+    assert embeddings.logit_scale == pytest.approx(model.get_logit_scale().item())
+    for row in range(12):
+        for caption in range(2):
+            image, text = embeddings.rows(row, caption)
+            assert image.dtype == text.dtype == torch.float32
+            torch.testing.assert_close(image, images[row], **HALF)
+            torch.testing.assert_close(text, texts[2 * row + caption], **HALF)
+
+
+def test_clip_teaches_what_it_embeds(clip_folder, toy_pairs, tmp_path):
+    embed_with_teacher(clip_folder, toy_pairs, tmp_path / "clip.parquet", batch_size=5)
+    embeddings = TeacherEmbeddings.load(tmp_path / "clip.parquet", toy_pairs)
+    model, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPProcessor.from_pretrained(clip_folder)
+    row = toy_pairs[7]
+    inputs = processor(
+        images=read_image(row["image"]), text=row["captions"][1], truncation=True, max_length=12, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = model(**inputs)
+    image, text = embeddings.rows(7, 1)
+    torch.testing.assert_close(image, expected.image_embeds[0], **HALF)
+    torch.testing.assert_close(text, expected.text_embeds[0], **HALF)
+    assert embeddings.logit_scale == pytest.approx(model.logit_scale.exp().item())
+
+
+def test_siglip_sees_its_captions_padded_and_without_a_mask(siglip_folder, toy_pairs, tmp_path):
+    embed_with_teacher(siglip_folder, with_captions(toy_pairs, 3, ["a", "red"]), tmp_path / "siglip.parquet")
+    embeddings = TeacherEmbeddings.load(tmp_path / "siglip.parquet", with_captions(toy_pairs, 3, ["a", "red"]))
+    model, tokenizer = SiglipModel.from_pretrained(siglip_folder).eval(), letter_tokenizer()
+    ids = tokenizer("red", padding="max_length", max_length=12, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model.get_text_features(ids).pooler_output[0], dim=0)
+    torch.testing.assert_close(embeddings.rows(3, 1)[1], expected, **HALF)
+
+
+def test_models_that_give_tensors_teach_too(clip_folder, toy_pairs, tmp_path, monkeypatch):
+    pairs = toy_pairs.select(range(2))
+    embed_with_teacher(clip_folder, pairs, tmp_path / "outputs.parquet")
+    for name in ("get_image_features", "get_text_features"):
+        method = getattr(CLIPModel, name)
+        monkeypatch.setattr(
+            CLIPModel, name, lambda self, method=method, **inputs: method(self, **inputs).pooler_output
+        )
+    embed_with_teacher(clip_folder, pairs, tmp_path / "tensors.parquet")
+    assert pq.read_table(tmp_path / "outputs.parquet").equals(pq.read_table(tmp_path / "tensors.parquet"))
+
+
+def test_the_file_is_as_described(made, tiny_folder):
+    table = pq.read_table(made)
+    vector = pa.list_(pa.float16(), 16)
+    assert table.schema.names == ["image_id", "image_embedding", "text_embeddings", "captions_hash"]
+    assert [table.schema.field(index).type.id for index in range(2)] == [pa.int64().id, vector.id]
+    assert table.schema.field("image_embedding").type.list_size == 16
+    assert table.schema.field("image_embedding").type.value_type == pa.float16()
+    assert table["image_id"].to_pylist() == list(range(12))
+    assert [len(texts) for texts in table["text_embeddings"].to_pylist()] == [2] * 12
+    lengths = np.linalg.norm(np.array(table["image_embedding"].to_pylist(), dtype=np.float64), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-3)
+    about = json.loads(table.schema.metadata[b"clipmini_teacher"])
+    assert about == {"name": tiny_folder.name, "logit_scale": pytest.approx(1 / 0.07, rel=1e-4)}
+    assert [file.name for file in made.parent.iterdir()] == [made.name]
+
+
+def test_groups_and_splits_make_one_file_that_serves_each_split(tiny_folder, made, toy_pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "ROWS_PER_GROUP", 3)
+    uneven = with_captions(toy_pairs, 4, ["a", "green disc", "a disc, green"])
+    splits = DatasetDict({"train": uneven.select(range(7)), "validation": uneven.select(range(7, 12))})
+    path = tmp_path / "new" / "embeddings.parquet"
+    embed_with_teacher(tiny_folder, splits, path)
+    assert pq.ParquetFile(path).num_row_groups == 5
+    whole = TeacherEmbeddings.load(made, toy_pairs)
+    for split in splits.values():
+        shuffled = split.shuffle(seed=1)
+        embeddings = TeacherEmbeddings.load(path, shuffled)
+        assert len(embeddings.images) == len(split)
+        for row, item in enumerate(shuffled):
+            for caption, text in enumerate(item["captions"]):
+                image, embedding = embeddings.rows(row, caption)
+                torch.testing.assert_close(image, whole.rows(item["image_id"], 0)[0], **HALF)
+                if text in toy_pairs[item["image_id"]]["captions"]:
+                    torch.testing.assert_close(embedding, whole.rows(item["image_id"], caption)[1], **HALF)
+
+
+def test_copies_that_share_an_id_are_told_apart_by_their_captions(tiny_folder, toy_pairs, tmp_path):
+    shared = toy_pairs.map(lambda row: {**row, "image_id": min(row["image_id"], 10)}, features=toy_pairs.features)
+    embed_with_teacher(tiny_folder, shared, tmp_path / "shared.parquet")
+    one, other = (
+        TeacherEmbeddings.load(tmp_path / "shared.parquet", shared.select(rows)) for rows in ((10, 11), (11, 10))
+    )
+    assert torch.equal(one.images, other.images.flip(0))
+    assert not torch.equal(one.images[0], one.images[1])
+
+
+def test_pictures_that_share_id_and_captions_keep_their_own_embeddings(tiny_folder, made, toy_pairs, tmp_path):
+    same = {"captions": ["a shape"], "image_id": 3}
+    shared = toy_pairs.map(lambda row: {**row, **same}, features=toy_pairs.features)
+    embed_with_teacher(tiny_folder, shared, tmp_path / "shared.parquet")
+    images = TeacherEmbeddings.load(tmp_path / "shared.parquet", shared).images
+    assert torch.equal(images, TeacherEmbeddings.load(made, toy_pairs).images)
+
+
+def test_another_logit_scale_can_be_given(tiny_folder, toy_pairs, tmp_path):
+    pairs = toy_pairs.select([0])
+    embed_with_teacher(tiny_folder, pairs, tmp_path / "scaled.parquet", logit_scale=20.0)
+    assert TeacherEmbeddings.load(tmp_path / "scaled.parquet", pairs).logit_scale == 20.0
+
+
+def test_a_file_is_replaced_on_request_alone(tiny_folder, toy_pairs, tmp_path):
+    path, pairs = tmp_path / "embeddings.parquet", toy_pairs.select([0])
+    path.write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        embed_with_teacher(tiny_folder, pairs, path)
+    assert path.read_text() == "mine"
+    embed_with_teacher(tiny_folder, pairs, path, overwrite=True)
+    assert len(TeacherEmbeddings.load(path, pairs).images) == 1
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        (["a red square", "square in blue"], "other captions of image_id 0"),
+        (["square in red", "a red square"], "other captions of image_id 0"),
+        (["a red square"], "other captions of image_id 0"),
+        (["a red square", "square in red", "red"], "other captions of image_id 0"),
+    ],
+)
+def test_other_captions_are_found_out(made, toy_pairs, captions, message):
+    with pytest.raises(ValueError, match=message):
+        TeacherEmbeddings.load(made, with_captions(toy_pairs, 0, captions))
+
+
+def test_an_image_that_the_teacher_has_not_seen_is_named(made, toy_pairs):
+    others = toy_pairs.map(lambda row: {**row, "image_id": row["image_id"] + 1}, features=toy_pairs.features)
+    with pytest.raises(ValueError, match="no embeddings of image_id 12"):
+        TeacherEmbeddings.load(made, others.select([11]))
+
+
+def test_what_is_no_such_file_is_named(tmp_path, toy_pairs):
+    with pytest.raises(ValueError, match=r"none\.parquet"):
+        TeacherEmbeddings.load(tmp_path / "none.parquet", toy_pairs)
+    (tmp_path / "text.parquet").write_text("text")
+    with pytest.raises(ValueError, match=r"text\.parquet cannot be read"):
+        TeacherEmbeddings.load(tmp_path / "text.parquet", toy_pairs)
+    pq.write_table(pa.table({"image_id": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"other\.parquet does not hold"):
+        TeacherEmbeddings.load(tmp_path / "other.parquet", toy_pairs)
+
+
+@pytest.mark.parametrize(
+    ("image", "name"), [({"bytes": b"no picture", "path": None}, "image_id 1:"), ("missing.jpg", r"missing\.jpg:")]
+)
+def test_a_picture_that_cannot_be_read_is_named_and_leaves_nothing(
+    tiny_folder, toy_pairs, tmp_path, monkeypatch, image, name
+):
+    monkeypatch.setattr(teacher, "ROWS_PER_GROUP", 1)  # the first group is on disk when the second fails
+    rows = [toy_pairs[0], {**toy_pairs[1], "image": image}]
+    pairs = type(toy_pairs).from_list(rows, features=toy_pairs.features)
+    with pytest.raises(ImageError, match=name):
+        embed_with_teacher(tiny_folder, pairs, tmp_path / "embeddings.parquet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_teachers_that_cannot_teach_are_named(tmp_path, toy_pairs, clip_folder, siglip_folder, monkeypatch):
+    out = tmp_path / "out" / "embeddings.parquet"
+    with pytest.raises(ValueError, match=r"teacher .*nowhere cannot be loaded"):
+        embed_with_teacher(tmp_path / "nowhere", toy_pairs, out)
+
+    bert = BertModel(BertConfig(num_hidden_layers=1, num_attention_heads=2, vocab_size=54, **WIDTH))
+    bert.save_pretrained(tmp_path / "bert")
+    letter_tokenizer().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"is a BertModel.*dual encoder"):
+        embed_with_teacher(tmp_path / "bert", toy_pairs, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CLIPImageProcessor, "model_input_names", ["pixel_values", "pixel_attention_mask"])
+        patch.setattr(SiglipImageProcessor, "model_input_names", ["pixel_values", "pixel_attention_mask"])
+        with pytest.raises(ValueError, match=r"pixel_attention_mask.*one size"):
+            embed_with_teacher(siglip_folder, toy_pairs, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CLIPModel, "get_text_features", lambda self, input_ids, **_: torch.ones(len(input_ids), 5))
+        with pytest.raises(ValueError, match="8 and captions in 5"):
+            embed_with_teacher(clip_folder, toy_pairs, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_wrong_arguments_are_named(tiny_folder, toy_pairs, tmp_path, scale):
+    with pytest.raises(ValueError, match="logit_scale"):
+        embed_with_teacher(tiny_folder, toy_pairs, tmp_path / "out.parquet", logit_scale=scale)
+    with pytest.raises(ValueError, match="no pairs"):
+        embed_with_teacher(tiny_folder, toy_pairs.select([]), tmp_path / "out.parquet")

@@ -1,0 +1,202 @@
+"""Each option of `ClipMiniTrainingArguments`, in a whole run of the trainer."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipmini.training.arguments import ClipMiniTrainingArguments
+from clipmini.training.evaluate import evaluate_retrieval
+from clipmini.training.runlog import NonFiniteLossError
+from clipmini.training.trainer import ClipMiniTrainer
+from modeling_clipmini import ClipMiniModel
+
+
+@pytest.fixture
+def make_trainer(tiny_config, tiny_processor, toy_pairs, tmp_path):
+    def make(folder="run", config=(), **options):
+        torch.manual_seed(0)
+        defaults = {
+            "output_dir": str(tmp_path / folder),
+            "per_device_train_batch_size": 6,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "use_cpu": True,
+        }
+        return ClipMiniTrainer(
+            model=ClipMiniModel(tiny_config(**dict(config))),
+            args=ClipMiniTrainingArguments(**{**defaults, **options}),
+            train_dataset=toy_pairs,
+            eval_dataset=toy_pairs,
+            processing_class=tiny_processor,
+        )
+
+    return make
+
+
+NO_DROPOUT = {
+    "text_config": {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 2,
+        "hidden_dim": 64,
+        "max_position_embeddings": 64,
+        "vocab_size": 141,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+}
+
+
+def weights_after(trainer):
+    trainer.train()
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_same(one, other, tolerance=1e-5):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.allclose(value, other[name], atol=tolerance), name
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_a_gradient_cache_trains_the_same(make_trainer, loss):
+    config = {**NO_DROPOUT, "loss": loss}
+    # Adam would make much of a rounding error near zero, and so would further steps.
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1}
+    plain = weights_after(make_trainer(config=config, **options))
+    cached = weights_after(make_trainer(config=config, **options, gradient_cache_chunk=4))
+    assert_same(plain, cached)
+
+
+def test_a_gradient_cache_with_batch_norm_in_train_mode_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="freeze_batch_norm"):
+        make_trainer(gradient_cache_chunk=2, freeze_batch_norm=False).train()
+
+
+def test_batch_norm_statistics_are_kept_unless_asked_otherwise(make_trainer):
+    name = "vision_model.timm_model.conv1.1.running_mean"
+    before = make_trainer().model.state_dict()[name].clone()
+    assert torch.equal(weights_after(make_trainer())[name], before)
+    assert not torch.equal(weights_after(make_trainer(freeze_batch_norm=False))[name], before)
+
+
+def test_training_the_last_stages_from_cached_activations_is_training_them_from_pictures(
+    make_trainer, tiny_processor, toy_pairs
+):
+    options = {"vision_stages": 2, "optim": "sgd", "learning_rate": 0.1}
+    cached = make_trainer(config=NO_DROPOUT, **options)
+    assert "vision_hidden" in cached.train_dataset[0, 0]
+    before = {name: value.clone() for name, value in cached.model.state_dict().items()}
+    after = weights_after(cached)
+    assert_same(after, weights_after(make_trainer(config=NO_DROPOUT, **options, cache_features=False)), 1e-3)
+    moved = {name for name in after if not torch.equal(before[name], after[name]) and name.startswith("vision")}
+    assert moved
+    assert not any(
+        name.startswith(("vision_model.timm_model.conv1", "vision_model.timm_model.layer1")) for name in moved
+    )
+    from_pictures = evaluate_retrieval(cached.model, tiny_processor, toy_pairs)
+    assert cached.evaluate()["eval_mean_recall"] == pytest.approx(from_pictures["mean_recall"], abs=0.05)
+
+
+def test_cached_views_are_the_augmented_pictures(make_trainer, toy_pairs):
+    options = {"freeze_vision": True, "augment": {"crop_scale": 0.5, "color_jitter": 0.2}}
+    trainer = make_trainer(**options, num_views=3)
+    features = trainer.train_dataset.pairs.image_features
+    assert features.shape[:2] == (len(toy_pairs), 3)
+    assert len({tuple(view.tolist()) for view in torch.tensor(features[4])}) == 3
+    assert trainer.eval_dataset.image_features.shape[1] == 1
+    seen = {tuple(trainer.train_dataset[4, turn]["pooled_image"].tolist()) for turn in range(3)}
+    assert len(seen) == 3
+    trainer.train()
+
+
+def test_augmentation_without_a_cache_depends_on_the_turn_alone(make_trainer):
+    trainer = make_trainer(augment={}, word_dropout=0.5)
+    one, again, next_turn = (trainer.train_dataset[2, turn] for turn in (0, 0, 1))
+    assert torch.equal(one["pixel_values"], again["pixel_values"])
+    assert one["caption"] == again["caption"]
+    assert not torch.equal(one["pixel_values"], next_turn["pixel_values"])
+    trainer.train()
+
+
+def test_matryoshka_widths_are_trained_and_measured(make_trainer):
+    trainer = make_trainer(matryoshka_dims="8,4")
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert {"eval_mean_recall", "eval_mean_recall_at_8", "eval_text_to_image_r1_at_4"} <= set(metrics)
+    with pytest.raises(ValueError, match="matryoshka_dims=16 is not below the embeddings' width, 16"):
+        make_trainer(matryoshka_dims=[16, 8])
+
+
+def test_an_average_of_the_weights_is_measured_saved_and_left_in_the_model(make_trainer, tmp_path):
+    plain = weights_after(make_trainer("plain"))
+    averaged = weights_after(make_trainer(weight_average_decay=0.9, save_strategy="steps", save_steps=2))
+    assert (tmp_path / "run" / "checkpoint-4" / "weight_average.safetensors").exists()
+    assert any(not torch.equal(plain[name], averaged[name]) for name in plain)
+    checkpoint = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    assert_same({name: plain[name] for name in checkpoint}, checkpoint, 1e-6)
+
+
+def test_lora_leaves_plain_checkpoints_and_goes_on_from_them(make_trainer, tmp_path):
+    pytest.importorskip("peft")
+    options = {"lora": "text", "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer("whole", **options)
+    whole.train()
+    checkpoint = ClipMiniModel.from_pretrained(tmp_path / "whole" / "checkpoint-4")
+    assert checkpoint.state_dict().keys() == make_trainer("other").model.state_dict().keys()
+    resumed = make_trainer("resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_same(whole.model.state_dict(), resumed.model.state_dict(), 1e-6)
+
+
+def test_layers_nearer_to_the_input_learn_more_slowly(make_trainer):
+    trainer = make_trainer(layer_decay=0.5, text_learning_rate=1.0)
+    trainer.create_optimizer()
+    rate = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    text = trainer.model.text_model
+    assert rate[id(text.transformer.layer[1].ffn.lin1.weight)] == 1.0
+    assert rate[id(text.transformer.layer[0].ffn.lin1.weight)] == 0.5
+    assert rate[id(text.embeddings.word_embeddings.weight)] == 0.25
+    vision = [rate[id(p)] for p in trainer.model.vision_model.parameters()]
+    assert vision == sorted(vision)
+    assert vision[0] < vision[-1]
+    assert rate[id(trainer.model.text_projection.weight)] == 1e-3
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_pictures(make_trainer):
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.model.text_projection.weight.fill_(math.nan)
+    with pytest.raises(NonFiniteLossError, match=r"nan at step 1.*image_id \d"):
+        trainer.train()
+
+
+def test_hard_negatives_begin_after_their_share_of_the_steps(make_trainer):
+    trainer = make_trainer(hard_negative_weight=0.7, hard_negative_start=0.5)
+    trainer.state.max_steps = 10
+    trainer.state.global_step = 4
+    assert trainer._current_objective().hardness == 0
+    trainer.state.global_step = 5
+    assert trainer._current_objective().hardness == 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_cache_chunk": 0}, "gradient_cache_chunk=0"),
+        ({"layer_decay": 1.5}, "layer_decay=1.5"),
+        ({"num_views": 3}, "num_views=3 without `augment`"),
+        ({"augment": {"crop": 1}}, "augment has no 'crop'"),
+        ({"freeze_text": True, "lora": "text"}, "contradict"),
+        ({"vision_stages": 40}, "vision_stages=40: the vision tower has"),
+        ({"average_best": 3}, "save_total_limit"),
+        ({"matryoshka_dims": "8,x"}, "matryoshka_dims='8,x'"),
+    ],
+)
+def test_options_that_cannot_work_say_so(make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**options)
