@@ -149,7 +149,8 @@ def cache_image_features(
     key = {
         "what": "pooled outputs" if front is None else f"activations entering {front.entry}",
         "data": hash_rows(pairs, ("image", "captions") if augment is not None else ("image",)),
-        "weights": hash_weights(tower),
+        # The weights alone do not tell strides.
+        "weights": f"{model.config.vision_config.architecture} {hash_weights(tower)}",
         "pixels": augment.describe() if augment is not None else str(processor.image_processor),
     }
     with torch.no_grad():

@@ -96,7 +96,7 @@ class FrozenFront:
                 f"num_trainable_stages={num_trainable_stages} leaves nothing to split: {type(timm_model).__name__} "
                 f"has {len(stages)} stages, so that 1 to {len(stages) - 1} can be trained behind a frozen front."
             )
-        trainable = {name for stage in stages[-num_trainable_stages - 1:] for name in stage}
+        trainable = {name for stage in stages[-num_trainable_stages:] for name in stage}
         front = cls(timm_model, *_split(timm_model, trainable))
         modes = {module: module.training for module in timm_model.modules()}
         timm_model.eval()
