@@ -1,6 +1,7 @@
 """How a run goes, while it goes: a live table on a terminal, plain lines in a log file."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,6 +25,7 @@ NUMBERS = {
 }
 RECALL_AT = (1, 5)
 DIRECTIONS = ("text_to_image", "image_to_text")
+MOVES = re.compile(r"(\n|\x1b\[A)*")  # the next line, the line above
 
 
 class LiveTable(TrainerCallback):
@@ -196,11 +198,21 @@ class Screen:
 
 
 class AboveTable(FileProxy):
-    """Writes whole lines above a live table, and no bars: each of their redraws would become a line."""
+    """Writes whole lines above a live table, and no bars of tqdm: each of their redraws would become a line."""
+
+    is_in_line = False
 
     def write(self, text: str) -> int:
-        """Write `text`, unless it returns to the beginning of the line, as bars do."""
-        return len(text) if text.startswith("\r") else super().write(text)
+        """Write `text`, unless it is a bar or moves the cursor for one."""
+        if text.startswith("\r") or (not self.is_in_line and MOVES.fullmatch(text)):
+            return len(text)
+        self.is_in_line = not text.endswith("\n")
+        return super().write(text)
+
+    def flush(self) -> None:
+        """Write a line that has been begun."""
+        super().flush()
+        self.is_in_line = False
 
 
 def _recall_key(direction: str, k: int) -> str:

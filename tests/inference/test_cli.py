@@ -210,8 +210,8 @@ class TestTrain:
         """Stand in for the training, which has tests of its own."""
         calls = []
 
-        def fake_train(recipe, *, overwrite=False):
-            calls.append((recipe, overwrite))
+        def fake_train(recipe, *, overwrite=False, stage=None):
+            calls.append((recipe, overwrite, stage))
             sys.stdout.write("{'loss': 1.0}\n")
             split = {
                 "num_images": 32,
@@ -238,7 +238,8 @@ class TestTrain:
     def test_table(self, run, calls, recipe, tmp_path):
         result = run("train", recipe, "--set", "num_train_epochs=3", "--set", "seed=7", "--overwrite", "--strict")
         assert result.exit_code == 0, result.output
-        ((loaded, overwrite),) = calls
+        ((loaded, overwrite, stage),) = calls
+        assert stage is None
         assert (loaded.training.num_train_epochs, loaded.training.seed, overwrite) == (3, 7, True)
         assert loaded.data.strict
         lines = result.stdout.splitlines()
@@ -256,6 +257,28 @@ class TestTrain:
             result = run("train", recipe, "--set", f"data.source={source}")
             assert result.exit_code == 0, result.output
             assert result.stdout.splitlines()[-1].endswith(f' {suggested} "a dog on a beach"')
+
+    def test_keys_of_the_recipe_are_options_too(self, run, calls, recipe):
+        options = ["--gradient_cache_chunk", "8", "--matryoshka_dims=16,8", "--stage", "heads"]
+        result = run("train", recipe, *options)
+        assert result.exit_code == 0, result.output
+        ((loaded, _, stage),) = calls
+        assert loaded.training.gradient_cache_chunk == 8
+        assert loaded.training.matryoshka_widths == (16, 8)
+        assert stage == "heads"
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--gradient_cache_chunks", "8"], ["gradient_cache_chunks", "nearest", "gradient_cache_chunk"]),
+            (["--gradient_cache_chunk"], ["needs a value"]),
+            (["stray"], ["'stray' is not expected"]),
+        ],
+    )
+    def test_options_that_are_no_keys_are_explained(self, run, calls, recipe, options, words):
+        result = run("train", recipe, *options)
+        assert result.exit_code == 2
+        assert all(word in result.stderr for word in words), result.stderr
 
     def test_json(self, run, calls, recipe, tmp_path):
         result = run("train", recipe, "--json")
@@ -353,3 +376,19 @@ def test_warnings_are_short_lines(run, tiny_folder, pictures, monkeypatch):
     own = [handler for handler in logging.getLogger("transformers").handlers if type(handler) is logging.StreamHandler]
     assert not own  # it would show the same again
     assert logging.getLogger().handlers == handlers
+
+
+class TestTeach:
+    def test_a_recipes_training_pairs_are_embedded(self, run, tiny_folder, tmp_path, monkeypatch):
+        for index in range(6):
+            Image.new("RGB", (32, 32), (40 * index, 90, 90)).save(tmp_path / f"{index}.png")
+        lines = [f"{index}.png,picture {index},{'train' if index else 'validation'}" for index in range(6)]
+        (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption,split", *lines]))
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"model: tiny\ndata:\n  source: {tmp_path}\n")
+        out = tmp_path / "teacher.parquet"
+        result = run("teach", tiny_folder, recipe, "--out", out, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout) == {"file": str(out), "num_images": 5}
+        assert run("teach", tiny_folder, recipe, "--out", out).exit_code == 2
+        assert run("teach", tiny_folder, recipe, "--out", out, "--overwrite").exit_code == 0
