@@ -28,6 +28,10 @@ class ClipMiniConfig(PreTrainedConfig):
         projection_dim: width of the shared space, at least 1.
         projection: "linear" (one matrix, as CLIP) or "mlp" (linear, GELU, linear, dropout, residual, LayerNorm).
         projection_dropout: dropout of the "mlp" projection, in [0, 1).
+        vision_levels: stages of the vision tower whose feature maps, averaged over the picture, stand beside its own
+            pooled output: indices as timm's `out_indices` counts them, such as [2, 3, 4]; none by default. Early
+            stages know colours and textures that the last one, trained to name objects, has dropped.
+        vision_dropout: share of the pooled image features that training drops before the projection, in [0, 1).
         text_pooling: "mean" over the caption's tokens or "cls", its first token.
         loss: "infonce" (CLIP) or "sigmoid" (SigLIP).
         logit_scale_init_value: start of the learnable *logarithm* of the logit scale (CLIP's public name for it). By
@@ -35,8 +39,8 @@ class ClipMiniConfig(PreTrainedConfig):
         logit_scale_max: the logit scale, after `exp`, never exceeds this; CLIP clips at 100.
         logit_bias_init_value: start of the learnable bias of the "sigmoid" loss, -10 by default; "infonce" has none,
             since a softmax does not see it.
-        vision_embed_dim: width of the vision tower's pooled output. Left out, the model reads it off the tower and
-            writes it here, so that building on the meta device needs no forward.
+        vision_embed_dim: width of the pooled image features, those of `vision_levels` included. Left out, the model
+            reads it off the tower and writes it here, so that building on the meta device needs no forward.
 
     Raises:
         ValueError: a value that is not allowed; the message names the field and what is.
@@ -52,6 +56,8 @@ class ClipMiniConfig(PreTrainedConfig):
         projection_dim: int = 256,
         projection: str = "linear",
         projection_dropout: float = 0.1,
+        vision_levels: list[int] | None = None,
+        vision_dropout: float = 0.0,
         text_pooling: str = "mean",
         loss: str = "infonce",
         logit_scale_init_value: float | None = None,
@@ -65,6 +71,8 @@ class ClipMiniConfig(PreTrainedConfig):
         self.projection_dim = _at_least_one("projection_dim", projection_dim)
         self.projection = _one_of("projection", projection, PROJECTIONS)
         self.projection_dropout = _in_range("projection_dropout", projection_dropout, 0.0, 1.0, include_high=False)
+        self.vision_levels = _levels(vision_levels)
+        self.vision_dropout = _in_range("vision_dropout", vision_dropout, 0.0, 1.0, include_high=False)
         self.text_pooling = _one_of("text_pooling", text_pooling, TEXT_POOLINGS)
         self.loss = _one_of("loss", loss, LOSSES)
         self.logit_scale_max = _in_range("logit_scale_max", logit_scale_max, 1.0, math.inf, include_high=False)
@@ -129,6 +137,15 @@ def _tower_text_config(config: Any) -> PreTrainedConfig:
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise ValueError(f"text_config is a {type(config).__name__} without a hidden_size; pass a text encoder's.")
     return config
+
+
+def _levels(levels: Any) -> list[int]:
+    """Check `vision_levels`; whether the tower has such stages shows when it is built."""
+    levels = [] if levels is None else levels
+    is_list = isinstance(levels, (list, tuple))
+    if not is_list or any(isinstance(level, bool) or not isinstance(level, int) or level < 0 for level in levels):
+        raise ValueError(f"vision_levels={levels!r} is not allowed; use stages counted from 0, such as [2, 3, 4].")
+    return sorted(set(levels))
 
 
 def _built(field: str, build: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> Any:

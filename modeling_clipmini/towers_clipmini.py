@@ -10,6 +10,7 @@ from os import PathLike
 from typing import Any, Self
 
 import timm
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -176,7 +177,8 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
             timm_model.load_state_dict(fresh.state_dict())
         if config.vision_embed_dim is None:
             # Not num_features: after a head with a convolution of its own (MobileNetV3, GhostNet) that is too narrow.
-            config.vision_embed_dim = timm_model.head_hidden_size
+            config.vision_embed_dim = timm_model.head_hidden_size + sum(_level_widths(timm_model, config))
+        self.vision_dropout = nn.Dropout(config.vision_dropout)
         self.visual_projection = self._projection(config.vision_embed_dim)
 
     def freeze_vision_tower(self) -> None:
@@ -186,7 +188,33 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
 
     def pool_images(self, pixel_values: Tensor) -> Tensor:
         """Run the vision tower alone: (I, 3, height, width) to (I, V), what `pooled_image` takes."""
-        return self.vision_model(pixel_values=pixel_values).pooler_output.flatten(1)
+        features: Tensor = self._run_vision_tower(pixel_values)["pooler_output"]
+        return features
+
+    def _run_vision_tower(
+        self, pixel_values: Tensor | None, output_hidden_states: bool | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Run the tower; `pooler_output` is (I, V), where wanted with the averages of `vision_levels` beside its own.
+
+        These parts are scaled to root mean square 1 each, since feature maps differ in size a hundredfold. Joining
+        stages goes back to hypercolumns (Hariharan et al. 2015, https://arxiv.org/abs/1411.5752).
+        """
+        levels = self.config.vision_levels
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        # timm gives every stage for True, and those of a list.
+        wanted = output_hidden_states or levels or None
+        outputs = self.vision_model(pixel_values=pixel_values, output_hidden_states=wanted, **kwargs)
+        features, maps = outputs.pooler_output.flatten(1), outputs.hidden_states
+        if levels:
+            chosen = [maps[level] for level in levels] if output_hidden_states else maps
+            parts = [features, *(stage.flatten(2).mean(dim=2) for stage in chosen)]
+            features = torch.cat([F.normalize(part, dim=1) * part.shape[1] ** 0.5 for part in parts], dim=1)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=features,
+            hidden_states=maps if output_hidden_states else None,
+        )
 
     @can_return_tuple
     def get_image_features(
@@ -202,17 +230,30 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         Returns:
             The tower's output; its `pooler_output` is the projection, (I, D), not yet of length 1.
         """
+        outputs = BaseModelOutputWithPooling(pooler_output=pooled_image)
         if pooled_image is None:
             kwargs.pop("output_attentions", None)  # timm models give none
-            outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
-            pooled_image = outputs.pooler_output.flatten(1)  # (I, V)
-        else:
-            outputs = BaseModelOutputWithPooling()
+            outputs = self._run_vision_tower(pixel_values, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.visual_projection(pooled_image),
+            pooler_output=self.visual_projection(self.vision_dropout(outputs.pooler_output)),
             hidden_states=outputs.hidden_states,
         )
+
+
+def _level_widths(timm_model: Any, config: ClipMiniConfig) -> list[int]:
+    """Look up how wide the feature maps of `vision_levels` are."""
+    if not config.vision_levels:
+        return []
+    name = config.vision_config.architecture
+    if not hasattr(timm_model, "forward_intermediates"):
+        raise ValueError(f"vision_levels cannot be used: timm's {name} gives no feature maps; leave it out.")
+    widths = [stage["num_chs"] for stage in timm_model.feature_info]
+    if config.vision_levels[-1] >= len(widths):
+        raise ValueError(
+            f"vision_levels={config.vision_levels} is not allowed: {name} has stages 0 to {len(widths) - 1}."
+        )
+    return [widths[level] for level in config.vision_levels]
 
 
 class ClipMiniTextHalf(ClipMiniPreTrainedModel):

@@ -20,6 +20,7 @@ AT_LEAST_ONE = (
     "loss_chunk",
     "captions_per_epoch",
     "num_views",
+    "length_groups",
     "vision_stages",
     "lora_rank",
 )
@@ -82,6 +83,11 @@ class ClipMiniTrainingArguments(TrainingArguments):
     num_views: int = field(default=1, metadata={"help": "Augmented views of each picture in the cache."})
     feature_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder of the cache; by default CLIPMINI_CACHE, else ~/.cache/clipmini."}
+    )
+
+    length_groups: int = field(
+        default=1,
+        metadata={"help": "Embed a batch's captions in this many groups of like length: less padding to compute."},
     )
 
     # By which loss

@@ -104,7 +104,15 @@ class ImageAugmenter:
             self.transforms.append(v2.ColorJitter(*[augmentation.color_jitter] * 3))
 
     def __call__(self, image: Image.Image, captions: Sequence[str], seed: int) -> Tensor:
-        """Draw a view.
+        """Draw a view; see `draw`.
+
+        Returns:
+            (3, height, width) float32, normalised as in inference.
+        """
+        return normalise_pixels(self.image_processor, self.draw(image, captions, seed)[None])[0]
+
+    def draw(self, image: Image.Image, captions: Sequence[str], seed: int) -> Tensor:
+        """Draw a view, not yet normalised, in a quarter of the memory.
 
         Args:
             image: a picture of mode "RGB", as `read_image` gives it.
@@ -112,7 +120,7 @@ class ImageAugmenter:
             seed: any whole number; another one draws another view.
 
         Returns:
-            (3, height, width) float32, normalised as in inference.
+            (3, height, width) bytes.
         """
         with torch.random.fork_rng(devices=[]):
             # Not `torch.manual_seed`, which seeds GPUs as well, whose state is not put back.
@@ -124,18 +132,12 @@ class ImageAugmenter:
                 left, top = box["left"], box["top"]
                 image = image.crop((left, top, left + box["width"], top + box["height"]))
                 geometry = {"do_resize": True, "size": self.crop_size, "do_center_crop": False}
-            if self.transforms:
-                pixels = self._process(image, **geometry, do_rescale=False, do_normalize=False)
-                for transform in self.transforms:
-                    pixels = transform(pixels)
-                pixel_values = self._process(
-                    pixels, do_resize=False, do_center_crop=False, input_data_format="channels_first"
-                )
-            else:
-                pixel_values = self._process(image, **geometry)
+            pixels = raw_pixels(self.image_processor, image, **geometry)
+            for transform in self.transforms:
+                pixels = transform(pixels)
             if self._may_flip(captions) and torch.rand(()) < 0.5:
-                pixel_values = pixel_values.flip(-1)
-        return pixel_values
+                pixels = pixels.flip(-1)
+        return pixels
 
     def describe(self) -> str:
         """Name all that the pixels depend on, besides the arguments of a call: part of the key of cached features.
@@ -154,12 +156,31 @@ class ImageAugmenter:
         }
         return json.dumps(parts, sort_keys=True)
 
-    def _process(self, image: Image.Image | Tensor, **options: Any) -> Tensor:
-        return self.image_processor(image, return_tensors="pt", **options)["pixel_values"][0]
-
     def _may_flip(self, captions: Sequence[str]) -> bool:
         flip = self.augmentation.flip
         return flip == "always" or (flip == "safe" and not names_a_side(captions))
+
+
+def raw_pixels(image_processor: Any, image: Image.Image, **geometry: Any) -> Tensor:
+    """Resize and crop a picture as a stock image processor does, and stop there.
+
+    Args:
+        image_processor: the stock image processor.
+        image: a picture of mode "RGB".
+        **geometry: the processor's `size`, `crop_size`, ... where they are to be others.
+
+    Returns:
+        (3, height, width) bytes, on which the processor's own resizing ends as well.
+    """
+    return image_processor(image, return_tensors="pt", **geometry, do_rescale=False, do_normalize=False)[
+        "pixel_values"
+    ][0]
+
+
+def normalise_pixels(image_processor: Any, pixels: Tensor) -> Tensor:
+    """Do the rest of a stock image processor's work: (N, 3, height, width) bytes to normalised float32."""
+    options = {"do_resize": False, "do_center_crop": False, "input_data_format": "channels_first"}
+    return image_processor(pixels, return_tensors="pt", **options)["pixel_values"]
 
 
 def names_a_side(captions: Sequence[str]) -> bool:

@@ -7,12 +7,15 @@ from typing import Any
 import timm
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, TimmWrapperConfig
 
 from clipmini.inference.encode import load_model
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini.processing_clipmini import image_processor_for
 
 from .towers import resolve_tower
+
+PREPARATION = ("crop_mode", "crop_pct", "input_size", "interpolation", "mean", "std")  # of pictures, in timm's words
 
 
 @dataclass
@@ -23,12 +26,15 @@ class ModelPreset:
         vision: a timm model: Hub id, local folder or `offline:` name; without pretrained weights, a timm architecture.
         text: a text encoder: Hub id, local folder or `offline:` name; without pretrained weights, a DistilBERT config.
         pretrained: start from pretrained towers; otherwise from random ones.
+        pretrained_cfg: changes to how timm says that the vision tower's pictures are prepared: `crop_pct`,
+            `input_size`, `interpolation`, ...
         config: fields of `ClipMiniConfig` other than the towers.
     """
 
     vision: str
     text: str | dict[str, Any]
     pretrained: bool = True
+    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,7 +56,24 @@ def build_model(preset: ModelPreset) -> tuple[ClipMiniModel, ClipMiniProcessor]:
         raise ValueError("text must name a pretrained tower; a config needs `pretrained: false`.")
     vision, text = resolve_tower(preset.vision), resolve_tower(preset.text)
     model = ClipMiniModel.from_vision_text_pretrained(vision, text, **preset.config)
+    _prepare_otherwise(model.config.vision_config, preset.pretrained_cfg)
     return model, ClipMiniProcessor.from_towers(model.config, AutoTokenizer.from_pretrained(text))
+
+
+def _prepare_otherwise(tower: TimmWrapperConfig, changes: dict[str, Any]) -> None:
+    """Change how a vision tower's pictures are prepared; the config keeps it, and so every saved model."""
+    for key in changes:
+        if key not in PREPARATION:
+            raise ValueError(f"pretrained_cfg has no {key!r} that can be changed; it has {', '.join(PREPARATION)}.")
+    if not changes:
+        return
+    own = getattr(tower, "pretrained_cfg", None)
+    known = timm.models.get_pretrained_cfg(tower.architecture)
+    tower.pretrained_cfg = {**(own or (known.to_dict() if known else {})), **changes}
+    try:
+        image_processor_for(tower)
+    except Exception as error:  # a value of the wrong type breaks timm's code in many ways
+        raise ValueError(f"pretrained_cfg={changes!r} is not allowed: {error}") from error
 
 
 def load_for_fine_tuning(name_or_path: str, config: dict[str, Any]) -> tuple[ClipMiniModel, ClipMiniProcessor]:
@@ -82,6 +105,7 @@ def _random_model(preset: ModelPreset) -> tuple[ClipMiniModel, ClipMiniProcessor
         text_config={**preset.text, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id},
         **preset.config,
     )
+    _prepare_otherwise(config.vision_config, preset.pretrained_cfg)
     return ClipMiniModel(config).eval(), ClipMiniProcessor.from_towers(config, tokenizer)
 
 

@@ -6,6 +6,7 @@ becomes a fixed number of views of each picture.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from .feature_cache import cache_root, cached_array, hash_rows, hash_weights
 from .pairs import CachedPairs
 from .sampling import draw_seed
 from .tower_split import FrozenFront, num_stages
+
+logger = logging.getLogger(__name__)
 
 IMAGE_CHUNK, CAPTION_CHUNK = 256, 4096  # rows that a killed run may have to compute again
 
@@ -54,6 +57,25 @@ class TowerFeatures:
                 size = processor.image_processor.crop_size
                 example = torch.rand(2, 3, size["height"], size["width"], device=model.device)
                 self.front = FrozenFront.find(timm_model, args.vision_stages, example)
+                if self.front is not None and not self._resumes(self.front, example):
+                    logger.warning(
+                        "vision_levels=%s needs feature maps from before the first trained stage, which are not kept: "
+                        "the whole vision tower has to run at every step",
+                        model.config.vision_levels,
+                    )
+                    self.front = None
+
+    @torch.no_grad()
+    def _resumes(self, front: FrozenFront, example: Tensor) -> bool:
+        """Tell whether activations give the pooled features that pictures give, `vision_levels` included."""
+        was_training = self.model.training
+        self.model.eval()
+        whole = self.model.pool_images(example)
+        activation = front.front(example)
+        with front.resuming():
+            resumed = self.model.pool_images(activation)
+        self.model.train(was_training)
+        return resumed.shape == whole.shape and torch.allclose(resumed, whole, rtol=1e-5, atol=1e-5)
 
     def for_training(self, pairs: Dataset) -> CachedPairs:
         """Give the pairs with features of the training views where the towers, or their first stages, are frozen."""
@@ -146,8 +168,9 @@ def cache_image_features(
     views = _Views(pairs, processor, augment, num_views)
     tower = model.vision_model if front is None else nn.ModuleList(front.modules.values())
     run: Callable[[Tensor], Tensor] = model.pool_images if front is None else front.front
+    what = f"pooled outputs, levels {model.config.vision_levels}"
     key = {
-        "what": "pooled outputs" if front is None else f"activations entering {front.entry}",
+        "what": what if front is None else f"activations entering {front.entry}",
         "data": hash_rows(pairs, ("image", "captions") if augment is not None else ("image",)),
         # The weights alone do not tell strides.
         "weights": f"{model.config.vision_config.architecture} {hash_weights(tower)}",

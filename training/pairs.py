@@ -68,7 +68,7 @@ class EpochPairs(torch.utils.data.Dataset):
     Args:
         pairs: what to train on.
         seed: another seed gives other draws.
-        augment: makes pixels of a picture that is not cached; None to leave that to the collator.
+        augment: draws pixels of a picture that is not cached; None to leave that to the collator.
         word_dropout: probability with which a word is left out of a caption that is not cached.
         teacher: gives the teacher's embeddings of a row's image and caption.
     """
@@ -121,7 +121,7 @@ class EpochPairs(torch.utils.data.Dataset):
             return {"image": content["image"]}
         picture = read_named(content["image"], f"image_id {content['image_id']}")
         return {
-            "pixel_values": self.augment(picture, content["captions"], draw_seed(self.seed, row, turn, AUGMENTATION))
+            "pixels": self.augment.draw(picture, content["captions"], draw_seed(self.seed, row, turn, AUGMENTATION))
         }
 
     def names(self, rows: Sequence[int]) -> list[str]:

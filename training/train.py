@@ -30,6 +30,7 @@ from .data import load_pairs
 from .duplicates import DuplicateReport, find_duplicates, share_ids
 from .evaluate import chance_level, evaluate_retrieval
 from .lora import merge_lora
+from .memory import keep_freed_memory
 from .pairs import CachedPairs
 from .publish import render_model_card
 from .recipes import Recipe
@@ -95,6 +96,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     if not overwrite:
         _check_output_dir(output_dir, recipe, wanted)
 
+    keep_freed_memory()
     skipped = Skipped(strict=recipe.data.strict)
     pairs, duplicates = _prepare_data(recipe, skipped)
     set_seed(args.seed)  # before the heads are made

@@ -18,12 +18,14 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
+from .augment import normalise_pixels
 from .averaging import WeightAverage
 from .collator import ClipMiniCollator
 from .distributed import world_size
 from .evaluate import evaluate_retrieval
 from .features import TowerFeatures
 from .gradient_cache import Batch, cached_backward, check_batch_norm
+from .length_groups import pool_by_length
 from .lora import add_lora, load_lora_state, lora_state, merged_state_dict
 from .objective import ContrastiveObjective, Embeddings
 from .optimizer import parameter_groups
@@ -233,8 +235,14 @@ class ClipMiniTrainer(Trainer):
             assert self.features.front is not None
             inputs["pixel_values"] = inputs.pop("vision_hidden")
             rest_of_tower = self.features.front.resuming()
+        if "pixels" in inputs:
+            inputs["pixel_values"] = normalise_pixels(self.processing_class.image_processor, inputs.pop("pixels"))
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
+        if "input_ids" in inputs and self.args.length_groups > 1:
+            captions = (inputs.pop("input_ids"), inputs.pop("attention_mask"))
+            with self.accelerator.autocast():  # which wraps only the model's own forward
+                inputs["pooled_text"] = pool_by_length(self.model, *captions, self.args.length_groups)
         with self.compute_loss_context_manager(), rest_of_tower:
             output = model(**inputs, return_loss=False, return_logits=False)
         return output.image_embeds, output.text_embeds

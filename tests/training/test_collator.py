@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 
 from clipmini.inference.images import ImageError
+from clipmini.training.augment import normalise_pixels
 from clipmini.training.collator import ClipMiniCollator
 
 
@@ -24,6 +25,14 @@ def test_pads_to_the_longest_and_passes_ids(tiny_processor):
     assert batch["pixel_values"].shape == (2, 3, 160, 160)  # test_resnet's size
     longest = max(int(mask.sum()) for mask in batch["attention_mask"])
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, longest)
+
+
+def test_rows_of_an_epoch_give_bytes_that_normalise_to_the_same(tiny_processor):
+    plain = ClipMiniCollator(tiny_processor)(make_rows())
+    items = [{**row, "row": index, "caption": "a"} for index, row in enumerate(make_rows())]
+    batch = ClipMiniCollator(tiny_processor)(items)
+    assert batch["pixels"].dtype is torch.uint8
+    assert torch.equal(normalise_pixels(tiny_processor.image_processor, batch["pixels"]), plain["pixel_values"])
 
 
 def test_draws_every_caption_and_follows_the_seed(tiny_processor):

@@ -1,7 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from clipmini.training.build import ModelPreset, build_model
 from clipmini.training.recipes import load_recipe, preset_names
+
+TINY_TEXT = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
+TINY = ModelPreset(vision="resnet18", text=TINY_TEXT, pretrained=False)
 
 
 def write(tmp_path, text):
@@ -157,8 +162,19 @@ def test_a_random_model_can_be_built_without_any_download(tmp_path):
         (ModelPreset(vision="resnet18", text="bert", pretrained=False), "give the fields of a DistilBERT config"),
         (ModelPreset(vision="resnet18", text={"dim": "x"}, pretrained=False), "text_config is not allowed: .*dim"),
         (ModelPreset(vision="resnet18", text={}), "text must name a pretrained tower"),
+        (replace(TINY, pretrained_cfg={"crop": 1.0}), "no 'crop' that can be changed; it has crop_mode, crop_pct"),
+        (replace(TINY, pretrained_cfg={"crop_pct": "all"}), "pretrained_cfg=.*'all'.* is not allowed"),
     ],
 )
 def test_a_wrong_preset_is_refused(preset, message):
     with pytest.raises(ValueError, match=message):
         build_model(preset)
+
+
+def test_a_preset_can_change_how_pictures_are_prepared():
+    _, plain = build_model(TINY)
+    model, processor = build_model(replace(TINY, pretrained_cfg={"crop_pct": 1.0}))
+    assert plain.image_processor.size["shortest_edge"] > plain.image_processor.crop_size["height"]
+    assert processor.image_processor.size["shortest_edge"] == processor.image_processor.crop_size["height"]
+    assert processor.image_processor.image_mean == plain.image_processor.image_mean
+    assert model.config.vision_config.pretrained_cfg["crop_pct"] == 1.0

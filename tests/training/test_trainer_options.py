@@ -72,6 +72,14 @@ def test_a_gradient_cache_trains_the_same(make_trainer, loss):
     assert_same(plain, cached)
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_groups_of_like_length_train_the_same(make_trainer, chunk):
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "gradient_cache_chunk": chunk}
+    plain = weights_after(make_trainer(config=NO_DROPOUT, **options))
+    grouped = weights_after(make_trainer(config=NO_DROPOUT, **options, length_groups=3))
+    assert_same(plain, grouped)
+
+
 def test_a_gradient_cache_with_batch_norm_in_train_mode_is_refused(make_trainer):
     with pytest.raises(ValueError, match="freeze_batch_norm"):
         make_trainer(gradient_cache_chunk=2, freeze_batch_norm=False).train()
@@ -102,6 +110,20 @@ def test_training_the_last_stages_from_cached_activations_is_training_them_from_
     assert cached.evaluate()["eval_mean_recall"] == pytest.approx(from_pictures["mean_recall"], abs=0.05)
 
 
+def test_activations_serve_where_no_level_lies_before_them(make_trainer):
+    config = {**NO_DROPOUT, "vision_levels": [3, 4]}
+    options = {"vision_stages": 2, "optim": "sgd", "max_steps": 2}
+    split = make_trainer(config=config, **options)
+    assert split.features.front is not None
+    assert_same(weights_after(split), weights_after(make_trainer(config=config, **options, cache_features=False)))
+
+
+def test_a_level_before_the_first_trained_stage_needs_the_whole_tower(make_trainer, caplog):
+    trainer = make_trainer(config={"vision_levels": [1, 4]}, vision_stages=2)
+    assert trainer.features.front is None
+    assert "vision_levels=[1, 4] needs feature maps from before" in caplog.text
+
+
 def test_cached_views_are_the_augmented_pictures(make_trainer, toy_pairs):
     options = {"freeze_vision": True, "augment": {"crop_scale": 0.5, "color_jitter": 0.2}}
     trainer = make_trainer(**options, num_views=3)
@@ -117,9 +139,9 @@ def test_cached_views_are_the_augmented_pictures(make_trainer, toy_pairs):
 def test_augmentation_without_a_cache_depends_on_the_turn_alone(make_trainer):
     trainer = make_trainer(augment={}, word_dropout=0.5)
     one, again, next_turn = (trainer.train_dataset[2, turn] for turn in (0, 0, 1))
-    assert torch.equal(one["pixel_values"], again["pixel_values"])
+    assert torch.equal(one["pixels"], again["pixels"])
     assert one["caption"] == again["caption"]
-    assert not torch.equal(one["pixel_values"], next_turn["pixel_values"])
+    assert not torch.equal(one["pixels"], next_turn["pixels"])
     trainer.train()
 
 

@@ -1,0 +1,173 @@
+"""Ablation of the training recipe on Flickr8k: which of its parts earn their place?
+
+    python benchmarks/recipes.py --source ../shared/data/flickr8k
+
+Each variant trains for the same time on the same machine, from the same pretrained towers, with three seeds, and is
+measured once, at the end, on the validation split (1000 pictures, all five captions each). How many steps fit the time
+is measured first, so that every learning-rate schedule ends with the time. What a variant may cache is cached before
+the clock starts. Finished runs are kept in `recipes.jsonl` and not run again; the table in README.md is made from it.
+"""
+
+import json
+import math
+import shutil
+import statistics
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clipmini.training.recipes import load_recipe
+from clipmini.training.train import TrainResult, train
+
+HERE = Path(__file__).parent
+RESULTS, TABLE = HERE / "recipes.jsonl", HERE / "README.md"
+START, END = "<!-- recipes: begin -->", "<!-- recipes: end -->"
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for a 95 % interval, by the number of seeds
+METRICS = ("text_to_image_r1", "image_to_text_r1", "mean_recall")
+NUM_CALIBRATION_STEPS = 24
+
+FROZEN = {"freeze_vision": True, "freeze_text": True, "per_device_train_batch_size": 1024, "learning_rate": 3e-3}
+TEXT_TUNED = {
+    "freeze_vision": True,
+    "per_device_train_batch_size": 256,
+    "learning_rate": 1e-3,
+    "text_learning_rate": 1e-4,
+    "length_groups": 4,
+}
+TUNED = {
+    "vision_stages": 6,
+    "per_device_train_batch_size": 128,
+    "learning_rate": 1e-3,
+    "vision_learning_rate": 2e-4,
+    "text_learning_rate": 5e-5,
+    "length_groups": 4,
+}
+COMMON = {"lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.1, "logging_steps": 4}
+# No checkpoint is chosen: every variant is measured as its schedule leaves it.
+UNCHOSEN = {"eval_strategy": "no", "save_strategy": "no", "save_total_limit": None}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        name: what the row is called.
+        training: the keys of `training` that it is about, those that the clock runs for.
+        warm_heads: whether a stage goes before, in which the heads alone learn on cached features, as in the recipe;
+            it takes half a minute, which counts as part of the time.
+        model_config: changes to the model.
+    """
+
+    name: str
+    training: dict[str, Any]
+    warm_heads: bool = False
+    model_config: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = (
+    Variant("heads only, towers run at every step", {**FROZEN, "cache_features": False}),
+    Variant("heads only, cached features", FROZEN),
+    Variant("+ text tower, cached vision features", TEXT_TUNED),
+    Variant("two stages: heads, then both towers", TUNED, warm_heads=True),
+    Variant("two stages + hard negatives", {**TUNED, "hard_negative_weight": 0.5}, warm_heads=True),
+    Variant("two stages + label smoothing", {**TUNED, "label_smoothing_factor": 0.1}, warm_heads=True),
+    Variant("two stages + sigmoid loss", TUNED, warm_heads=True, model_config={"loss": "sigmoid"}),
+    Variant("two stages + EMA", {**TUNED, "weight_average_decay": 0.98}, warm_heads=True),
+)
+HEADS_STAGE = {**FROZEN, **COMMON, **UNCHOSEN, "num_train_epochs": 20}
+
+
+def run(variant: Variant, source: str, seed: int, max_steps: int, folder: Path) -> TrainResult:
+    """Train one variant for a number of steps and measure it."""
+    stage = {**COMMON, **UNCHOSEN, **variant.training, "max_steps": max_steps}
+    stages = {"heads": HEADS_STAGE, "main": stage} if variant.warm_heads else {"main": stage}
+    recipe = {
+        "model": "lite0-minilm",
+        "model_config": variant.model_config,
+        "data": {"source": source, "test_fraction": 0.0, "check_images": False},
+        "training": {"output_dir": str(folder / "run"), "seed": seed},
+        "stages": stages,
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    return train(load_recipe(str(file)), overwrite=True)
+
+
+def steps_per_second(variant: Variant, source: str, folder: Path) -> float:
+    """Measure a variant's speed over some steps, after the first few."""
+    run(variant, source, 0, NUM_CALIBRATION_STEPS, folder)
+    lines = (folder / "run" / "main" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = [entry["pairs_per_second"] for entry in map(json.loads, lines) if "pairs_per_second" in entry]
+    return statistics.median(rates[1:]) / variant.training["per_device_train_batch_size"]
+
+
+def interval(values: list[float]) -> str:
+    """Give mean and half width of the 95 % interval over seeds, in percent."""
+    mean = 100 * statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    half = T_95[len(values)] * 100 * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.1f} ± {half:.1f}"
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """Lay out what has been measured, variant by variant."""
+    lines = [
+        "| variant | seeds | steps | minutes | R@1 text to image | R@1 image to text | mean recall |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for variant in VARIANTS:
+        runs = [entry for entry in entries if entry["variant"] == variant.name]
+        if runs:
+            minutes = statistics.mean(entry["train_s"] for entry in runs) / 60
+            cells = [interval([entry[metric] for entry in runs]) for metric in METRICS]
+            steps = runs[0]["steps"]
+            lines.append(f"| {variant.name} | {len(runs)} | {steps} | {minutes:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_table(entries: list[dict[str, Any]]) -> None:
+    """Put the table between its marks in README.md."""
+    before, _, rest = TABLE.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    TABLE.write_text(f"{before}{START}\n{table(entries)}\n{END}{after}", encoding="utf-8")
+
+
+def main(
+    source: Annotated[str, typer.Option(help="Folder with Flickr8k's train.parquet and validation.parquet.")],
+    minutes: Annotated[float, typer.Option(help="Training time of each run.")] = 5.0,
+    seeds: Annotated[int, typer.Option(min=1, max=5, help="Runs of each variant.")] = 3,
+    only: Annotated[str | None, typer.Option(help="Run only variants with this in their name.")] = None,
+) -> None:
+    """Run what is missing, seed by seed over all variants, and write the table."""
+    entries = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    for seed in range(seeds):
+        for variant in VARIANTS:
+            mine = [entry for entry in entries if entry["variant"] == variant.name]
+            if any(entry["seed"] == seed for entry in mine) or (only and only not in variant.name):
+                continue
+            folder = Path(tempfile.mkdtemp(prefix="clipmini-recipes-"))
+            try:
+                budget_s = 60 * minutes - 30 * variant.warm_heads
+                rate = mine[0]["steps_per_second"] if mine else steps_per_second(variant, source, folder)
+                steps = max(1, int(rate * budget_s))
+                result = run(variant, source, seed, steps, folder)
+            finally:
+                shutil.rmtree(folder)
+            entry = {"variant": variant.name, "seed": seed, "steps": steps, "steps_per_second": rate}
+            entry["train_s"] = result.results["train_s"]
+            entry |= {name: result.results["splits"]["validation"]["after"][name] for name in METRICS}
+            entry["versions"] = result.results["versions"]
+            entries.append(entry)
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            write_table(entries)
+            print(json.dumps(entry))
+
+
+if __name__ == "__main__":
+    typer.run(main)
