@@ -39,6 +39,12 @@ fix: .venv/.installed  ## format, and repair what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+FLICKR8K ?= ../shared/data/flickr8k
+.PHONY: bench
+bench: .venv/.installed  ## the figures of benchmarks/README.md: hours; FLICKR8K=FOLDER with its parquet files
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/recipes.py --source $(FLICKR8K)
+
 .PHONY: build
 build: .venv/.installed  ## the wheel and the source archive, in dist/
 	$(BIN)/python -m build

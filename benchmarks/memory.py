@@ -38,8 +38,9 @@ def step(batch_size: int, chunk: int | None) -> dict[str, float]:
 
     keep_freed_memory()
     photos = load_pairs(str(PHOTOS))["train"]
-    pairs = concatenate_datasets([photos] * (batch_size // len(photos) + 1)).select(range(batch_size))
-    pairs = pairs.remove_columns("image_id").add_column("image_id", list(range(batch_size)))
+    num_pairs = 2 * batch_size  # the next batch is read while one is trained on
+    pairs = concatenate_datasets([photos] * (num_pairs // len(photos) + 1)).select(range(num_pairs))
+    pairs = pairs.remove_columns("image_id").add_column("image_id", list(range(num_pairs)))
     preset = load_recipe("demo", [f"source={PHOTOS}"]).model
     model, processor = build_model(preset)
     with tempfile.TemporaryDirectory() as folder:
@@ -47,6 +48,7 @@ def step(batch_size: int, chunk: int | None) -> dict[str, float]:
             output_dir=folder,
             per_device_train_batch_size=batch_size,
             gradient_cache_chunk=chunk,
+            length_groups=4,
             max_steps=1,
             eval_strategy="no",
             save_strategy="no",

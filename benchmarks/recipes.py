@@ -38,11 +38,13 @@ TEXT_TUNED = {
     "length_groups": 4,
 }
 TUNED = {
-    "vision_stages": 6,
+    "vision_stages": 5,
+    "augment": {"resolution": 192},
+    "num_views": 4,
     "per_device_train_batch_size": 128,
-    "learning_rate": 1e-3,
-    "vision_learning_rate": 2e-4,
-    "text_learning_rate": 5e-5,
+    "learning_rate": 4e-4,
+    "vision_learning_rate": 3e-4,
+    "text_learning_rate": 1e-4,
     "length_groups": 4,
 }
 COMMON = {"lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.1, "logging_steps": 4}
@@ -60,15 +62,18 @@ class Variant:
         warm_heads: whether a stage goes before, in which the heads alone learn on cached features, as in the recipe;
             it takes half a minute, which counts as part of the time.
         model_config: changes to the model.
+        model: the model preset.
     """
 
     name: str
     training: dict[str, Any]
     warm_heads: bool = False
     model_config: dict[str, Any] = field(default_factory=dict)
+    model: str = "lite0-minilm-levels"
 
 
 VARIANTS = (
+    Variant("heads only, cached features, no earlier stages", FROZEN, model="lite0-minilm"),
     Variant("heads only, towers run at every step", {**FROZEN, "cache_features": False}),
     Variant("heads only, cached features", FROZEN),
     Variant("+ text tower, cached vision features", TEXT_TUNED),
@@ -86,7 +91,7 @@ def run(variant: Variant, source: str, seed: int, max_steps: int, folder: Path) 
     stage = {**COMMON, **UNCHOSEN, **variant.training, "max_steps": max_steps}
     stages = {"heads": HEADS_STAGE, "main": stage} if variant.warm_heads else {"main": stage}
     recipe = {
-        "model": "lite0-minilm",
+        "model": variant.model,
         "model_config": variant.model_config,
         "data": {"source": source, "test_fraction": 0.0, "check_images": False},
         "training": {"output_dir": str(folder / "run"), "seed": seed},

@@ -39,6 +39,8 @@ from modeling_clipmini import ClipMiniConfig
 from modeling_clipmini.processing_clipmini import DEFAULT_MAX_TOKENS
 from modeling_clipmini.towers_clipmini import normalise
 
+from .duplicates import OWN_ID
+
 METADATA_KEY = b"clipmini_teacher"
 ROWS_PER_GROUP = 1024  # written, and later read, at once
 
@@ -276,7 +278,8 @@ def _find_rows(file: pq.ParquetFile, pairs: Dataset, path: Path) -> dict[int, in
     for row, image_id in enumerate(stored["image_id"].to_pylist()):
         rows_of[image_id].append(row)
     places: dict[int, int] = {}
-    for place, (image_id, captions) in enumerate(zip(pairs["image_id"], pairs["captions"], strict=True)):
+    ids = pairs[OWN_ID if OWN_ID in pairs.column_names else "image_id"]
+    for place, (image_id, captions) in enumerate(zip(ids, pairs["captions"], strict=True)):
         own_hash = _hash(captions)
         rows = [row for row in rows_of[image_id] if hashes[row] == own_hash and row not in places]
         if not rows:

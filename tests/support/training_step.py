@@ -41,6 +41,7 @@ def main():
     batch = {
         "pixel_values": torch.randn(total, 3, 64, 64),
         "input_ids": torch.randint(5, 40, (total, 6)),
+        "attention_mask": (torch.arange(6) < torch.randint(2, 7, (total, 1))).long(),
         "image_ids": torch.tensor([7, 3, 7, 1, 3, 9, 7, 4])[:total],
         "rows": torch.arange(total),
     }

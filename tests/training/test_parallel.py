@@ -42,6 +42,8 @@ def run(folder, options, sizes, world_size):
         ([4, 4], {}),
         ([5, 2], {}),
         ([5, 3], {"gradient_cache_chunk": 2}),
+        ([5, 3], {"gradient_cache_chunk": 2, "length_groups": 2}),
+        ([4, 4], {"length_groups": 2}),
         ([4, 4], {"loss_chunk": 3, "matryoshka_dims": "4", "hard_negative_weight": 0.5, "hard_negative_start": 0}),
     ],
 )
