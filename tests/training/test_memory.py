@@ -10,7 +10,8 @@ import resource, sys, torch
 from clipmini.training.memory import keep_freed_memory
 if "keep" in sys.argv:
     keep_freed_memory()
-torch.ones(2**24)
+for _ in range(10):  # until the heap has grown to its size
+    torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.ones(2**24)
