@@ -57,11 +57,12 @@ class TowerFeatures:
                 size = processor.image_processor.crop_size
                 example = torch.rand(2, 3, size["height"], size["width"], device=model.device)
                 self.front = FrozenFront.find(timm_model, args.vision_stages, example)
-                if self.front is not None and not self._resumes(self.front, example):
+                levels = model.config.vision_levels  # `find` has tried all else
+                if self.front is not None and levels and not self._resumes(self.front, example):
                     logger.warning(
                         "vision_levels=%s needs feature maps from before the first trained stage, which are not kept: "
                         "the whole vision tower has to run at every step",
-                        model.config.vision_levels,
+                        levels,
                     )
                     self.front = None
 
