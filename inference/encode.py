@@ -175,7 +175,11 @@ def run_images(
 
 @torch.no_grad()
 def run_texts(
-    processor: ClipMiniProcessor, texts: Sequence[str], embed: Callable[[Any], Tensor], batch_size: int
+    processor: ClipMiniProcessor,
+    texts: Sequence[str],
+    embed: Callable[[Any], Tensor],
+    batch_size: int,
+    show_progress: bool = True,
 ) -> Tensor:
     """Tokenise captions and pass them batch by batch through `embed`, longest first so that little is padding.
 
@@ -184,12 +188,13 @@ def run_texts(
         texts: captions.
         embed: a `BatchEncoding` of N captions to (N, width).
         batch_size: captions per call of `embed`.
+        show_progress: whether to draw a bar; not where another counts these captions already.
 
     Returns:
         (T, width) float32 on the CPU, in the order of `texts`.
     """
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-    progress = tqdm(total=len(texts), desc="captions", unit="caption", leave=False)
+    progress = tqdm(total=len(texts), desc="captions", unit="caption", leave=False, disable=not show_progress)
     results = []
     for batch in _batches(order, batch_size):
         results.append(embed(processor(text=[texts[index] for index in batch])).float().cpu())

@@ -24,7 +24,7 @@ AT_LEAST_ONE = (
     "vision_stages",
     "lora_rank",
 )
-SHARES = ("word_dropout", "hard_negative_start", "distillation_weight")
+SHARES = ("word_dropout", "hard_negative_start", "distillation_weight", "wise_ft_alpha")
 
 
 @dataclass
@@ -117,6 +117,10 @@ class ClipMiniTrainingArguments(TrainingArguments):
     )
     average_best: int = field(
         default=0, metadata={"help": "Average this many of the best checkpoints, if that is better on validation."}
+    )
+    wise_ft_alpha: float = field(
+        default=1.0,
+        metadata={"help": "Share of the trained weights in the final ones; the rest are those before (WiSE-FT)."},
     )
 
     # Changed defaults of TrainingArguments

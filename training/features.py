@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import BatchEncoding
 
 from clipmini.inference.encode import read_named, run_texts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
@@ -28,7 +29,8 @@ from .tower_split import FrozenFront, num_stages
 
 logger = logging.getLogger(__name__)
 
-IMAGE_CHUNK, CAPTION_CHUNK = 256, 4096  # rows that a killed run may have to compute again
+# Rows that a killed run may have to compute again, and steps of the progress bar: two or three seconds each.
+IMAGE_CHUNK, CAPTION_CHUNK = 256, 1024
 
 
 class TowerFeatures:
@@ -224,9 +226,10 @@ def cache_text_features(
     }
 
     def compute(start: int, stop: int) -> np.ndarray:
-        return run_texts(
-            processor, captions[start:stop], lambda inputs: model.pool_texts(**inputs.to(model.device)), batch_size
-        ).numpy()
+        def embed(inputs: BatchEncoding) -> Tensor:
+            return model.pool_texts(**inputs.to(model.device))
+
+        return run_texts(processor, captions[start:stop], embed, batch_size, show_progress=False).numpy()
 
     shape = (len(captions), model.config.text_config.hidden_size)
     return cached_array(cache_root(cache_dir), key, shape, np.float32, compute, CAPTION_CHUNK, "captions")

@@ -93,6 +93,17 @@ def test_a_stage_without_the_one_before_begins_with_the_recipes_model(make, capl
     assert "stage heads has not been run" in caplog.text
 
 
+def test_a_stage_can_end_between_its_start_and_what_it_trained(make, tmp_path):
+    train(make("all"))
+    train(make("part", "stages.towers.wise_ft_alpha=0.5"))
+    read = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("all/heads", "all", "part")]
+    for name, start, trained, part in ((name, *(state[name] for state in read)) for name in read[0]):
+        if start.is_floating_point():
+            torch.testing.assert_close(part, (start + trained) / 2, msg=name)
+    with pytest.raises(ValueError, match=r"wise_ft_alpha=0\.5 would mix .* random ones"):
+        train(make("first", "stages.heads.wise_ft_alpha=0.5"))
+
+
 def test_a_stage_that_is_not_there_is_named(make):
     with pytest.raises(ValueError, match="no stage 'head'; it has heads, towers"):
         train(make("run"), stage="head")
@@ -144,3 +155,19 @@ def test_a_run_killed_three_times_ends_with_the_weights_of_one_never_killed(make
     subprocess.run([*command, f"output_dir={tmp_path / 'killed'}"], env=env, check=True, capture_output=True)
     whole, killed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_run_a_recipe_and_leave_one_model(make, tmp_path, photos):
+    make("run")  # writes the recipe
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    options = ["--set", f"source={photos}", "--set", f"output_dir={tmp_path / 'two'}", "--json"]
+    command = [*launch, "clipmini.inference.cli", "train", str(tmp_path / "staged.yaml"), *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CLIPMINI_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert results["stages"] == ["heads", "towers"]
+    assert json.loads(done.stdout)["splits"] == results["splits"]  # printed once, not by every process
+    last, final = (load_file(tmp_path / "two" / part / "model.safetensors") for part in ("towers/model", "model"))
+    assert all(torch.equal(last[name], final[name]) for name in final)
