@@ -44,7 +44,7 @@ TUNED = {
     "per_device_train_batch_size": 128,
     "learning_rate": 4e-4,
     "vision_learning_rate": 3e-4,
-    "text_learning_rate": 1e-4,
+    "text_learning_rate": 1.5e-4,
     "length_groups": 4,
 }
 COMMON = {"lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.1, "logging_steps": 4}

@@ -120,7 +120,10 @@ class ClipMiniTrainingArguments(TrainingArguments):
     )
     wise_ft_alpha: float = field(
         default=1.0,
-        metadata={"help": "Share of the trained weights in the final ones; the rest are those before (WiSE-FT)."},
+        metadata={
+            "help": "Share of the trained weights in the final ones, the rest being those before (WiSE-FT). "
+            "Checkpoints, and what is measured during training, are of the trained weights alone."
+        },
     )
 
     # Changed defaults of TrainingArguments
