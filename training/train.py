@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,21 +102,25 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     set_seed(args.seed)  # before the heads are made
     model, processor = _start_model(recipe, output_dir, names, wanted, overwrite)
     # Only the first run of a stage knows what came before it, and all else that a recipe says is checked here.
+    held_out = [split for split in HELD_OUT if split in pairs]
     runs: dict[str, _StageRun] = {}
     before: dict[str, dict[str, float]] = {}
-    after: dict[str, dict[str, float]] = {}
     for name in wanted or [""]:
         stage_args = recipe.stages[name] if name else args
         trainer = _make_trainer(model, processor, stage_args, pairs)
-        held_out = {split: trainer.features.for_evaluation(pairs[split]) for split in HELD_OUT if split in pairs}
         if not runs:
-            before = {split: trainer.measure(held_out[split]) for split in held_out}
+            before = {split: trainer.measure(pairs[split]) for split in held_out}
             # Only now, when everything works: a mistyped value must not cost an earlier run.
             if args.process_index == 0:
                 _claim_output_dir(output_dir, recipe, wanted, overwrite)
-        runs[name] = run = _run_stage(trainer, output_dir / name, held_out, is_one_of_many=bool(name))
+        runs[name] = run = _run_stage(trainer, output_dir / name, pairs, is_one_of_many=bool(name))
         model, processor = run.model, run.processor
-        after = {split: _measure(run, held_out[split], stage_args) for split in held_out}
+    after = {
+        split: evaluate_retrieval(
+            model, processor, pairs[split], stage_args.per_device_eval_batch_size, stage_args.matryoshka_widths
+        )
+        for split in held_out
+    }
 
     skipped.log_summary()
     times = [run.train_s for run in runs.values()]
@@ -216,7 +220,7 @@ def _make_trainer(
             model=model,
             args=args,
             train_dataset=pairs["train"],
-            eval_dataset=pairs.get("validation"),
+            eval_dataset=None if args.eval_strategy == IntervalStrategy.NO else pairs.get("validation"),
             processing_class=processor,
             callbacks=[MetricsLog(Path(str(args.output_dir)) / METRICS_FILE)],
         )
@@ -224,9 +228,7 @@ def _make_trainer(
         raise ValueError(f"the recipe's training section cannot be used: {error}") from error
 
 
-def _run_stage(
-    trainer: ClipMiniTrainer, folder: Path, held_out: Mapping[str, CachedPairs], *, is_one_of_many: bool
-) -> _StageRun:
+def _run_stage(trainer: ClipMiniTrainer, folder: Path, pairs: DatasetDict, *, is_one_of_many: bool) -> _StageRun:
     """Train, or take over what an earlier run trained; one stage of many leaves its model for the next."""
     args = trainer.args
     if is_one_of_many and (folder / STAGE_FILE).exists():
@@ -243,8 +245,8 @@ def _run_stage(
         start = {name: weight.clone() for name, weight in merged_state_dict(trainer.model).items()}
     trainer.train(resume_from_checkpoint=checkpoint)
     merge_lora(trainer.model)
-    if args.average_best and "validation" in held_out:
-        _average_best(trainer, held_out["validation"])
+    if args.average_best and "validation" in pairs:
+        _average_best(trainer, trainer.features.for_evaluation(pairs["validation"]))
     if start is not None:
         interpolate_weights(trainer.model, start, args.wise_ft_alpha)
     history = trainer.state.log_history
@@ -275,12 +277,6 @@ def _average_best(trainer: ClipMiniTrainer, validation: CachedPairs) -> None:
         trainer.model.load_state_dict(own)
     kept = "kept" if average > best else "not kept"
     logger.info("average of %d checkpoints: %s %.4f, best one %.4f; %s", len(folders), metric, average, best, kept)
-
-
-def _measure(run: _StageRun, pairs: CachedPairs, args: ClipMiniTrainingArguments) -> dict[str, float]:
-    return evaluate_retrieval(
-        run.model, run.processor, pairs.rows, args.per_device_eval_batch_size, args.matryoshka_widths
-    )
 
 
 def save_model_folder(
