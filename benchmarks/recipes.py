@@ -38,7 +38,7 @@ TEXT_TUNED = {
     "length_groups": 4,
 }
 TUNED = {
-    "vision_stages": 5,
+    "vision_stages": 4,
     "augment": {"resolution": 192},
     "num_views": 4,
     "per_device_train_batch_size": 128,
@@ -78,7 +78,7 @@ VARIANTS = (
     Variant("heads only, cached features", FROZEN),
     Variant("+ text tower, cached vision features", TEXT_TUNED),
     Variant("two stages: heads, then both towers", TUNED, warm_heads=True),
-    Variant("two stages + hard negatives", {**TUNED, "hard_negative_weight": 0.5}, warm_heads=True),
+    Variant("two stages + hard negatives", {**TUNED, "hard_negative_weight": 0.3}, warm_heads=True),
     Variant("two stages + label smoothing", {**TUNED, "label_smoothing_factor": 0.1}, warm_heads=True),
     Variant("two stages + sigmoid loss", TUNED, warm_heads=True, model_config={"loss": "sigmoid"}),
     Variant("two stages + EMA", {**TUNED, "weight_average_decay": 0.98}, warm_heads=True),
