@@ -4,29 +4,19 @@ Results go to stdout, everything else (warnings, progress, errors) to stderr. Ex
 input, 130 interrupted. What is slow to import is imported by the verb that needs it, so that `--help` is instant.
 """
 
-import contextlib
-import json
-import logging
+import enum
+import re
 import shlex
 import sys
-import traceback
-import warnings
-from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
-if TYPE_CHECKING:
-    from .images import Skipped
+from .console import Commands, print_json, print_table, skipped_as_json, visible, working
 
-logger = logging.getLogger(__name__)
-
-WIDE = 10_000  # columns where no terminal is: a table in a file or a pipe need not fold
 METRIC_NAMES = {
     **{f"text_to_image_r{k}": f"text to image R@{k}" for k in (1, 5, 10)},
     **{f"image_to_text_r{k}": f"image to text R@{k}" for k in (1, 5, 10)},
@@ -34,27 +24,12 @@ METRIC_NAMES = {
 }
 
 
-class Commands(TyperGroup):
-    """The verbs, with one way for all to log and to fail."""
+class Task(enum.StrEnum):
+    """What `clipmini evaluate` measures."""
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run a verb; turn bad input into one sentence and exit code 2. Any other exception is a bug and shows."""
-        try:
-            with _logging_to_stderr():
-                return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
-        except BrokenPipeError:  # `clipmini ... | head`
-            raise
-        except Exception as error:
-            sentence = _as_sentence(error)
-            if sentence is None:
-                raise
-            if ctx.params.get("debug"):
-                traceback.print_exc()
-            typer.echo(f"error: {sentence}", err=True)
-            raise typer.Exit(2) from None
+    RETRIEVAL = "retrieval"
+    ZERO_SHOT = "zero-shot"
+    PROBE = "probe"
 
 
 app = typer.Typer(
@@ -82,6 +57,14 @@ def _print_version(is_wanted: bool) -> None:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first input that cannot be used.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        help="The caption made of a label, which stands in place of {}; or a list: imagenet, simple, a file.",
+        show_default="a photo of a {}.",
+    ),
+]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a Hub id.")]
 
 
@@ -116,18 +99,18 @@ def train(
     from clipmini.training.train import train as run_recipe
 
     changes = [*(overrides or []), *_as_overrides(context.args)]
-    with _working():
+    with working():
         loaded = load_recipe(recipe, [*changes, *(["data.strict=true"] if strict else [])])
         result = run_recipe(loaded, overwrite=overwrite, stage=stage)
     if loaded.training.process_index > 0:
         return  # one of several processes tells
     if as_json:
         places = {"model_dir": str(result.model_dir), "output_dir": str(result.output_dir)}
-        _print_json({**result.results, **places})
+        print_json({**result.results, **places})
         return
     for name, split in result.results["splits"].items():
         typer.echo(f"{name}: {split['num_images']} pictures, {split['num_captions']} captions; recall in percent")
-        _print_table(_recall_table(split))
+        print_table(_recall_table(split))
     folder = shlex.quote(_folder_to_search(loaded.data.source))
     typer.echo(f"The model is in {result.model_dir}")
     typer.echo(f'Try it: clipmini search {shlex.quote(str(result.model_dir))} {folder} "a dog on a beach"')
@@ -151,12 +134,12 @@ def teach(
 
     from .images import Skipped
 
-    with _working():
+    with working():
         loaded = load_recipe(recipe, overrides or [])
         pairs = load_recipe_pairs(loaded, Skipped(strict=loaded.data.strict))["train"]
         embed_with_teacher(model, pairs, out, overwrite=overwrite)
     if as_json:
-        _print_json({"file": str(out), "num_images": len(pairs)})
+        print_json({"file": str(out), "num_images": len(pairs)})
     else:
         typer.echo(f"{len(pairs)} pictures and their captions are in {out}")
 
@@ -177,17 +160,17 @@ def search(
     from .search import check_search, draw_results, search_folder
 
     skipped = Skipped(strict)
-    with _working():
+    with working():
         check_search(query, top, out)
         hits = search_folder(*load_model(model), folder, query, top, skipped)
     if as_json:
         found = [{"path": str(hit.path), "score": hit.score} for hit in hits]
-        _print_json({"query": query, "hits": found, **_skipped_as_json(skipped)})
+        print_json({"query": query, "hits": found, **skipped_as_json(skipped)})
     else:
         table = Table("rank", "score", "picture")
         for number, hit in enumerate(hits, start=1):
-            table.add_row(str(number), f"{hit.score:.3f}", _visible(hit.path))
-        _print_table(table)
+            table.add_row(str(number), f"{hit.score:.3f}", visible(hit.path))
+        print_table(table)
     skipped.log_summary()
     if out is not None:
         draw_results({query: hits}, out)
@@ -199,33 +182,119 @@ def classify(
     model: ModelName,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Picture files.")],
     labels: Annotated[str, typer.Option("--labels", help="What they may show, with commas between.")],
-    template: Annotated[
-        str, typer.Option("--template", help="The caption made of a label, which stands in place of {}.")
-    ] = "a photo of a {}.",
+    template: Template = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which of some labels fits each picture best; no training on them is needed."""
     from .encode import load_model
     from .images import Skipped
-    from .zero_shot import classify_files, fill_template
+    from .zero_shot import DEFAULT_TEMPLATE, classify_files, fill_template, load_templates
 
+    template = template or DEFAULT_TEMPLATE
     names = [label.strip() for label in labels.split(",")]
     skipped = Skipped(strict)
-    with _working():
-        fill_template(names, template)
-        results = classify_files(*load_model(model), images, names, template, skipped)
+    with working():
+        templates = load_templates(template)
+        fill_template(names, templates[0])  # before anything is loaded
+        results = classify_files(*load_model(model), images, names, templates, skipped)
     if as_json:
         found = [{"path": str(path), "scores": [vars(item) for item in scores]} for path, scores in results]
-        _print_json({"template": template, "results": found, **_skipped_as_json(skipped)})
+        print_json({"template": template, "results": found, **skipped_as_json(skipped)})
     else:
         table = Table("picture", "label", "score")
         for path, scores in results:
             for index, item in enumerate(scores):
-                table.add_row("" if index else _visible(path), _visible(item.label), f"{item.score:.1%}")
+                table.add_row("" if index else visible(path), visible(item.label), f"{item.score:.1%}")
             table.add_section()
-        _print_table(table)
+        print_table(table)
     skipped.log_summary()
+
+
+@app.command(epilog="Example: clipmini evaluate runs/demo/model demo")
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model folder or Hub id of clipmini, transformers (CLIP, SigLIP) or sentence-transformers; or "
+            "open_clip:NAME/PRETRAINED.",
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="Pairs: a folder, a table, a Hub id, or a recipe, whose data is taken. For zero-shot and probe, "
+            "labelled pictures: a folder with a sub-folder for each class, or a Hub id.",
+        ),
+    ],
+    task: Annotated[Task, typer.Option("--task", help="What to measure.")] = Task.RETRIEVAL,
+    split: Annotated[str | None, typer.Option("--split", help="Default: test, else validation, else train.")] = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="Another model, to compare with.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the report; by default beside the model, or in runs.")
+    ] = None,
+    template: Template = None,
+    train_data: Annotated[
+        str | None,
+        typer.Option("--train-data", help="What the model was trained on, to look for leaks; default: DATA's train."),
+    ] = None,
+    check_leaks: Annotated[bool, typer.Option(help="Look for what stands in the training data too.")] = True,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the data; repeatable.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report in the folder.")] = False,
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model, with intervals, and write a report: results.json, results.md, model-index.yaml, report.html."""
+    from clipmini.evaluation.report import evaluate as run_evaluation
+    from clipmini.evaluation.results import check_folder
+
+    from .images import Skipped
+
+    folder = out or _report_folder(model, data, task, split)
+    skipped = Skipped(strict)
+    with working():
+        check_folder(folder, overwrite)
+        evaluation = run_evaluation(
+            model,
+            data,
+            task.value,
+            split=split,
+            baseline=baseline,
+            template=template,
+            train_data=train_data,
+            check_leaks=check_leaks,
+            overrides=overrides or [],
+            skipped=skipped,
+        )
+        evaluation.save(folder, overwrite=overwrite)
+    for warning in evaluation.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    skipped.log_summary()
+    if as_json:
+        print_json({**evaluation.results, **skipped_as_json(skipped), "folder": str(folder)})
+        return
+    for content in evaluation.tables:
+        typer.echo(f"{content.title}. {content.note}" if content.note else content.title)
+        if content.columns:
+            table = Table(*content.columns)
+            for row in content.rows:
+                table.add_row(*map(visible, row))
+            print_table(table)
+    typer.echo(f"The report is in {folder / 'report.html'}")
+
+
+def _report_folder(model: str, data: str, task: Task, split: str | None) -> Path:
+    """Name a folder for each model, data, task and split, beside a model that is a folder here."""
+    parts = ["evaluation", *([] if task is Task.RETRIEVAL else [task.value]), Path(data).stem, *filter(None, [split])]
+    name = re.sub(r"[^\w.-]+", "-", "-".join(parts))
+    path = Path(model)
+    if path.is_dir():
+        return path.absolute().parent / name
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", model) / name
 
 
 def _as_overrides(arguments: list[str]) -> list[str]:
@@ -263,89 +332,6 @@ def _recall_table(split: dict[str, Any]) -> Table:
     for key, label in METRIC_NAMES.items():
         table.add_row(label, *(f"{100 * split[column][key]:.1f}" for column in columns))
     return table
-
-
-def _print_table(table: Table) -> None:
-    width = None if sys.stdout.isatty() else WIDE
-    # Brackets and colons in a file name are neither markup nor emoji.
-    Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False).print(table)
-
-
-def _visible(text: str | Path) -> str:
-    """Escape what would move the cursor or break a table, as file names may."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in str(text)
-    )
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
-def _skipped_as_json(skipped: "Skipped") -> dict[str, Any]:
-    items = [{"path": name, "reason": reason} for name, reason in skipped.items]
-    return {"num_skipped": skipped.count, "skipped": items}
-
-
-def _as_sentence(error: Exception) -> str | None:
-    """Say in one line what was wrong with the input, or nothing where the error is not the user's."""
-    if hasattr(error, "format_message"):  # a usage error: the class lives in click or in typer, by typer's version
-        return f"{error.format_message().rstrip('.')}. See `{_command_path(error)} --help`."
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
-    if isinstance(error, (ValueError, OSError)):
-        message = str(error)
-        if "\nOriginal Traceback " in message:  # torch's wrapping of what a data worker raised
-            message = message.rpartition(f"{type(error).__name__}: ")[2]
-        return " ".join(message.split()) or type(error).__name__
-    return None
-
-
-def _command_path(error: Any) -> str:
-    context = getattr(error, "ctx", None)
-    return context.command_path if context else "clipmini"
-
-
-@contextlib.contextmanager
-def _working() -> Iterator[None]:
-    """Keep stdout for the results while a verb works, and the bars for what takes time: training and embedding."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_default_handler()
-    transformers_logging.enable_propagation()
-    transformers_logging.disable_progress_bar()  # of loading and saving weights
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-@contextlib.contextmanager
-def _logging_to_stderr() -> Iterator[None]:
-    """Show what is logged, and Python's warnings, as short lines."""
-
-    def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        logger.warning("%s", " ".join(str(message).split()))
-
-    handler = _LineHandler()
-    logging.getLogger().addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show_warning
-            yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-
-
-class _LineHandler(logging.Handler):
-    """Write "warning: ..." to stderr, above a progress bar if there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        try:
-            tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
-        except Exception:
-            self.handleError(record)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def encode_texts(
 
 @torch.no_grad()
 def run_images(
-    processor: ClipMiniProcessor, images: Iterable[Any], embed: Callable[[Tensor], Tensor], batch_size: int
+    processor: Callable[..., Any], images: Iterable[Any], embed: Callable[[Tensor], Tensor], batch_size: int
 ) -> Tensor:
     """Read pictures, prepare them and pass them batch by batch through `embed`.
 
@@ -175,7 +175,7 @@ def run_images(
 
 @torch.no_grad()
 def run_texts(
-    processor: ClipMiniProcessor,
+    processor: Callable[..., Any],
     texts: Sequence[str],
     embed: Callable[[Any], Tensor],
     batch_size: int,
@@ -266,7 +266,7 @@ class _ReadablePictures:
             raise ValueError(f"No picture can be read: {fault}.")
 
 
-def _prepared(processor: ClipMiniProcessor, pictures: Iterable[Image.Image]) -> Iterator[Tensor]:
+def _prepared(processor: Callable[..., Any], pictures: Iterable[Image.Image]) -> Iterator[Tensor]:
     """Turn pictures into `pixel_values`, many at once as long as they are small."""
     waiting: list[Image.Image] = []
     for picture in pictures:

@@ -1,14 +1,17 @@
 """Classify pictures by labels that are only named, never trained on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.loss_clipmini import pairwise_logits
+from modeling_clipmini.towers_clipmini import normalise
 
 from .encode import check_text, encode_files, encode_images, encode_texts
 from .images import Skipped
@@ -29,7 +32,7 @@ def classify(
     processor: ClipMiniProcessor,
     images: Iterable[Any],
     labels: Sequence[str],
-    template: str = DEFAULT_TEMPLATE,
+    template: str | Sequence[str] = DEFAULT_TEMPLATE,
     batch_size: int = 16,
 ) -> list[list[LabelScore]]:
     """Score labels for pictures, as transformers' zero-shot image classification pipeline does.
@@ -39,8 +42,8 @@ def classify(
         processor: the one that came with the model.
         images: whatever `read_image` takes; read one batch at a time.
         labels: what the pictures may show.
-        template: the caption made of a label, which stands in place of `{}`. Trained on captions, a model knows
-            sentences better than single words.
+        template: the caption made of a label, which stands in place of `{}`, or several of them, whose embeddings are
+            averaged. Trained on captions, a model knows sentences better than single words.
         batch_size: pictures per forward.
 
     Returns:
@@ -49,9 +52,9 @@ def classify(
     Raises:
         ValueError: labels or template are wrong, or (as `ImageError`) a picture cannot be read.
     """
-    captions = fill_template(labels, template)
+    label_embeds = embed_labels(lambda captions: encode_texts(model, processor, captions), labels, template)
     image_embeds = encode_images(model, processor, images, batch_size)
-    return _score(model, image_embeds, encode_texts(model, processor, captions), labels)
+    return _score(model, image_embeds, label_embeds, labels)
 
 
 def classify_files(
@@ -59,7 +62,7 @@ def classify_files(
     processor: ClipMiniProcessor,
     paths: Sequence[str | Path],
     labels: Sequence[str],
-    template: str = DEFAULT_TEMPLATE,
+    template: str | Sequence[str] = DEFAULT_TEMPLATE,
     skipped: Skipped | None = None,
     batch_size: int = 16,
 ) -> list[tuple[Path, list[LabelScore]]]:
@@ -80,10 +83,67 @@ def classify_files(
     Raises:
         ValueError: labels or template are wrong, no picture can be read, or `skipped` is strict and one cannot.
     """
-    captions = fill_template(labels, template)
+    label_embeds = embed_labels(lambda captions: encode_texts(model, processor, captions), labels, template)
     kept, image_embeds = encode_files(model, processor, paths, skipped, batch_size)
-    scores = _score(model, image_embeds, encode_texts(model, processor, captions), labels)
-    return list(zip(kept, scores, strict=True))
+    return list(zip(kept, _score(model, image_embeds, label_embeds, labels), strict=True))
+
+
+def embed_labels(
+    encode: Callable[[Sequence[str]], Tensor], labels: Sequence[str], template: str | Sequence[str] = DEFAULT_TEMPLATE
+) -> Tensor:
+    """Embed each label as the mean direction of its captions (Radford et al., 2021, section 3.1.4).
+
+    Args:
+        encode: captions to their (T, D) embeddings, each of length 1.
+        labels: as in `fill_template`, of which there are C.
+        template: one or several.
+
+    Returns:
+        (C, D), each of length 1.
+
+    Raises:
+        ValueError: a label or a template is not allowed.
+    """
+    templates = [template] if isinstance(template, str) else list(template)
+    if not templates:
+        raise ValueError("There is no template; give at least one.")
+    captions = [caption for one in templates for caption in fill_template(labels, one)]
+    embeds = encode(captions).view(len(templates), len(labels), -1)
+    return normalise(embeds.mean(dim=0)) if len(templates) > 1 else embeds[0]
+
+
+def load_templates(name: str) -> list[str]:
+    """Look up a list of templates.
+
+    Args:
+        name: a template itself, with `{}` in it; a list that comes with clipmini ("imagenet" or "simple"); or a YAML
+            file with a list of templates.
+
+    Returns:
+        The templates.
+
+    Raises:
+        ValueError: there is no such list, or it holds something else.
+    """
+    if "{}" in name:
+        return [name]
+    folder = files("clipmini.configuration") / "templates"
+    shipped = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    file = folder / f"{name}.yaml" if name in shipped else Path(name).expanduser()
+    if not file.is_file():
+        raise ValueError(
+            f"{name!r} is no template; write one with {{}} where the label goes, or name a YAML file or one of "
+            f"{', '.join(shipped)}."
+        )
+    try:
+        templates = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is not YAML: {error}") from error
+    if not (isinstance(templates, list) and templates and all(isinstance(one, str) for one in templates)):
+        raise ValueError(f"{name} does not hold a list of templates; write one per line, each behind a dash.")
+    for template in templates:
+        fill_template(["label"], template)
+    return templates
 
 
 def fill_template(labels: Sequence[str], template: str = DEFAULT_TEMPLATE) -> list[str]:
@@ -104,12 +164,14 @@ def fill_template(labels: Sequence[str], template: str = DEFAULT_TEMPLATE) -> li
     check_text("template", template)
     if isinstance(labels, str) or not labels:
         raise ValueError(f"The labels {labels!r} are not allowed; give a list of at least one.")
+    seen: set[str] = set()
     for index, label in enumerate(labels):
         if not label.strip():
             raise ValueError(f"Label {index + 1} of {len(labels)} is blank; leave it out or name it.")
         check_text("label", label)
-        if label in labels[:index]:
+        if label in seen:
             raise ValueError(f"The label {label!r} is given twice, and would share its score with itself.")
+        seen.add(label)
     return [template.replace("{}", label) for label in labels]
 
 

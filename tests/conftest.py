@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from clipmini.training.build import character_tokenizer
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
+from peer_models import save_clip, save_siglip
 
 TINY_TEXT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 64}
 
@@ -51,6 +52,18 @@ def tiny_folder(tmp_path_factory):
     ClipMiniModel(make_tiny_config()).save_pretrained(folder)
     ClipMiniProcessor.from_towers(make_tiny_config(), character_tokenizer()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A tiny CLIP of transformers. Read only."""
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(tmp_path_factory):
+    """A tiny SigLIP of transformers. Read only."""
+    return save_siglip(tmp_path_factory.mktemp("siglip"))
 
 
 COLORS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 210), "white": (245, 245, 245)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("modeling_clipmini", "training", "inference")
+PACKAGES = ("modeling_clipmini", "training", "inference", "evaluation")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))
 ALL_PYTHON = sorted(
     path for path in ROOT.rglob("*.py") if not {".venv", "build", "runs"} & set(path.relative_to(ROOT).parts)
@@ -29,7 +29,7 @@ def imported_names(path):
 def test_who_may_import_whom(path):
     package, names = path.parent.name, set(imported_names(path))
     roots = {name.split(".")[0] for name in names if not name.startswith(".")}
-    assert not roots & {"tests", "benchmarks", "training", "inference", "configuration"}
+    assert not roots & {"tests", "benchmarks", "metrics", *PACKAGES[1:], "configuration"}
     assert not any(name.startswith("..") for name in names)
     if package == "modeling_clipmini":
         third_party = roots - set(sys.stdlib_module_names)
@@ -38,7 +38,9 @@ def test_who_may_import_whom(path):
         assert not any(name.startswith("clipmini.training") for name in names)
     if package == "training":
         used = {name for name in names if name.startswith("clipmini.inference")}
-        assert used <= {"clipmini.inference.encode", "clipmini.inference.images"}
+        assert used <= {"clipmini.inference.encode", "clipmini.inference.encoders", "clipmini.inference.images"}
+    if not (package == "evaluation" or path.name == "cli.py"):
+        assert not any(name.startswith("clipmini.evaluation") for name in names)
 
 
 @pytest.mark.parametrize("path", (ROOT / "modeling_clipmini").glob("*.py"), ids=lambda path: path.name)

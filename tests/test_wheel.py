@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("modeling_clipmini", "training", "inference", "configuration")
+PACKAGES = ("modeling_clipmini", "training", "inference", "evaluation", "configuration")
 pytestmark = pytest.mark.slow
 
 
@@ -46,7 +46,7 @@ def test_it_holds_all_that_is_needed_and_no_more(site):
         f"{'' if package == 'modeling_clipmini' else 'clipmini/'}{path.relative_to(ROOT)}"
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".yaml")
+        if path.suffix in (".py", ".yaml", ".html")
     }
     assert shipped == {*expected, "clipmini/model_card.md"}
 

@@ -191,8 +191,9 @@ class ClipMiniTrainingArguments(TrainingArguments):
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.load_best_model_at_end = False  # nothing is measured to choose by
         best = self.metric_for_best_model
-        if self.load_best_model_at_end and (best or "").removeprefix("eval_") not in METRIC_NAMES:
-            raise ValueError(f"metric_for_best_model={best!r} is not measured; use one of {', '.join(METRIC_NAMES)}.")
+        allowed = [name for name in METRIC_NAMES if not name.endswith("_rank")]  # of ranks, less would be better
+        if self.load_best_model_at_end and (best or "").removeprefix("eval_") not in allowed:
+            raise ValueError(f"metric_for_best_model={best!r} is not allowed; use one of {', '.join(allowed)}.")
 
     def _check_towers(self) -> None:
         for tower in ("vision", "text"):

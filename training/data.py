@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 
 from clipmini.inference.images import Skipped, find_fault
 
+from .arguments import DataArguments
 from .sources import RawPairs, SourceReader
 
 logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+NOT_OF_LOAD_PAIRS = ("strict", "split_seed", "share_duplicate_ids")
 
 
 def load_pairs(
@@ -92,8 +97,46 @@ def load_pairs(
     splits = _draw_splits(keys, splits, fractions, seed)
     if own_summary:
         skipped.log_summary()
-    names = [name for name in ("train", "validation", "test") if name in splits]
+    names = [name for name in SPLITS if name in splits]
     return DatasetDict({name: images.select(np.flatnonzero(splits == name)) for name in names})
+
+
+def load_data(data: DataArguments, skipped: Skipped) -> DatasetDict:
+    """Load pairs as a recipe or a command describes them; see `load_pairs`.
+
+    Args:
+        data: where they come from.
+        skipped: takes what is left out.
+
+    Returns:
+        The splits; copies of a picture have their own ids still.
+
+    Raises:
+        ValueError: what `load_pairs` raises.
+    """
+    options = {name: value for name, value in vars(data).items() if name not in NOT_OF_LOAD_PAIRS}
+    return load_pairs(**options, seed=data.split_seed, skipped=skipped)
+
+
+def choose_split(splits: Mapping[str, Any], wanted: str | None, source: str) -> str:
+    """Choose the split to measure on.
+
+    Args:
+        splits: those there are.
+        wanted: the one that is asked for; None for test, else validation, else train.
+        source: where they come from, for the message.
+
+    Returns:
+        Its name.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if wanted is None:
+        return next((name for name in reversed(SPLITS) if name in splits), next(iter(splits)))
+    if wanted not in splits:
+        raise ValueError(f"{source} has no split {wanted!r}; it has {', '.join(splits)}.")
+    return wanted
 
 
 def _group_by_image(raw: RawPairs, skipped: Skipped) -> tuple[Dataset, np.ndarray, np.ndarray]:

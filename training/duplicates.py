@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value
+from PIL import Image
 
 from clipmini.inference.encode import read_named
 
@@ -169,10 +170,14 @@ def _hash_pictures(pairs: Dataset, split: str, num_proc: int | None) -> list[str
 
 
 def _hash_row(row: dict[str, Any]) -> dict[str, str]:
-    image = read_named(row["image"], f"image_id {row['image_id']}")
+    return {"picture": hash_picture(read_named(row["image"], f"image_id {row['image_id']}"))}
+
+
+def hash_picture(image: Image.Image) -> str:
+    """Give a digest of a picture's size and pixels, which copies share."""
     digest = hashlib.blake2b(f"{image.width}x{image.height} ".encode(), digest_size=16)
     digest.update(image.tobytes())
-    return {"picture": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _sort_by_split(

@@ -83,7 +83,7 @@ def evaluate_retrieval(
 
 def chance_level(pairs: Dataset | CachedPairs) -> dict[str, float]:
     """Give what a random order reaches on the same split, under the same keys."""
-    return chance_metrics(len(pairs), _cached(pairs).image_of_captions())
+    return chance_metrics(_cached(pairs).image_of_captions(), torch.arange(len(pairs)))
 
 
 def _cached(pairs: Dataset | CachedPairs) -> CachedPairs:

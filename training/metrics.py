@@ -1,106 +1,147 @@
-"""Retrieval metrics as pure functions of embeddings.
+"""Retrieval metrics, as pure functions of embeddings.
 
-Shape letters: I images, T captions, D the width of the shared space.
+Shape letters: I images, T captions, D the width of the shared space, Q queries of one direction.
+
+A caption's right answers are the images with its id, an image's the captions with its id: any number of either. Each
+query counts once, in its direction; one without a right answer stands in the way of others, and is itself no query.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .ranking import Neighbours, count_ids, nearest_answers, retrieval_ranks
+
 RECALL_AT = (1, 5, 10)
+PRECISION_AT = 10
+DIRECTIONS = ("text_to_image", "image_to_text")
 METRIC_NAMES = (
-    *(f"{direction}_r{k}" for direction in ("text_to_image", "image_to_text") for k in RECALL_AT),
+    *(f"{direction}_r{k}" for direction in DIRECTIONS for k in RECALL_AT),
     "mean_recall",
+    *(
+        f"{direction}_{name}"
+        for direction in DIRECTIONS
+        for name in (f"map{PRECISION_AT}", "median_rank", "mean_rank")
+    ),
 )
-CHUNK_SIZE = 1024  # rows of the similarity matrix alive at once
 
 
-def retrieval_ranks(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank the right answer of every query, 0 being first place.
+@dataclass(frozen=True)
+class QueryScores:
+    """How each query of one direction did; queries without a right answer are left out.
 
-    A caption's right answer is its one image; an image's is the best placed of its captions, and its other captions do
-    not stand in the way. Ties count against the model, and so does NaN: neither a collapsed model, which gives every
-    pair the same similarity, nor a diverged one must look perfect. The similarity matrix is never built whole.
+    Attributes:
+        ranks: (Q,) place of the best placed right answer among the wrong ones, 0 being first.
+        average_precision: (Q,) AP@10, in [0, 1]; see `Neighbours.average_precision`.
+        ids: (Q,) the image that each query shows or describes.
+    """
+
+    ranks: Tensor
+    average_precision: Tensor
+    ids: Tensor
+
+
+def retrieval_scores(
+    image_embeds: Tensor, text_embeds: Tensor, text_ids: Tensor, image_ids: Tensor | None = None
+) -> dict[str, QueryScores]:
+    """Score every query of both directions, from which metrics and their intervals are made.
 
     Args:
         image_embeds: (I, D), of length 1.
         text_embeds: (T, D), of length 1.
-        image_of_text: (T,) integers, the row of each caption's image.
+        text_ids: (T,) integers, the id of the image that each caption describes.
+        image_ids: (I,) integers, several images may share one; by default 0 to I - 1.
 
     Returns:
-        (T,) ranks of images for each caption; (I,) ranks of captions for each image, -1 for an image without captions.
+        Scores by direction: "text_to_image" and "image_to_text".
     """
-    text_ranks = torch.empty(len(text_embeds), dtype=torch.long)
-    for start in range(0, len(text_embeds), CHUNK_SIZE):
-        rows = slice(start, start + CHUNK_SIZE)
-        similarity = _similarity(text_embeds[rows], image_embeds)  # (chunk, I)
-        right = similarity.gather(1, image_of_text[rows, None])
-        text_ranks[rows] = (~(similarity < right)).sum(dim=1) - 1  # the right image ties with itself
-
-    image_ranks = torch.full((len(image_embeds),), -1)
-    for start in range(0, len(image_embeds), CHUNK_SIZE):
-        rows = slice(start, start + CHUNK_SIZE)
-        similarity = _similarity(image_embeds[rows], text_embeds)  # (chunk, T)
-        images = torch.arange(start, start + len(similarity))
-        is_own = images[:, None] == image_of_text[None, :]
-        best_own = similarity.masked_fill(~is_own, -torch.inf).amax(dim=1, keepdim=True)
-        ranks = (~(similarity < best_own) & ~is_own).sum(dim=1)
-        image_ranks[rows] = ranks.where(is_own.any(dim=1), -1)
-    return text_ranks, image_ranks
+    if image_ids is None:
+        image_ids = torch.arange(len(image_embeds))
+    ranks = retrieval_ranks(image_embeds, text_embeds, text_ids, image_ids)
+    neighbours = nearest_answers(image_embeds, text_embeds, text_ids, image_ids, PRECISION_AT)
+    return score_queries(ranks, neighbours, text_ids, image_ids)
 
 
-def _similarity(queries: Tensor, answers: Tensor) -> Tensor:
-    """Cosine similarities in float32; rounded to bf16, as under autocast, many would tie."""
-    with torch.autocast(queries.device.type, enabled=False):
-        return queries.float() @ answers.float().T
+def score_queries(
+    ranks: tuple[Tensor, Tensor], neighbours: tuple[Neighbours, Neighbours], text_ids: Tensor, image_ids: Tensor
+) -> dict[str, QueryScores]:
+    """Make scores of what `retrieval_ranks` and `nearest_answers` found; see `retrieval_scores`."""
+    scores = {}
+    for direction, rank, near, ids in zip(DIRECTIONS, ranks, neighbours, (text_ids, image_ids), strict=True):
+        is_query = rank >= 0
+        scores[direction] = QueryScores(rank[is_query], near.average_precision()[is_query], ids.cpu()[is_query])
+    return scores
 
 
 def retrieval_metrics(
-    image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor, recall_at: Sequence[int] = RECALL_AT
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    text_ids: Tensor,
+    image_ids: Tensor | None = None,
+    recall_at: Sequence[int] = RECALL_AT,
 ) -> dict[str, float]:
-    """Recall at k in both directions, over the whole set.
+    """Measure retrieval in both directions, over the whole set.
 
     Args:
         image_embeds: (I, D), of length 1.
         text_embeds: (T, D), of length 1.
-        image_of_text: (T,) integers, the row of each caption's image.
+        text_ids: (T,) integers, the id of the image that each caption describes.
+        image_ids: (I,) integers, several images may share one; by default 0 to I - 1.
         recall_at: the values of k.
 
     Returns:
-        `text_to_image_r{k}`, `image_to_text_r{k}`: share of queries, in [0, 1], whose right answer is among the first
-        k (an image counts if any of its captions is). `mean_recall`: the mean of them all.
+        As [`summarise_scores`] gives it.
     """
-    text_ranks, image_ranks = retrieval_ranks(image_embeds, text_embeds, image_of_text)
-    image_ranks = image_ranks[image_ranks >= 0]  # an image without captions is a distractor, not a query
-    metrics = {
-        f"{direction}_r{k}": (ranks < k).float().mean().item()
-        for direction, ranks in (("text_to_image", text_ranks), ("image_to_text", image_ranks))
-        for k in recall_at
-    }
-    return {**metrics, "mean_recall": sum(metrics.values()) / len(metrics)}
+    return summarise_scores(retrieval_scores(image_embeds, text_embeds, text_ids, image_ids), recall_at)
 
 
-def chance_metrics(num_images: int, image_of_text: Tensor, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
-    """Give what a random order reaches on the same set, under the same keys as `retrieval_metrics`.
-
-    From text to image it is k / I. An image with c of the T captions misses all of them in k draws without
-    replacement with probability C(T - c, k) / C(T, k).
+def summarise_scores(scores: dict[str, QueryScores], recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+    """Average the scores of all queries.
 
     Args:
-        num_images: I.
-        image_of_text: (T,) integers, the row of each caption's image.
+        scores: as `retrieval_scores` gives.
+        recall_at: the values of k.
+
+    Returns:
+        For each direction `{direction}_r{k}`, the share of queries, in [0, 1], with a right answer among the first k;
+        `{direction}_map10`, the mean of AP@10, in [0, 1]; `{direction}_median_rank` and `{direction}_mean_rank`, of
+        the best placed right answer, 1 being first. `mean_recall`: the mean of all recalls. NaN without a query.
+    """
+    recalls, others = {}, {}
+    for direction, score in scores.items():
+        for k in recall_at:
+            recalls[f"{direction}_r{k}"] = (score.ranks < k).double().mean().item()
+        places = score.ranks.double() + 1
+        others[f"{direction}_map{PRECISION_AT}"] = score.average_precision.double().mean().item()
+        others[f"{direction}_median_rank"] = float(np.median(places)) if len(places) else float("nan")
+        others[f"{direction}_mean_rank"] = places.mean().item()
+    return {**recalls, "mean_recall": sum(recalls.values()) / len(recalls), **others}
+
+
+def chance_metrics(text_ids: Tensor, image_ids: Tensor, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+    """Give the recalls that a random order reaches on the same set, under the same keys as `retrieval_metrics`.
+
+    A query with c right answers among N misses all of them in k draws without replacement with probability
+    C(N - c, k) / C(N, k).
+
+    Args:
+        text_ids: (T,) integers, the id of the image that each caption describes.
+        image_ids: (I,) integers.
         recall_at: the values of k.
 
     Returns:
         The expected recalls, in [0, 1].
     """
-    num_texts = len(image_of_text)
-    captions_per_image = torch.bincount(image_of_text, minlength=num_images).double()
-    captions_per_image = captions_per_image[captions_per_image > 0]
-    metrics = {f"text_to_image_r{k}": min(1.0, k / num_images) for k in recall_at}
-    for k in recall_at:
-        drawn = torch.arange(min(k, num_texts))
-        miss = ((num_texts - captions_per_image[:, None] - drawn) / (num_texts - drawn)).clamp(min=0).prod(dim=1)
-        metrics[f"image_to_text_r{k}"] = (1 - miss).mean().item()
+    metrics = {}
+    for direction, queries, answers in zip(DIRECTIONS, (text_ids, image_ids), (image_ids, text_ids), strict=True):
+        num_answers = len(answers)
+        num_right = count_ids(queries, answers.sort().values).double()
+        num_right = num_right[num_right > 0]
+        for k in recall_at:
+            drawn = torch.arange(min(k, num_answers))
+            miss = ((num_answers - num_right[:, None] - drawn) / (num_answers - drawn)).clamp(min=0).prod(dim=1)
+            metrics[f"{direction}_r{k}"] = (1 - miss).mean().item()
     return {**metrics, "mean_recall": sum(metrics.values()) / len(metrics)}

@@ -102,6 +102,29 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     )
 
 
+def load_data_arguments(name_or_source: str, overrides: Sequence[str] = ()) -> DataArguments:
+    """Read which pairs are meant.
+
+    Args:
+        name_or_source: a recipe, whose data section is taken; or a source of pairs, which are taken as they are.
+        overrides: "key=value" strings, as in `load_recipe`; of a source, keys of `DataArguments`.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        ValueError: a file, a key or a value is wrong.
+    """
+    if name_or_source in preset_names("recipes") or name_or_source.endswith((".yaml", ".yml")):
+        return load_recipe(name_or_source, overrides).data
+    data: dict[str, Any] = {"source": name_or_source, "validation_fraction": 0.0, "test_fraction": 0.0}
+    for override in overrides:
+        values = {"data": data}
+        _apply_override(values, override)
+        _check_keys(values, ("data",), f"--set {override}")
+    return _build(DataArguments, data, "data")
+
+
 def _build_stages(values: dict[str, Any]) -> dict[str, ClipMiniTrainingArguments]:
     stages = {}
     for name, changes in _mapping(values.get("stages", {}), "stages").items():

@@ -20,24 +20,19 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from clipmini.inference.encode import load_model, read_named, run_images, run_texts
-from modeling_clipmini import ClipMiniConfig
-from modeling_clipmini.processing_clipmini import DEFAULT_MAX_TOKENS
-from modeling_clipmini.towers_clipmini import normalise
+from clipmini.inference.encode import read_named
+from clipmini.inference.encoders import DualEncoder, check_widths, load_encoder
 
 from .duplicates import OWN_ID
 
@@ -56,8 +51,7 @@ def embed_with_teacher(
     """Write a teacher's embeddings of all pictures and captions to a parquet file, as the module describes it.
 
     Args:
-        model_name_or_path: a clipmini model, or any of transformers' own models with `get_image_features` and
-            `get_text_features` (CLIP, SigLIP, ...): Hub id or folder.
+        model_name_or_path: whatever `load_encoder` takes.
         pairs: as `load_pairs` gives; the rows of all splits go to the one file.
         out: the file; it is written beside and renamed.
         batch_size: pictures per forward; captions go eight times as many at once.
@@ -75,13 +69,12 @@ def embed_with_teacher(
         raise ValueError("There are no pairs for the teacher to embed.")
     if logit_scale is not None and not (0 < logit_scale < math.inf):
         raise ValueError(f"logit_scale={logit_scale} must be a finite number above 0.")
-    model, processor = _load_teacher(model_name_or_path)
-    path = Path(model_name_or_path)
-    about = {
-        "name": path.resolve().name if path.exists() else str(model_name_or_path),
-        "logit_scale": _trained_scale(model) if logit_scale is None else logit_scale,
-    }
-    tables = _embed(model, processor, splits, batch_size, {METADATA_KEY: json.dumps(about)})
+    encoder = load_encoder(model_name_or_path)
+    logit_scale = encoder.logit_scale if logit_scale is None else logit_scale
+    if logit_scale is None:
+        raise ValueError(f"A {encoder.kind} has no logit scale of its own; pass --logit_scale.")
+    about = {"name": encoder.name, "logit_scale": logit_scale}
+    tables = _embed(encoder, splits, batch_size, {METADATA_KEY: json.dumps(about)})
     first = next(tables)  # its schema has the teacher's width
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}")
@@ -168,76 +161,19 @@ class TeacherEmbeddings:
         return self.images[row].float(), self.texts[start + caption].float()
 
 
-def _load_teacher(name_or_path: str | Path) -> tuple[Any, Any]:
-    """Load any dual encoder that needs no code of its own, in eval mode and float32, and its processor."""
-    name = str(name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if config.model_type == ClipMiniConfig.model_type:
-            return load_model(name)
-        loaded: Any = AutoModel.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-        )
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")  # transformers adds a paragraph of advice
-        raise ValueError(f"The teacher {name} cannot be loaded: {reason}.") from error
-    model, info = loaded
-    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-        raise ValueError(
-            f"The teacher {name} is a {type(model).__name__}, which does not embed both pictures and "
-            "captions; name a dual encoder, such as CLIP, SigLIP or clipmini."
-        )
-    if info["missing_keys"]:
-        raise ValueError(f"The teacher {name} lacks weights, among them {sorted(info['missing_keys'])[0]!r}.")
-    inputs = getattr(getattr(processor, "image_processor", None), "model_input_names", None)
-    if inputs != ["pixel_values"]:  # SigLIP 2 with free aspect ratios wants masks and shapes too
-        raise ValueError(
-            f"The teacher {name} has an image processor that makes {inputs}; name a model of pictures of one "
-            "size, that takes pixel_values alone."
-        )
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
-
-
-def _trained_scale(model: Any) -> float:
-    if isinstance(model.config, ClipMiniConfig):
-        return model.get_logit_scale().item()
-    if not isinstance(getattr(model, "logit_scale", None), Tensor):
-        raise ValueError(f"A {type(model).__name__} has no logit scale of its own; pass --logit_scale.")
-    return model.logit_scale.detach().exp().item()
-
-
 def _embed(
-    model: Any, processor: Any, splits: Sequence[Dataset], batch_size: int, metadata: dict[bytes, str]
+    encoder: DualEncoder, splits: Sequence[Dataset], batch_size: int, metadata: dict[bytes, str]
 ) -> Iterator[pa.Table]:
     """Embed up to `ROWS_PER_GROUP` pictures, and all their captions, at a time."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", DEFAULT_MAX_TOKENS)
-    # SigLIP was trained on captions padded to the full length, without a mask.
-    is_siglip = "siglip" in model.config.model_type
-    padding = {"padding": "max_length", "return_attention_mask": False} if is_siglip else {"padding": True}
-    max_length = min(processor.tokenizer.model_max_length, longest)
-    prepare_texts: Any = partial(processor, truncation=True, max_length=max_length, return_tensors="pt", **padding)
-    prepare_images: Any = partial(processor, return_tensors="pt")
-
-    def embed_images(pixel_values: Tensor) -> Tensor:
-        return normalise(_features(model.get_image_features(pixel_values=pixel_values.to(model.device))))
-
-    def embed_texts(inputs: Any) -> Tensor:
-        return normalise(_features(model.get_text_features(**inputs.to(model.device))))
-
     with tqdm(total=sum(map(len, splits)), desc="teacher", unit="picture") as progress:
         for rows in itertools.chain.from_iterable(map(_in_groups, splits)):
             ids, captions = rows["image_id"][:], rows["captions"][:]
             pictures = (
                 read_named(image, f"image_id {image_id}") for image, image_id in zip(rows["image"], ids, strict=True)
             )
-            images = run_images(prepare_images, pictures, embed_images, batch_size)
-            texts = run_texts(prepare_texts, list(itertools.chain(*captions)), embed_texts, 8 * batch_size)
-            if images.shape[1] != texts.shape[1]:
-                raise ValueError(
-                    f"A {type(model).__name__} embeds pictures in {images.shape[1]} and captions in {texts.shape[1]} "
-                    "dimensions; a teacher must put them into one space."
-                )
+            images = encoder.encode_images(pictures, batch_size)
+            texts = encoder.encode_texts(list(itertools.chain(*captions)), 8 * batch_size)
+            check_widths(encoder, images, texts)
             offsets = pa.array([0, *itertools.accumulate(map(len, captions))], pa.int32())
             columns = {
                 "image_id": pa.array(ids, pa.int64()),
@@ -252,10 +188,6 @@ def _embed(
 def _in_groups(split: Dataset) -> Iterator[Dataset]:
     for start in range(0, len(split), ROWS_PER_GROUP):
         yield split.select(range(start, min(start + ROWS_PER_GROUP, len(split))))
-
-
-def _features(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.pooler_output  # transformers before 5, and from 5 on
 
 
 def _vectors(embeddings: Tensor) -> pa.FixedSizeListArray:

@@ -26,7 +26,7 @@ from .arguments import ClipMiniTrainingArguments
 from .averaging import average_checkpoints, best_checkpoints, interpolate_weights
 from .build import ModelPreset, build_model, load_for_fine_tuning
 from .curves import draw_curves
-from .data import load_pairs
+from .data import load_data
 from .duplicates import DuplicateReport, find_duplicates, share_ids
 from .evaluate import chance_level, evaluate_retrieval
 from .lora import merge_lora, merged_state_dict
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "curves.png", "model"
 HELD_OUT = ("validation", "test")
-NOT_OF_LOAD_PAIRS = ("strict", "split_seed", "share_duplicate_ids")
 METRICS_FILE, STAGE_FILE = "metrics.jsonl", "stage.json"
 
 
@@ -166,11 +165,9 @@ def load_recipe_pairs(recipe: Recipe, skipped: Skipped) -> DatasetDict:
     Raises:
         ValueError: there is nothing to train on; and what `load_pairs` raises.
     """
-    data = recipe.data
-    options = {name: value for name, value in vars(data).items() if name not in NOT_OF_LOAD_PAIRS}
-    pairs = load_pairs(**options, seed=data.split_seed, skipped=skipped)
+    pairs = load_data(recipe.data, skipped)
     if "train" not in pairs:
-        raise ValueError(f"{data.source} has no pictures to train on, only {' and '.join(pairs)}.")
+        raise ValueError(f"{recipe.data.source} has no pictures to train on, only {' and '.join(pairs)}.")
     return pairs
 
 

@@ -63,7 +63,8 @@ class TestHelp:
         assert (result.exit_code, result.stdout.split()[0]) == (0, "clipmini")
 
     def test_the_template_shown_is_the_template_used(self):
-        assert inspect.signature(cli.classify).parameters["template"].default == DEFAULT_TEMPLATE
+        option = inspect.signature(cli.classify, eval_str=True).parameters["template"].annotation.__metadata__[0]
+        assert option.show_default == DEFAULT_TEMPLATE
 
 
 class TestSearch:

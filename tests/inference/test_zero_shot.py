@@ -10,7 +10,14 @@ from transformers import pipeline
 
 from clipmini.inference import zero_shot
 from clipmini.inference.images import ImageError, Skipped
-from clipmini.inference.zero_shot import LabelScore, classify, classify_files, fill_template
+from clipmini.inference.zero_shot import (
+    LabelScore,
+    classify,
+    classify_files,
+    embed_labels,
+    fill_template,
+    load_templates,
+)
 from modeling_clipmini import ClipMiniModel
 
 LABELS = ["cat", "a very long label", "dog", "fish"]
@@ -119,3 +126,54 @@ def test_damaged_weights(tiny_model, tiny_processor, paths):
     tiny_model.logit_scale.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="no numbers"):
         classify(tiny_model, tiny_processor, paths, LABELS)
+
+
+def test_labels_are_embedded_as_the_mean_direction_of_their_captions():
+    vectors = {"a x": [1.0, 0.0], "a y": [0.0, 1.0], "the x": [0.6, 0.8], "the y": [0.0, 1.0]}
+    embeds = embed_labels(
+        lambda captions: torch.tensor([vectors[text] for text in captions]), ["x", "y"], ["a {}", "the {}"]
+    )
+    torch.testing.assert_close(embeds, torch.tensor([[0.8, 0.4], [0.0, 1.0]]) / torch.tensor([[0.8**0.5], [1.0]]))
+
+
+def test_one_template_in_a_list_is_one_template(tiny_model, tiny_processor, paths):
+    one = classify(tiny_model, tiny_processor, paths, LABELS, "a {}")
+    assert classify(tiny_model, tiny_processor, paths, LABELS, ["a {}"]) == one
+    assert classify(tiny_model, tiny_processor, paths, LABELS, ["a {}", "two {}"]) != one
+
+
+def test_templates_that_come_with_clipmini():
+    assert load_templates("a {} b") == ["a {} b"]
+    assert len(load_templates("imagenet")) == len(set(load_templates("imagenet"))) == 80
+    assert "itap of my {}." in load_templates("imagenet")
+    assert "{}" in load_templates("simple")
+
+
+def test_templates_of_ones_own(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("- an x-ray of a {}\n- a scan of a {}\n")
+    assert load_templates(str(file)) == ["an x-ray of a {}", "a scan of a {}"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a photo\n", "has no {}"),
+        ("a: {}\n", "does not hold a list of templates"),
+        ("[]\n", "does not hold a list of templates"),
+        ("[1]\n", "does not hold a list of templates"),
+        ("- [\n", "is not YAML"),
+    ],
+)
+def test_bad_template_files(tmp_path, content, message):
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_templates(str(file))
+
+
+def test_an_unknown_list_of_templates_is_named_with_those_there_are():
+    with pytest.raises(ValueError, match=r"'imagnet' is no template; .* one of imagenet, simple"):
+        load_templates("imagnet")
+    with pytest.raises(ValueError, match="no template; give at least one"):
+        embed_labels(torch.tensor, ["x"], [])

@@ -80,7 +80,7 @@ def test_overrides(overrides, read, expected, tmp_path):
         (
             GOOD,
             ["metric_for_best_model=eval_loss"],
-            "metric_for_best_model='eval_loss' is not measured",
+            "metric_for_best_model='eval_loss' is not allowed; use one of",
         ),
         (GOOD, ["per_device_eval_batch_size=0"], "per_device_eval_batch_size=0 is not allowed; use at least 1"),
         (GOOD, ["gradient_accumulation_steps=0"], "gradient_accumulation_steps=0"),

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 
 from clipmini.inference.encode import load_model
 from clipmini.training import train as train_module
+from clipmini.training.data import load_pairs
 from clipmini.training.recipes import load_recipe
 from clipmini.training.train import save_model_folder, train
 from modeling_clipmini import ClipMiniModel
@@ -75,7 +76,7 @@ def test_a_folder_of_pictures_becomes_a_model(recipe, tmp_path, caplog):
 def test_the_saved_weights_are_those_that_were_measured(recipe, photos):
     result = train(recipe("freeze_vision=true", "freeze_text=true"))
     model, processor = load_model(result.model_dir, "cpu")
-    pairs = train_module.load_pairs(photos)
+    pairs = load_pairs(photos)
     measured = train_module.evaluate_retrieval(model, processor, pairs["test"])
     assert measured == pytest.approx(result.results["splits"]["test"]["after"])
 

@@ -1,0 +1,1 @@
+"""Measuring a model: retrieval, zero-shot classification, probes, diagnostics, and a report of it all."""

@@ -1,0 +1,181 @@
+"""What the shape of the shared space tells about a model, beyond what it retrieves.
+
+Shape letters: I images, T captions, N vectors, G ids, D the width of the shared space.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+MAX_VECTORS = 10_000  # uniformity compares all pairs of vectors; of more, these many are drawn
+BLOCK = 1024  # rows of a matrix of pairs in memory at once
+ALIKE = 0.99  # mean cosine of two different pictures from which on all count as alike
+FEW_DIMENSIONS = 2.0  # an effective rank below is a collapse, where there are ten vectors and four dimensions
+FEW_VECTORS, NARROW = 10, 4
+LEVEL = 0.975  # of the one-sided test that captions are closer to their own picture than to all
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """The shape of a shared space. A figure is NaN where there are too few vectors for it.
+
+    Attributes:
+        modality_gap: distance of the mean picture from the mean caption, in [0, 2] (Liang et al., 2022,
+            arXiv:2203.02053).
+        alignment: mean squared distance of a caption from its picture, in [0, 4]; less is better (Wang and Isola,
+            2020, arXiv:2005.10242).
+        image_uniformity: logarithm of the mean of exp(-2 d^2) over pairs of pictures at distance d, in [-8, 0]; less
+            is more evenly spread (likewise).
+        text_uniformity: the same of captions.
+        image_effective_rank: how many dimensions pictures fill, from 1 to D: exp of the entropy of the singular values
+            around their mean (Roy and Vetterli, 2007, The effective rank).
+        text_effective_rank: the same of captions.
+        own_similarity: mean cosine of a caption and its own picture.
+        other_similarity: mean cosine of a caption and another picture.
+        temperature: what similarities are divided by before the softmax; None where the model has none.
+        faults: what is wrong with the model, in plain words; empty where nothing is.
+    """
+
+    modality_gap: float
+    alignment: float
+    image_uniformity: float
+    text_uniformity: float
+    image_effective_rank: float
+    text_effective_rank: float
+    own_similarity: float
+    other_similarity: float
+    temperature: float | None
+    faults: tuple[str, ...]
+
+
+def diagnose(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    text_ids: Tensor,
+    image_ids: Tensor | None = None,
+    temperature: float | None = None,
+) -> Diagnostics:
+    """Measure the shape of a shared space, and name a collapse.
+
+    Args:
+        image_embeds: (I, D), of length 1.
+        text_embeds: (T, D), of length 1.
+        text_ids: (T,) integers, the id of the image that each caption describes.
+        image_ids: (I,) integers; by default 0 to I - 1.
+        temperature: the model's.
+
+    Returns:
+        The figures and the faults.
+
+    Raises:
+        ValueError: there is no picture or no caption.
+    """
+    if not len(image_embeds) or not len(text_embeds):
+        raise ValueError(f"{len(image_embeds)} pictures and {len(text_embeds)} captions; give at least one of each.")
+    images, texts = image_embeds.double().cpu(), text_embeds.double().cpu()
+    image_ids = torch.arange(len(images)) if image_ids is None else image_ids.cpu()
+    own, other, margins = _closeness(images, texts, image_ids, text_ids.cpu())
+    ranks = effective_rank(images), effective_rank(texts)
+    return Diagnostics(
+        modality_gap=(images.mean(dim=0) - texts.mean(dim=0)).norm().item(),
+        alignment=2 - 2 * own,  # of vectors of length 1
+        image_uniformity=uniformity(images),
+        text_uniformity=uniformity(texts),
+        image_effective_rank=ranks[0],
+        text_effective_rank=ranks[1],
+        own_similarity=own,
+        other_similarity=other,
+        temperature=temperature,
+        faults=tuple(_faults(images, texts, ranks, margins)),
+    )
+
+
+def uniformity(embeds: Tensor) -> float:
+    """Give the logarithm of the mean of exp(-2 d^2) over all pairs of different rows at distance d.
+
+    Args:
+        embeds: (N, D), of length 1; of more than 10,000 rows as many are drawn, always the same.
+
+    Returns:
+        In [-8, 0]; NaN of fewer than two rows.
+    """
+    if len(embeds) > MAX_VECTORS:
+        embeds = embeds[torch.randperm(len(embeds), generator=torch.Generator().manual_seed(0))[:MAX_VECTORS]]
+    num_rows = len(embeds)
+    if num_rows < 2:
+        return math.nan
+    total = sum(
+        (4 * (embeds[start : start + BLOCK] @ embeds.T) - 4).exp().sum().item()  # d^2 = 2 - 2 cos
+        for start in range(0, num_rows, BLOCK)
+    )
+    itself = (4 * embeds.square().sum(dim=1) - 4).exp().sum().item()
+    return math.log((total - itself) / (num_rows * (num_rows - 1)))
+
+
+def effective_rank(embeds: Tensor) -> float:
+    """Give exp of the entropy of the singular values around the mean: in how many dimensions the rows vary.
+
+    Args:
+        embeds: (N, D).
+
+    Returns:
+        From 1 to D; 1 where all rows are the same, NaN where a value is.
+    """
+    if not embeds.isfinite().all():
+        return math.nan
+    centered = embeds.double() - embeds.double().mean(dim=0)
+    # Of many rows the (D, D) matrix is small; the roots of its eigenvalues are the singular values.
+    singular = torch.linalg.eigvalsh(centered.T @ centered).clamp(min=0).sqrt()
+    if singular.max() < 1e-6 * math.sqrt(len(embeds)):
+        return 1.0
+    shares = singular / singular.sum()
+    return torch.special.entr(shares).sum().exp().item()
+
+
+def _closeness(images: Tensor, texts: Tensor, image_ids: Tensor, text_ids: Tensor) -> tuple[float, float, Tensor]:
+    """Give the mean cosine of own and of other pairs; and (G,) how much closer captions are to their own."""
+    ids, places = torch.cat([image_ids, text_ids]).unique(return_inverse=True)
+    of_image, of_text = places[: len(images)], places[len(images) :]
+    image_sums, text_sums = (
+        torch.zeros(len(ids), images.shape[1], dtype=torch.double).index_add_(0, place, embeds)
+        for place, embeds in ((of_image, images), (of_text, texts))
+    )
+    num_images, num_texts = of_image.bincount(minlength=len(ids)), of_text.bincount(minlength=len(ids))
+    own_sums = (image_sums * text_sums).sum(dim=1)  # (G,) over the pairs of an id
+    num_own = num_images * num_texts
+    all_sum = (image_sums.sum(dim=0) @ text_sums.sum(dim=0)).item()
+    is_pair = num_own > 0
+    own = own_sums[is_pair].sum().item() / num_own.sum().item() if is_pair.any() else math.nan
+    num_others = len(images) * len(texts) - num_own.sum().item()
+    other = (all_sum - own_sums[is_pair].sum().item()) / num_others if num_others else math.nan
+    # Captions of an image stand or fall together, so each id counts once.
+    to_all = text_sums @ images.mean(dim=0) / num_texts
+    margins = (own_sums / num_own - to_all)[is_pair]
+    return own, other, margins
+
+
+def _faults(images: Tensor, texts: Tensor, ranks: tuple[float, float], margins: Tensor) -> list[str]:
+    if not (images.isfinite().all() and texts.isfinite().all()):
+        return ["Embeddings hold NaN or infinity: training diverged, or the weights are damaged."]
+    faults = []
+    for kind, embeds, rank in (("pictures", images, ranks[0]), ("captions", texts, ranks[1])):
+        count = len(embeds)
+        if count < FEW_VECTORS:
+            continue  # a few points lie close together, or on a line, by chance
+        cosine = ((embeds.sum(dim=0).square().sum() - embeds.square().sum()) / (count * (count - 1))).item()
+        if cosine > ALIKE:
+            faults.append(f"Collapsed: all {kind} get nearly the same embedding (mean cosine {cosine:.3f}).")
+        elif rank < FEW_DIMENSIONS and embeds.shape[1] >= NARROW:
+            faults.append(f"Collapsed: {kind} differ in hardly more than one dimension (effective rank {rank:.1f}).")
+    num_ids = len(margins)
+    if not faults and num_ids > 1:
+        error = margins.std().item() / math.sqrt(num_ids)
+        if not margins.mean().item() > stdtrit(num_ids - 1, LEVEL) * error:
+            faults.append(
+                "Captions are not surely closer to their own picture than to any other: the model has not learnt, "
+                "does not fit this data, or there are too few pictures to tell."
+            )
+    return faults

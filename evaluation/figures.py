@@ -1,0 +1,203 @@
+"""The drawings of a report, each an SVG that stands inside the page."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .compression import PRECISIONS
+
+INK, GREY, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+BLUE, ORANGE, GREEN = "#2563eb", "#d97706", "#059669"
+COLORS = {"text_to_image": BLUE, "image_to_text": ORANGE}
+LABELS = {"text_to_image": "text to image", "image_to_text": "image to text"}
+SIZE = (5.2, 3.1)  # inches, as wide as half a page
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: small, and in the page's own font
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "text.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "clipmini",  # the same data gives the same file
+}
+MAX_NAMES = 40  # classes whose names fit beside a confusion matrix
+
+
+def draw_recall_curve(curves: Mapping[str, Mapping[str, Sequence[float]]], chance: Mapping[str, float]) -> str:
+    """Draw R@k over k.
+
+    Args:
+        curves: by model, then by direction, recalls in [0, 1] for k from 1; a second model is dashed.
+        chance: `{direction}_r{k}` of a random order, whose points are drawn.
+
+    Returns:
+        The SVG element.
+    """
+    with rc_context(STYLE):
+        figure, axes = _new()
+        for number, (model, by_direction) in enumerate(curves.items()):
+            for direction, recalls in by_direction.items():
+                label = LABELS[direction] + (f", {model}" if len(curves) > 1 else "")
+                places = range(1, len(recalls) + 1)
+                axes.plot(
+                    places, 100 * np.array(recalls), "--" if number else "-", color=COLORS[direction], label=label
+                )
+        for direction, color in COLORS.items():
+            points = {int(k): value for k, value in _by_k(chance, direction).items()}
+            axes.plot(list(points), [100 * value for value in points.values()], ":", color=color, alpha=0.6)
+        axes.plot([], [], ":", color=GREY, label="chance")
+        axes.set_xscale("log")
+        axes.set_xticks([1, 5, 10, 50, 100], ["1", "5", "10", "50", "100"])
+        axes.minorticks_off()
+        axes.set(xlabel="k", ylabel="queries with an answer among the first k, in %", ylim=(0, 100))
+        axes.legend(loc="best")
+        return _svg(figure, "Recall at k for k from 1 to 100.")
+
+
+def draw_ranks(ranks: Mapping[str, np.ndarray]) -> str:
+    """Draw how many queries found their answer in which place.
+
+    Args:
+        ranks: by direction, places from 0.
+
+    Returns:
+        The SVG element.
+    """
+    edges = np.array([0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, 100_000, np.inf])
+    names = ["1", "2", "3", "4-5", "6-10", "11-20", "21-50", "51-100", "101-200", "201-500", "501-1000"]
+    names += ["to 10,000", "to 100,000", "beyond"]
+    last = max((int(np.searchsorted(edges, one.max(), side="right")) for one in ranks.values() if len(one)), default=1)
+    with rc_context(STYLE):
+        figure, axes = _new()
+        for number, (direction, values) in enumerate(ranks.items()):
+            counts = np.histogram(values, bins=edges)[0][:last]
+            places = np.arange(last) + 0.4 * number - 0.2
+            axes.bar(
+                places, 100 * counts / max(1, len(values)), 0.38, color=COLORS[direction], label=LABELS[direction]
+            )
+        axes.set_xticks(range(last), names[:last], rotation=40, ha="right")
+        axes.set(xlabel="place of the best right answer", ylabel="queries, in %")
+        axes.grid(axis="x", visible=False)
+        axes.legend(loc="best")
+        return _svg(figure, "How many queries found their answer in which place.")
+
+
+def draw_similarities(own: np.ndarray, others: np.ndarray) -> str:
+    """Draw how similar captions are to their own pictures and to others.
+
+    Args:
+        own: cosines of captions and their pictures.
+        others: cosines of captions and other pictures.
+
+    Returns:
+        The SVG element.
+    """
+    own, others = (values[np.isfinite(values)] for values in (own, others))
+    both = np.concatenate([own, others, [0.0]] if not len(own) + len(others) else [own, others])
+    bins = np.linspace(both.min(), both.max() + 1e-6, 61)
+    with rc_context(STYLE):
+        figure, axes = _new()
+        for values, color, label in ((others, GREY, "other pictures"), (own, GREEN, "own picture")):
+            if len(values):
+                axes.hist(values, bins.tolist(), density=True, color=color, alpha=0.55, label=label)
+        axes.set(xlabel="cosine similarity of a caption and a picture", ylabel="density")
+        axes.set_yticks([])
+        axes.legend(loc="best")
+        return _svg(figure, "Similarities of captions to their own pictures and to others.")
+
+
+def draw_compression(by_width: Mapping[int, float], by_precision: Mapping[str, float]) -> str:
+    """Draw mean recall over the size of an embedding.
+
+    Args:
+        by_width: mean recall, in [0, 1], of embeddings cut off at some widths.
+        by_precision: mean recall of embeddings of the largest of these widths, by name as in `PRECISIONS`.
+
+    Returns:
+        The SVG element.
+    """
+    largest = max(by_width)
+    series = (
+        ("cut off, float32", "o-", BLUE, {4 * width: (str(width), by_width[width]) for width in sorted(by_width)}),
+        (
+            f"{largest} numbers of fewer bits",
+            "s--",
+            ORANGE,
+            {largest * PRECISIONS[name] / 8: (name, recall) for name, recall in by_precision.items()},
+        ),
+    )
+    with rc_context(STYLE):
+        figure, axes = _new()
+        for label, style, color, points in series:
+            if len(points) > 1:
+                recalls = [100 * recall for _, recall in points.values()]
+                axes.plot(list(points), recalls, style, color=color, label=label)
+                for size, (name, recall) in points.items():
+                    axes.annotate(
+                        name, (size, 100 * recall), textcoords="offset points", xytext=(0, 7), ha="center", color=color
+                    )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel="bytes of an embedding", ylabel="mean recall, in %")
+        axes.margins(x=0.1, y=0.25)
+        axes.legend(loc="lower right")
+        return _svg(figure, "Mean recall over the size of an embedding.")
+
+
+def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> str:
+    """Draw which class is taken for which.
+
+    Args:
+        confusion: (C, C) pictures by label (row) and what they were taken for (column).
+        names: the C names.
+
+    Returns:
+        The SVG element.
+    """
+    shares = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
+    has_names = len(names) <= MAX_NAMES
+    edge = min(9.0, 3 + 0.22 * len(names)) if has_names else 6.0
+    with rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = _new((edge + 1, edge))
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        if has_names:
+            axes.set_xticks(range(len(names)), names, rotation=60, ha="right", parse_math=False)
+            axes.set_yticks(range(len(names)), names, parse_math=False)
+        else:
+            axes.set_xticks([])
+            axes.set_yticks([])
+        axes.set(xlabel="taken for", ylabel="label")
+        return _svg(figure, "Confusion matrix.")
+
+
+def _new(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _by_k(metrics: Mapping[str, float], direction: str) -> dict[str, float]:
+    start = f"{direction}_r"
+    return {name.removeprefix(start): value for name, value in metrics.items() if name.startswith(start)}
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """Give the element alone, without the head of a file, as wide as its place."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Title": title})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return re.sub(r'width="[^"]*" height="[^"]*"', 'width="100%" role="img"', svg, count=1)

@@ -1,0 +1,117 @@
+"""What image embeddings know of classes: a linear probe and nearest neighbours on frozen features.
+
+Shape letters: N training and M test pictures, C classes, D the width of the embeddings.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from torch import Tensor
+
+from .classification import ClassificationMetrics, classification_metrics
+
+PENALTIES = tuple(10.0**power for power in range(-3, 5))  # inverse strengths of the L2 penalty that are tried
+NUM_FOLDS = 5
+NUM_NEIGHBOURS = 20
+NEIGHBOUR_TEMPERATURE = 0.07  # of the votes, as in Wu et al., 2018, arXiv:1805.01978
+BLOCK = 1024  # test pictures compared at once
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What two simple classifiers reach on frozen embeddings.
+
+    Attributes:
+        num_train_images: N.
+        linear: logistic regression, its L2 penalty chosen by cross-validation on the training pictures alone (Radford
+            et al., 2021, appendix A.3).
+        inverse_penalty: the one that was chosen.
+        num_folds: of the cross-validation.
+        neighbours: a vote of the nearest training pictures, weighed by exp(cosine / 0.07).
+        num_neighbours: how many vote.
+    """
+
+    num_train_images: int
+    linear: ClassificationMetrics
+    inverse_penalty: float
+    num_folds: int
+    neighbours: ClassificationMetrics
+    num_neighbours: int
+
+
+def probe(
+    train_embeds: Tensor, train_labels: Tensor, test_embeds: Tensor, test_labels: Tensor, num_classes: int
+) -> ProbeResult:
+    """Fit both classifiers on training pictures and measure them on test pictures.
+
+    Args:
+        train_embeds: (N, D), of length 1.
+        train_labels: (N,) integers from 0 to C - 1.
+        test_embeds: (M, D), of length 1.
+        test_labels: (M,) likewise.
+        num_classes: C.
+
+    Returns:
+        The metrics on the test pictures.
+
+    Raises:
+        ValueError: there are too few training pictures, or embeddings that are no numbers.
+    """
+    counts = torch.bincount(train_labels, minlength=num_classes)
+    num_present, largest = int((counts > 0).sum()), int(counts.max())
+    if num_present < 2 or largest < 2:
+        raise ValueError(
+            f"A probe needs training pictures of at least two classes, and two of one of them; there are "
+            f"{len(train_labels)} of {num_present}."
+        )
+    if not (train_embeds.isfinite().all() and test_embeds.isfinite().all()):
+        raise ValueError("Embeddings hold NaN or infinity: training diverged, or the weights are damaged.")
+    num_folds = min(NUM_FOLDS, largest)
+    folds = StratifiedKFold(num_folds, shuffle=True, random_state=0)
+    search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": PENALTIES}, cv=folds)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")  # it is in some of the folds alone
+        search.fit(train_embeds.numpy(), train_labels.numpy())
+    # Logarithms, since of many classes some probabilities are too small for float32, and would tie.
+    scores = np.full((len(test_embeds), num_classes), -np.inf, dtype=np.float32)
+    scores[:, search.classes_] = search.predict_log_proba(test_embeds.numpy())
+    num_neighbours = min(NUM_NEIGHBOURS, len(train_embeds))
+    votes = neighbour_votes(train_embeds, train_labels, test_embeds, num_classes, num_neighbours)
+    return ProbeResult(
+        num_train_images=len(train_embeds),
+        linear=classification_metrics(
+            torch.from_numpy(scores), test_labels, confidence=torch.from_numpy(np.exp(scores.max(axis=1)))
+        ),
+        inverse_penalty=search.best_params_["C"],
+        num_folds=num_folds,
+        neighbours=classification_metrics(votes, test_labels, confidence=votes.amax(dim=1)),
+        num_neighbours=num_neighbours,
+    )
+
+
+def neighbour_votes(
+    train_embeds: Tensor, train_labels: Tensor, test_embeds: Tensor, num_classes: int, num_neighbours: int
+) -> Tensor:
+    """Let the nearest training pictures vote for their classes.
+
+    Args:
+        train_embeds: (N, D), of length 1.
+        train_labels: (N,) integers from 0 to C - 1.
+        test_embeds: (M, D), of length 1.
+        num_classes: C.
+        num_neighbours: how many vote, at most N.
+
+    Returns:
+        (M, C) shares of the votes; each row sums to 1.
+    """
+    votes = torch.zeros(len(test_embeds), num_classes)
+    for start in range(0, len(test_embeds), BLOCK):
+        rows = slice(start, start + BLOCK)
+        nearest = (test_embeds[rows] @ train_embeds.T).topk(num_neighbours, dim=1)
+        weights = (nearest.values / NEIGHBOUR_TEMPERATURE).softmax(dim=1)
+        votes[rows] = votes[rows].scatter_add(1, train_labels[nearest.indices], weights)
+    return votes

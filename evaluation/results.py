@@ -1,0 +1,187 @@
+"""What an evaluation writes: `results.json`, a Markdown table, an entry for a model card, and one page."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from clipmini.training.intervals import Interval
+
+RESULTS_FILE, TABLE_FILE, INDEX_FILE, PAGE_FILE = "results.json", "results.md", "model-index.yaml", "report.html"
+METRIC_LABELS = {
+    **{
+        f"{direction}_{metric}": f"{direction.replace('_', ' ')} {label}"
+        for direction in ("text_to_image", "image_to_text")
+        for metric, label in (
+            ("r1", "R@1"),
+            ("r5", "R@5"),
+            ("r10", "R@10"),
+            ("map10", "mAP@10"),
+            ("median_rank", "median rank"),
+            ("mean_rank", "mean rank"),
+        )
+    },
+    "mean_recall": "mean recall",
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "mean_per_class": "mean accuracy per class",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report: the same in Markdown and on the page.
+
+    Attributes:
+        title: what stands above it.
+        columns: their names.
+        rows: text of every cell.
+        note: what a reader should know of it.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """Give the table in Markdown."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows] if self.columns else []
+        table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+        return "\n".join(filter(None, [f"**{self.title}**\n", table, self.note and f"{self.note}\n"]))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation.
+
+    Attributes:
+        results: all figures, as `results.json` holds them.
+        tables: what `results.md` holds.
+        page: the HTML.
+        warnings: what is wrong with the model, in plain words.
+    """
+
+    results: dict[str, Any]
+    tables: list[Table]
+    page: str
+    warnings: tuple[str, ...] = ()
+
+    def save(self, folder: Path, *, overwrite: bool = False) -> None:
+        """Write the four files; `results.json` comes last, and is there only if the others are.
+
+        Args:
+            folder: is made; what else stands in one that is there already stays.
+            overwrite: replace an evaluation that is there.
+
+        Raises:
+            ValueError: the folder holds an evaluation.
+        """
+        check_folder(folder, overwrite)
+        folder = folder.absolute()
+        beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        beside.mkdir(parents=True)
+        try:
+            index = {"model-index": self.results["model_index"]}
+            contents = {
+                TABLE_FILE: "\n".join(table.markdown() for table in self.tables),
+                INDEX_FILE: yaml.safe_dump(index, sort_keys=False, allow_unicode=True),
+                PAGE_FILE: self.page,
+                RESULTS_FILE: json.dumps(self.results, indent=2) + "\n",  # last: it says that all is there
+            }
+            for name, content in contents.items():
+                (beside / name).write_text(content, encoding="utf-8")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RESULTS_FILE).unlink(missing_ok=True)
+            for name in contents:
+                os.replace(beside / name, folder / name)
+        finally:
+            shutil.rmtree(beside)
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that cannot be written to, before hours are spent on what goes there.
+
+    Raises:
+        ValueError: it is no folder; or it holds an evaluation, and `overwrite` is not set.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder with --out.")
+    if (folder / RESULTS_FILE).exists() and not overwrite:
+        raise ValueError(f"{folder} holds an evaluation; pass --overwrite, or --out another folder.")
+
+
+def as_json(value: Any) -> Any:
+    """Turn results into what JSON holds: NaN and infinity become null, arrays lists."""
+    if isinstance(value, Mapping):
+        return {str(name): as_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return as_json(value.tolist())
+    if hasattr(value, "__dataclass_fields__"):
+        return as_json(asdict(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def format_figure(name: str, value: float) -> str:
+    """Write a metric as people read it: shares in percent, ranks as they are.
+
+    Args:
+        name: as in `METRIC_LABELS`.
+        value: the figure.
+
+    Returns:
+        One digit after the point; "-" for NaN.
+    """
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:,.1f}" if name.endswith("_rank") else f"{100 * value:.1f}"
+
+
+def format_interval(name: str, interval: Interval) -> str:
+    """Write the ends of an interval: "29.1 to 31.5"."""
+    return f"{format_figure(name, interval.low)} to {format_figure(name, interval.high)}"
+
+
+def model_index(
+    model: str, task: str, data: Mapping[str, Any], metrics: Mapping[str, Interval]
+) -> list[dict[str, Any]]:
+    """Make the entry of a model card's metadata that the Hub shows as evaluation results.
+
+    Args:
+        model: its name.
+        task: what was done, such as "image-text-retrieval".
+        data: `source` and `split`.
+        metrics: the figures; shares are given in [0, 1], with the interval beside.
+
+    Returns:
+        What goes under "model-index".
+    """
+    source = str(data["source"])
+    entries = [
+        EvalResult(
+            task_type=task,
+            dataset_type=source if source.count("/") == 1 and not Path(source).exists() else "local",
+            dataset_name=Path(source).name,
+            dataset_split=data.get("split"),
+            metric_type=name,
+            metric_name=METRIC_LABELS[name],
+            metric_value=round(interval.value, 4),
+            metric_args={"interval_95": [round(interval.low, 4), round(interval.high, 4)]},
+        )
+        for name, interval in metrics.items()
+        if math.isfinite(interval.value)
+    ]
+    return eval_results_to_model_index(model, entries)

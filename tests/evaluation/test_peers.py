@@ -1,0 +1,88 @@
+"""Our figures are those of the peers wherever the protocols are the same, and where they are not, who is right."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from clipmini.training.metrics import retrieval_metrics, retrieval_scores
+
+pytestmark = pytest.mark.slow
+
+
+def random_embeddings(num_images, captions, seed, noise=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    images = normalize(torch.randn(num_images, 32, generator=generator), dim=-1)
+    ids = torch.arange(num_images).repeat_interleave(captions)
+    noises = torch.randn(len(ids), 32, generator=generator)
+    return images, normalize(images[ids] + noise * normalize(noises, dim=-1), dim=-1), ids
+
+
+def clip_benchmark_recalls(images, texts, ids, ks=(1, 5, 10)):
+    """As `clip_benchmark.metrics.zeroshot_retrieval.evaluate` calls its own function."""
+    module = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    scores = texts @ images.T
+    positive = ids[:, None] == torch.arange(len(images))[None, :]
+    recalls = {}
+    for k in ks:
+        for name, matrix, pairs in (
+            ("text_to_image", scores, positive),
+            ("image_to_text", scores.T, positive.T),
+        ):
+            hits = module.batchify(module.recall_at_k, matrix, pairs, 64, "cpu", k=k) > 0
+            recalls[f"{name}_r{k}"] = hits.float().mean().item()
+    return recalls
+
+
+@pytest.mark.parametrize("captions", [1, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_recalls_are_those_of_clip_benchmark(captions, seed):
+    embeds = random_embeddings(300, captions, seed, noise=2.0)
+    expected = clip_benchmark_recalls(*embeds)
+    result = retrieval_metrics(*embeds)
+    assert 0.05 < expected["text_to_image_r1"] < 0.95
+    assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_are_those_of_open_clip_where_each_image_has_one_caption(seed):
+    train = pytest.importorskip("open_clip_train.train")
+    images, texts, ids = random_embeddings(301, 1, seed, noise=3.0)
+    expected = train.get_clip_metrics(images, texts, torch.tensor(1.0))
+    result = retrieval_metrics(images, texts, ids)
+    for direction in ("text_to_image", "image_to_text"):
+        for k in (1, 5, 10):
+            assert result[f"{direction}_r{k}"] == pytest.approx(expected[f"{direction}_R@{k}"], abs=1e-6)
+        assert result[f"{direction}_mean_rank"] == pytest.approx(expected[f"{direction}_mean_rank"], rel=1e-6)
+        assert result[f"{direction}_median_rank"] == pytest.approx(expected[f"{direction}_median_rank"], abs=1e-6)
+
+
+def test_map_is_that_of_scikit_learn_where_ten_places_hold_all():
+    """Average precision has no end at ten there, so that all answers must be among ten."""
+    from sklearn.metrics import average_precision_score
+
+    images, texts, ids = random_embeddings(5, 2, seed=0, noise=2.0)
+    scores = retrieval_scores(images, texts, ids)["image_to_text"].average_precision
+    similarity = (images @ texts.T).numpy()
+    expected = [average_precision_score((ids == row).numpy(), similarity[row]) for row in range(5)]
+    np.testing.assert_allclose(scores.numpy(), expected, atol=1e-6)
+
+
+def test_ties_are_won_by_order_elsewhere_and_lost_here():
+    """All embeddings are the same: a model that tells nothing apart. Right answers first in order win elsewhere."""
+    images = texts = normalize(torch.ones(10, 32), dim=-1)
+    ids = torch.arange(10)
+    elsewhere = clip_benchmark_recalls(images, texts, ids, ks=(1, 5))
+    assert elsewhere["text_to_image_r5"] > 0  # of a model that has learnt nothing
+    result = retrieval_metrics(images, texts, ids)
+    assert result["text_to_image_r5"] == result["image_to_text_r5"] == 0
+
+
+def test_an_images_other_captions_are_wrong_answers_to_open_clip():
+    """Two captions for each image, all perfect. open_clip takes row numbers for pairs: half cannot be right."""
+    train = pytest.importorskip("open_clip_train.train")
+    captions = torch.eye(8).repeat_interleave(2, dim=0)
+    elsewhere = train.get_clip_metrics(captions, captions.flip(0).flip(0), torch.tensor(1.0))
+    assert elsewhere["image_to_text_R@1"] < 1
+    result = retrieval_metrics(torch.eye(8), captions, torch.arange(8).repeat_interleave(2))
+    assert result["image_to_text_r1"] == result["text_to_image_r1"] == 1

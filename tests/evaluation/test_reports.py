@@ -1,0 +1,218 @@
+"""The command, from a model folder and data to the four files."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
+from typer.testing import CliRunner
+
+from clipmini.evaluation.results import format_figure
+from clipmini.inference.cli import app
+
+FILES = ["model-index.yaml", "report.html", "results.json", "results.md"]
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    assert "Traceback" not in result.output
+    return result
+
+
+@pytest.fixture
+def pair_folder(toy_pairs, tmp_path):
+    """The toy captions with noise for pictures, half of them for training; a test picture is one of training too."""
+    lines = []
+    (tmp_path / "pairs").mkdir()
+    for row in toy_pairs:
+        split = "test" if row["image_id"] % 2 else "train"
+        name = f"{row['image_id']}.png"
+        noise = np.random.default_rng(max(0, row["image_id"] - 1) if row["image_id"] < 2 else row["image_id"])
+        pixels = noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((64, 48), Image.Resampling.NEAREST).save(tmp_path / "pairs" / name)
+        lines += [{"file_name": name, "caption": caption, "split": split} for caption in row["captions"]]
+    lines[2]["caption"] = "<script>alert(1)</script>"
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "pairs" / "metadata.jsonl").write_text(text, encoding="utf-8")
+    return tmp_path / "pairs"
+
+
+def test_retrieval_with_a_baseline(tiny_folder, clip_folder, pair_folder, tmp_path):
+    out = tmp_path / "report"
+    result = run(tiny_folder, pair_folder, "--baseline", clip_folder, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert sorted(file.name for file in out.iterdir()) == FILES
+    results = json.loads((out / "results.json").read_text())
+    assert results["data"] == {"source": str(pair_folder), "split": "test", "num_images": 6, "num_captions": 12}
+    recall = results["metrics"]["text_to_image_r5"]
+    assert 0 <= recall["low"] <= recall["value"] <= recall["high"] <= 1
+    assert results["baseline"]["model"] == {"name": clip_folder.name, "kind": "CLIPModel"}
+    difference = results["baseline"]["differences"]["mean_recall"]
+    own, other = results["metrics"]["mean_recall"], results["baseline"]["metrics"]["mean_recall"]
+    assert difference["value"] == pytest.approx(own["value"] - other["value"])
+    assert 0 < difference["p_value"] <= 1
+    assert list(results["by_width"]) == ["16"]  # halves would be below 32
+    assert list(results["by_precision"]) == ["float32", "int8", "binary"]
+
+    index = yaml.safe_load((out / "model-index.yaml").read_text())["model-index"]
+    _, entries = model_index_to_eval_results(index)
+    values = {entry.metric_type: entry.metric_value for entry in entries}
+    assert values["text_to_image_r5"] == pytest.approx(recall["value"], abs=1e-4)
+    assert entries[0].dataset_split == "test"
+
+    table = (out / "results.md").read_text()
+    assert f"| text to image R@5 | {format_figure('text_to_image_r5', recall['value'])} |" in table
+
+
+def test_the_page_stands_by_itself_and_escapes_what_it_is_given(tiny_folder, pair_folder, tmp_path):
+    run(tiny_folder, pair_folder.rename(tmp_path / "<b>pairs"), "--out", tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert page.count("<svg") == 4
+    assert "data:image/jpeg;base64," in page
+    assert "<script>" not in page
+    assert "<b>pairs" not in page
+    assert "&lt;b&gt;pairs" in page
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert "url(http" not in page
+
+
+def test_leaks_are_counted_and_the_figure_without_them_is_given(tiny_folder, pair_folder, tmp_path):
+    out = tmp_path / "report"
+    run(tiny_folder, pair_folder, "--out", out)
+    leaks = json.loads((out / "results.json").read_text())["leaks"]
+    assert leaks["exact_pictures"] == 1
+    assert leaks["num_train_images"] == 6
+    rest = leaks["without"]
+    assert leaks["rows"] == [0]
+    assert rest["num_images"] == 5
+    assert "among 6 training pictures" in (out / "report.html").read_text()
+    run(tiny_folder, pair_folder, "--out", out, "--no-check-leaks", "--overwrite")
+    assert "leaks" not in json.loads((out / "results.json").read_text())
+    assert "was not checked" in (out / "report.html").read_text()
+
+
+def test_training_data_may_be_named(tiny_folder, pair_folder, tmp_path):
+    out = tmp_path / "report"
+    run(tiny_folder, pair_folder, "--split", "train", "--train-data", pair_folder, "--out", out)
+    assert json.loads((out / "results.json").read_text())["leaks"]["exact_pictures"] == 6
+
+
+def test_the_train_split_is_named_as_such(tiny_folder, pair_folder, tmp_path):
+    result = run(tiny_folder, pair_folder, "--split", "train", "--out", tmp_path / "report")
+    assert "warning: This is the train split" in result.stderr
+    assert "This is the train split" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_the_data_a_model_was_trained_on_is_split_as_it_was_then(tiny_folder, pair_folder, tmp_path):
+    (pair_folder / "metadata.jsonl").write_text((pair_folder / "metadata.jsonl").read_text().replace("split", "part"))
+    model = tmp_path / "run" / "model"
+    shutil.copytree(tiny_folder, model)
+    recipe = {"model": "tiny", "data": {"source": str(pair_folder), "test_fraction": 0.25, "split_seed": 3}}
+    (tmp_path / "run" / "recipe_as_run.yaml").write_text(json.dumps(recipe))
+    data = json.loads(run(model, pair_folder, "--json").stdout)["data"]
+    assert (data["split"], data["num_images"]) == ("test", 3)
+    other = shutil.copytree(pair_folder, tmp_path / "other")
+    data = json.loads(run(model, other, "--json").stdout)["data"]
+    assert (data["split"], data["num_images"]) == ("train", 12)
+
+
+def test_json_is_what_the_file_holds(tiny_folder, pair_folder, tmp_path):
+    result = run(tiny_folder, pair_folder, "--out", tmp_path / "report", "--json")
+    printed = json.loads(result.stdout)
+    stored = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert printed["folder"] == str(tmp_path / "report")
+    assert printed["num_skipped"] == 0
+    assert {name: printed[name] for name in stored} == stored
+
+
+def test_the_report_goes_beside_the_model(tiny_folder, pair_folder, tmp_path):
+    model = tmp_path / "run" / "model"
+    model.parent.mkdir()
+    model.symlink_to(tiny_folder)
+    run(model, pair_folder)
+    assert (tmp_path / "run" / "evaluation-pairs" / "report.html").exists()
+    run(model, pair_folder, "--split", "train")
+    assert (tmp_path / "run" / "evaluation-pairs-train" / "report.html").exists()
+
+
+def test_an_evaluation_is_replaced_on_request_alone(tiny_folder, pair_folder, tmp_path):
+    out = tmp_path / "report"
+    run(tiny_folder, pair_folder, "--out", out)
+    before = (out / "results.json").read_text()
+    (out / "notes.txt").write_text("mine")
+    result = run(tiny_folder, pair_folder, "--split", "train", "--out", out)
+    assert result.exit_code == 2
+    assert "holds an evaluation; pass --overwrite" in result.output
+    assert (out / "results.json").read_text() == before
+    run(tiny_folder, pair_folder, "--split", "train", "--out", out, "--overwrite")
+    assert json.loads((out / "results.json").read_text())["data"]["split"] == "train"
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_recipe_names_its_data(tiny_folder, pair_folder, tmp_path):
+    recipe = {"model": "tiny", "data": {"source": str(pair_folder)}}
+    (tmp_path / "mine.yaml").write_text(json.dumps(recipe))
+    result = run(tiny_folder, tmp_path / "mine.yaml", "--out", tmp_path / "report", "--split", "validation", "--json")
+    assert json.loads(result.stdout)["data"]["num_images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "dev"], "has no split 'dev'; it has train, test"),
+        (["--set", "caption_column=none"], "none"),
+        (["--set", "learning_rate=1"], "learning_rate"),
+        (["--baseline", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded"),
+        (["--train-data", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--task", "captioning"], "captioning"),
+        (["--template", "a {}"], "template='a {}' has no meaning for the task retrieval"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(tiny_folder, pair_folder, tmp_path, options, message):
+    result = run(tiny_folder, pair_folder, "--out", tmp_path / "report", *options)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "report").exists()
+
+
+def test_zero_shot_with_a_baseline(tiny_folder, clip_folder, class_folder, tmp_path):
+    out = tmp_path / "report"
+    result = run(tiny_folder, class_folder, "--task", "zero-shot", "--baseline", clip_folder, "--out", out)
+    assert result.exit_code == 0, result.output
+    results = json.loads((out / "results.json").read_text())
+    assert results["data"] == {"source": str(class_folder), "split": "train", "num_images": 30, "num_classes": 3}
+    assert set(results["metrics"]) == {"top1", "mean_per_class"}
+    assert set(results["per_class"]) == {"red fox", "sea", "tree"}
+    assert sum(number for _, _, number in results["confusion"]) == 30
+    assert results["templates"] == ["a photo of a {}."]
+    assert "top1" in results["baseline"]["differences"]
+    page = (out / "report.html").read_text()
+    assert "red fox" in page
+    assert page.count("<svg") == 1
+
+
+def test_zero_shot_with_a_list_of_templates(tiny_folder, class_folder, tmp_path):
+    options = ["--task", "zero-shot", "--template", "simple", "--out", tmp_path / "report"]
+    run(tiny_folder, class_folder, *options)
+    assert len(json.loads((tmp_path / "report" / "results.json").read_text())["templates"]) == 7
+
+
+def test_probe_holds_pictures_out(tiny_folder, class_folder, tmp_path):
+    result = run(tiny_folder, class_folder, "--task", "probe", "--out", tmp_path / "report", "--json")
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)
+    assert (results["num_train_images"], results["data"]["num_images"]) == (24, 6)
+    assert results["metrics"]["top1"]["value"] == 1  # colours are easy, even at random
+    assert results["neighbours"]["num_neighbours"] == 20
+
+
+def test_a_probe_is_not_measured_on_what_it_was_fitted_on(tiny_folder, class_folder, tmp_path):
+    result = run(tiny_folder, class_folder, "--task", "probe", "--split", "train", "--out", tmp_path / "report")
+    assert result.exit_code == 2
+    assert "name another split" in result.output

@@ -1,0 +1,62 @@
+"""The modules as anyone loads them, offline, by path."""
+
+from pathlib import Path
+
+import evaluate
+import pytest
+import torch
+
+from clipmini.training.metrics import retrieval_metrics
+
+METRICS = Path(__file__).parents[2] / "metrics"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def offline(tmp_path_factory):
+    # One cache of modules for all: what was imported from the first would be looked for there again.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path_factory.mktemp("metrics")))
+        yield
+
+
+def test_retrieval_by_hand():
+    metric = evaluate.load(str(METRICS / "image_text_retrieval"))
+    result = metric.compute(image_embeds=[[2.0, 0.0], [0.0, 1.0]], text_embeds=[[[1.0, 0.1]], [[0.9, 0.2], [0, 3]]])
+    assert result["text_to_image_r1"] == pytest.approx(2 / 3)
+    assert result["image_to_text_r1"] == 1
+    assert "intervals" not in result
+
+
+def test_retrieval_is_that_of_the_trainer():
+    metric = evaluate.load(str(METRICS / "image_text_retrieval"))
+    images, texts = torch.randn(30, 8), torch.randn(30, 2, 8)
+    for start in range(0, 30, 10):
+        rows = slice(start, start + 10)
+        metric.add_batch(image_embeds=images[rows].tolist(), text_embeds=texts[rows].tolist())
+    result = metric.compute(intervals=True, num_resamples=50)
+    unit = [torch.nn.functional.normalize(embeds, dim=-1) for embeds in (images, texts.flatten(0, 1))]
+    expected = retrieval_metrics(*unit, torch.arange(30).repeat_interleave(2))
+    low, high = result.pop("intervals")["mean_recall"]
+    assert low <= result["mean_recall"] <= high
+    assert result == pytest.approx(expected)
+
+
+def test_accuracy_by_hand():
+    metric = evaluate.load(str(METRICS / "zero_shot_accuracy"))
+    result = metric.compute(
+        predictions=[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], references=[0, 1, 1], are_probabilities=True, intervals=True
+    )
+    assert result["top1"] == pytest.approx(2 / 3)
+    assert result["mean_per_class"] == pytest.approx(3 / 4)
+    assert result["calibration_error"] == pytest.approx((0.1 + 0.6 + 0.2) / 3)
+    assert set(result["intervals"]) == {"top1", "mean_per_class"}
+
+
+@pytest.mark.parametrize("name", ["image_text_retrieval", "zero_shot_accuracy"])
+def test_modules_say_what_they_are(name):
+    metric = evaluate.load(str(METRICS / name))
+    assert metric.citation
+    assert metric.features
+    assert ">>>" in metric.inputs_description
