@@ -69,7 +69,7 @@ def report_zero_shot(
         own = measure_zero_shot(other, rows, names, templates, batch_size)
         difference = paired_shares(result.is_right.numpy(), own.is_right.numpy())
         facts["baseline"] = {
-            "model": {"name": other.name, "kind": other.kind},
+            "model": other.about(),
             "metrics": _shares(own.metrics),
             "differences": {"top1": difference},
         }
@@ -177,7 +177,7 @@ def _facts(
 ) -> dict[str, Any]:
     return {
         "task": task,
-        "model": {"name": encoder.name, "kind": encoder.kind},
+        "model": encoder.about(),
         "data": {"source": source, "split": split, "num_images": metrics.num_images, "num_classes": len(names)},
         "metrics": _shares(metrics),
         "chance": {"top1": metrics.chance},

@@ -11,6 +11,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets.exceptions import DatasetsError
 
+from clipmini.inference.encode import first_sentence
 from clipmini.inference.images import Skipped, find_fault, find_images
 from clipmini.training.sources import SPLITS
 
@@ -123,8 +124,7 @@ def _read_hub(
     try:
         loaded = datasets.load_dataset(source, config_name)
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-        raise ValueError(f"{source} cannot be loaded as pictures with labels: {reason}.") from error
+        raise ValueError(f"{source} cannot be loaded as pictures with labels: {first_sentence(error)}.") from error
     features = next(iter(loaded.values())).features
     image_column = image_column or _find(features, IMAGE_COLUMNS, datasets.Image, "image_column", source)
     label_column = label_column or _find(features, LABEL_COLUMNS, ClassLabel, "label_column", source)

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from clipmini.inference.images import Skipped
 from clipmini.inference.zero_shot import DEFAULT_TEMPLATE
 from clipmini.training.arguments import DataArguments
@@ -15,7 +13,8 @@ from .classification_report import report_probe, report_zero_shot
 from .results import Evaluation
 from .retrieval_report import report_retrieval
 
-RETRIEVAL, ZERO_SHOT, PROBE = TASKS = ("retrieval", "zero-shot", "probe")
+RETRIEVAL, ZERO_SHOT, PROBE = "retrieval", "zero-shot", "probe"
+OPTIONS = {RETRIEVAL: ("train_data", "baseline"), ZERO_SHOT: ("template", "baseline"), PROBE: ()}  # not of all tasks
 LABELLED_KEYS = ("image_column", "label_column", "config_name")
 
 
@@ -54,16 +53,11 @@ def evaluate(
     Raises:
         ValueError: a model, the data, or an option that the task does not have.
     """
-    own = {
-        RETRIEVAL: {"train_data": train_data, "baseline": baseline},
-        ZERO_SHOT: {"template": template, "baseline": baseline},
-        PROBE: {},
-    }
-    if task not in TASKS:
-        raise ValueError(f"task={task!r} is not allowed; use one of {', '.join(TASKS)}.")
+    if task not in OPTIONS:
+        raise ValueError(f"task={task!r} is not allowed; use one of {', '.join(OPTIONS)}.")
     given = {"template": template, "train_data": train_data, "baseline": baseline}
     for name, value in given.items():
-        if value is not None and name not in own[task]:
+        if value is not None and name not in OPTIONS[task]:
             raise ValueError(f"{name}={value!r} has no meaning for the task {task}; leave it out.")
     if task == RETRIEVAL:
         return report_retrieval(
@@ -88,8 +82,7 @@ def _pairs_of(model: str, data: str, overrides: Sequence[str]) -> DataArguments:
     """Read which pairs are meant; of what the model was trained on, split as it was then."""
     recipe_file = Path(model).absolute().parent / RECIPE_FILE
     if Path(data).exists() and recipe_file.is_file():
-        recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
-        source = Path(str(recipe["data"]["source"]))
+        source = Path(load_data_arguments(str(recipe_file)).source)
         if source.exists() and source.samefile(data):
             return load_data_arguments(str(recipe_file), overrides)
     return load_data_arguments(data, overrides)

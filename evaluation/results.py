@@ -68,7 +68,7 @@ class Evaluation:
         results: all figures, as `results.json` holds them.
         tables: what `results.md` holds.
         page: the HTML.
-        warnings: what is wrong with the model, in plain words.
+        warnings: what to know before the figures are trusted, in plain words.
     """
 
     results: dict[str, Any]

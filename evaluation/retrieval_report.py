@@ -10,8 +10,8 @@ from clipmini.inference.images import Skipped
 from clipmini.training.arguments import DataArguments
 from clipmini.training.data import choose_split, load_data
 from clipmini.training.duplicates import find_duplicates, share_ids
-from clipmini.training.intervals import NUM_RESAMPLES, Difference, Interval, paired_bootstrap
-from clipmini.training.metrics import RECALL_AT
+from clipmini.training.intervals import NUM_RESAMPLES, Difference, Interval, bootstrap_intervals, paired_bootstrap
+from clipmini.training.metrics import RECALL_AT, retrieval_scores
 from clipmini.training.runlog import versions
 
 from .compression import PRECISIONS
@@ -23,6 +23,7 @@ from .retrieval import Embeddings, RetrievalResult, embed_split, measure_retriev
 
 MIN_WIDTH = 32  # down to which widths are halved
 MAX_SIMILARITIES = 200_000_000  # of larger sets, embeddings are not measured again at other sizes unless asked for
+MAX_EXAMPLES = 20  # of pictures that look like one of training, to be judged by eye
 HEADLINES = ("text_to_image_r1", "image_to_text_r1", "mean_recall")
 
 
@@ -69,7 +70,7 @@ def report_retrieval(
     result = _measure(encoder, embeds, widths)
     facts: dict[str, Any] = {
         "task": "retrieval",
-        "model": _about(encoder),
+        "model": encoder.about(),
         "data": {
             "source": data.source,
             "split": name,
@@ -90,7 +91,7 @@ def report_retrieval(
         own = measure_retrieval(embed_split(other, rows, batch_size), temperature=_temperature(other))
         differences = paired_bootstrap(result.scores, own.scores)
         facts["baseline"] = {
-            "model": _about(other),
+            "model": other.about(),
             "metrics": own.metrics,
             "diagnostics": own.diagnostics,
             "differences": differences,
@@ -160,10 +161,6 @@ def _temperature(encoder: DualEncoder) -> float | None:
     return None if encoder.logit_scale is None else 1 / encoder.logit_scale
 
 
-def _about(encoder: DualEncoder) -> dict[str, Any]:
-    return {"name": encoder.name, "kind": encoder.kind}
-
-
 def _training_pairs(
     pairs: DatasetDict, split: str, train_data: DataArguments | None, skipped: Skipped
 ) -> Dataset | None:
@@ -192,6 +189,7 @@ def _leak_facts(leaks: LeakReport, embeds: Embeddings) -> dict[str, Any]:
         "alike_pictures": len(leaks.alike),
         "captions": len(leaks.captions),
         "rows": leaks.rows,
+        "alike_examples": leaks.examples[:MAX_EXAMPLES],  # the row, and the training row that it is like
     }
     if leaks.rows or leaks.captions:
         rest = embeds.without(leaks.rows, leaks.captions)
@@ -199,7 +197,9 @@ def _leak_facts(leaks: LeakReport, embeds: Embeddings) -> dict[str, Any]:
             facts["without"] = {
                 "num_images": len(rest.images),
                 "num_captions": len(rest.texts),
-                "metrics": measure_retrieval(rest).metrics,
+                "metrics": bootstrap_intervals(
+                    retrieval_scores(rest.images, rest.texts, rest.text_ids, rest.image_ids)
+                ),
             }
     return facts
 

@@ -4,7 +4,6 @@ Results go to stdout, everything else (warnings, progress, errors) to stderr. Ex
 input, 130 interrupted. What is slow to import is imported by the verb that needs it, so that `--help` is instant.
 """
 
-import enum
 import re
 import shlex
 import sys
@@ -16,21 +15,6 @@ import typer
 from rich.table import Table
 
 from .console import Commands, print_json, print_table, skipped_as_json, visible, working
-
-METRIC_NAMES = {
-    **{f"text_to_image_r{k}": f"text to image R@{k}" for k in (1, 5, 10)},
-    **{f"image_to_text_r{k}": f"image to text R@{k}" for k in (1, 5, 10)},
-    "mean_recall": "mean recall",
-}
-
-
-class Task(enum.StrEnum):
-    """What `clipmini evaluate` measures."""
-
-    RETRIEVAL = "retrieval"
-    ZERO_SHOT = "zero-shot"
-    PROBE = "probe"
-
 
 app = typer.Typer(
     cls=Commands,
@@ -229,7 +213,7 @@ def evaluate(
             "labelled pictures: a folder with a sub-folder for each class, or a Hub id.",
         ),
     ],
-    task: Annotated[Task, typer.Option("--task", help="What to measure.")] = Task.RETRIEVAL,
+    task: Annotated[str, typer.Option("--task", help="retrieval, zero-shot or probe.")] = "retrieval",
     split: Annotated[str | None, typer.Option("--split", help="Default: test, else validation, else train.")] = None,
     baseline: Annotated[str | None, typer.Option("--baseline", help="Another model, to compare with.")] = None,
     out: Annotated[
@@ -261,7 +245,7 @@ def evaluate(
         evaluation = run_evaluation(
             model,
             data,
-            task.value,
+            task,
             split=split,
             baseline=baseline,
             template=template,
@@ -287,9 +271,9 @@ def evaluate(
     typer.echo(f"The report is in {folder / 'report.html'}")
 
 
-def _report_folder(model: str, data: str, task: Task, split: str | None) -> Path:
+def _report_folder(model: str, data: str, task: str, split: str | None) -> Path:
     """Name a folder for each model, data, task and split, beside a model that is a folder here."""
-    parts = ["evaluation", *([] if task is Task.RETRIEVAL else [task.value]), Path(data).stem, *filter(None, [split])]
+    parts = ["evaluation", *([] if task == "retrieval" else [task]), Path(data).stem, *filter(None, [split])]
     name = re.sub(r"[^\w.-]+", "-", "-".join(parts))
     path = Path(model)
     if path.is_dir():
@@ -325,12 +309,14 @@ def _folder_to_search(source: str) -> str:
 
 
 def _recall_table(split: dict[str, Any]) -> Table:
+    from clipmini.evaluation.results import METRIC_LABELS
+
     table = Table("")
     columns = ("chance", "before", "after")
     for column in columns:
         table.add_column(column, justify="right")
-    for key, label in METRIC_NAMES.items():
-        table.add_row(label, *(f"{100 * split[column][key]:.1f}" for column in columns))
+    for key in split["chance"]:
+        table.add_row(METRIC_LABELS[key], *(f"{100 * split[column][key]:.1f}" for column in columns))
     return table
 
 

@@ -58,8 +58,7 @@ def load_model(
     except expected as error:
         damaged = f"is incomplete or damaged (its {part})"
         where = damaged if path.exists() else "is neither a folder here nor to be had from the Hub"
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")  # transformers adds a paragraph of advice
-        raise ValueError(f"{name_or_path} {where}: {reason or type(error).__name__}.") from error
+        raise ValueError(f"{name_or_path} {where}: {first_sentence(error)}.") from error
     model, info = loaded
     if info["missing_keys"]:
         raise ValueError(f"{name_or_path} lacks weights, among them {sorted(info['missing_keys'])[0]!r}.")
@@ -222,6 +221,11 @@ def read_named(source: Any, name: str) -> Image.Image:
         path = source.get("path") if isinstance(source, Mapping) else source
         has_path = isinstance(path, (str, Path)) and str(path)
         raise ImageError(f"{path if has_path else name}: {error}") from error
+
+
+def first_sentence(error: Exception) -> str:
+    """Give the first sentence of a library's error, without its point: transformers adds a paragraph of advice."""
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
 
 
 def check_text(kind: str, text: str) -> None:

@@ -21,7 +21,7 @@ from modeling_clipmini import ClipMiniConfig
 from modeling_clipmini.processing_clipmini import DEFAULT_MAX_TOKENS
 from modeling_clipmini.towers_clipmini import normalise
 
-from .encode import encode_images, encode_texts, load_model, read_named, run_images, run_texts
+from .encode import encode_images, encode_texts, first_sentence, load_model, read_named, run_images, run_texts
 
 OPEN_CLIP_PREFIX = "open_clip:"
 OPEN_CLIP_PLACES = ("hf-hub:", "local-dir:")  # open_clip's own prefixes; what follows them may hold slashes
@@ -46,6 +46,10 @@ class DualEncoder(ABC):
             name = path.parent.name if path.name == "model" else path.name  # training calls every model folder so
         self.name = name
         self.kind, self.logit_scale = kind, logit_scale
+
+    def about(self) -> dict[str, str]:
+        """Give name and kind, as results name a model."""
+        return {"name": self.name, "kind": self.kind}
 
     @abstractmethod
     def encode_images(self, images: Iterable[Any], batch_size: int = 16) -> Tensor:
@@ -271,8 +275,7 @@ def _loading(name: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")  # transformers adds a paragraph of advice
-        raise ValueError(f"The model {name} cannot be loaded: {reason}.") from error
+        raise ValueError(f"The model {name} cannot be loaded: {first_sentence(error)}.") from error
 
 
 def _features(output: Any) -> Tensor:
