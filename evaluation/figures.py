@@ -63,7 +63,7 @@ def draw_recall_curve(curves: Mapping[str, Mapping[str, Sequence[float]]], chanc
         axes.set_xscale("log")
         axes.set_xticks([1, 5, 10, 50, 100], ["1", "5", "10", "50", "100"])
         axes.minorticks_off()
-        axes.set(xlabel="k", ylabel="queries with an answer among the first k, in %", ylim=(0, 100))
+        axes.set(xlabel="k", ylabel="R@k, in %", ylim=(0, 100))
         axes.legend(loc="best")
         return _svg(figure, "Recall at k for k from 1 to 100.")
 
@@ -147,6 +147,8 @@ def draw_compression(by_width: Mapping[int, float], by_precision: Mapping[str, f
                 recalls = [100 * recall for _, recall in points.values()]
                 axes.plot(list(points), recalls, style, color=color, label=label)
                 for size, (name, recall) in points.items():
+                    if name == "float32":  # the last of the others already says so
+                        continue
                     axes.annotate(
                         name, (size, 100 * recall), textcoords="offset points", xytext=(0, 7), ha="center", color=color
                     )
