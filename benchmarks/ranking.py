@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import typer
 
-from clipmini.training.metrics import QueryScores, summarise_scores
-from clipmini.training.ranking import retrieval_ranks
+from clipmini.training.metrics import DIRECTIONS, QueryScores, summarise_scores
+from clipmini.training.ranking import rank_answers
 
 CAPTIONS_PER_IMAGE = 5
 PRODUCT_BYTES = 1 << 30
@@ -49,6 +49,7 @@ def time_product(images: np.ndarray, texts: np.ndarray) -> float:
 def main(
     num_images: Annotated[int, typer.Option(min=2, help="There are five captions for each.")] = 100_000,
     width: Annotated[int, typer.Option(min=1, help="Width of the embeddings.")] = 256,
+    num_kept: Annotated[int, typer.Option(min=0, help="Answers to keep for each query; mAP@10 takes 10.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 1,
 ) -> None:
     """Time both and print what they took."""
@@ -56,17 +57,15 @@ def main(
     times: dict[str, list[float]] = {"ranks": [], "product": []}
     for _ in range(repeats):
         start_s = time.perf_counter()
-        ranks = retrieval_ranks(images, texts, ids)
+        rankings = rank_answers(images, texts, ids, num_kept=num_kept)
         times["ranks"].append(time.perf_counter() - start_s)
         if not times["product"]:  # before the product has had a buffer of its own
             peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         times["product"].append(time_product(images.numpy(), texts.numpy()))
         print(json.dumps({name: round(values[-1], 1) for name, values in times.items()}), flush=True)
     scores = {
-        direction: QueryScores(rank, torch.full((len(rank),), torch.nan), own)
-        for direction, rank, own in zip(
-            ("text_to_image", "image_to_text"), ranks, (ids, torch.arange(num_images)), strict=True
-        )
+        direction: QueryScores(ranking.ranks, torch.full((len(own),), torch.nan), own)
+        for direction, ranking, own in zip(DIRECTIONS, rankings, (ids, torch.arange(num_images)), strict=True)
     }
     ratios = [own / plain for own, plain in zip(times["ranks"], times["product"], strict=True)]
     print(
@@ -75,6 +74,7 @@ def main(
                 "num_images": num_images,
                 "num_captions": len(ids),
                 "width": width,
+                "num_kept": num_kept,
                 "threads": torch.get_num_threads(),
                 "ranks_s": round(statistics.median(times["ranks"]), 1),
                 "product_s": round(statistics.median(times["product"]), 1),

@@ -82,7 +82,6 @@ VARIANTS = (
     Variant("two stages + label smoothing", {**TUNED, "label_smoothing_factor": 0.1}, warm_heads=True),
     Variant("two stages + sigmoid loss", TUNED, warm_heads=True, model_config={"loss": "sigmoid"}),
     Variant("two stages + EMA", {**TUNED, "weight_average_decay": 0.98}, warm_heads=True),
-    Variant("two stages + WiSE-FT", {**TUNED, "wise_ft_alpha": 0.75}, warm_heads=True),
 )
 HEADS_STAGE = {**FROZEN, **COMMON, **UNCHOSEN, "num_train_epochs": 20}
 

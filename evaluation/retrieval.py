@@ -15,10 +15,10 @@ from clipmini.training.metrics import (
     QueryScores,
     chance_metrics,
     retrieval_metrics,
-    score_queries,
+    score_rankings,
 )
 from clipmini.training.pairs import CachedPairs
-from clipmini.training.ranking import Neighbours, nearest_answers, retrieval_ranks
+from clipmini.training.ranking import Ranking, rank_answers
 
 from .compression import cut_off, quantise
 from .diagnostics import Diagnostics, diagnose
@@ -170,9 +170,8 @@ def measure_retrieval(
     if any(not 1 <= width <= full_width for width in widths):
         raise ValueError(f"widths={list(widths)} are not all allowed; embeddings are {full_width} wide.")
     ids = embeds.text_ids, embeds.image_ids
-    ranks = retrieval_ranks(embeds.images, embeds.texts, *ids)
-    neighbours = nearest_answers(embeds.images, embeds.texts, *ids, PRECISION_AT)
-    scores = score_queries(ranks, neighbours, *ids)
+    rankings = rank_answers(embeds.images, embeds.texts, *ids, PRECISION_AT)
+    scores = score_rankings(rankings, *ids)
     metrics = bootstrap_intervals(scores, num_resamples)
     whole = {name: interval.value for name, interval in metrics.items()}
 
@@ -209,7 +208,7 @@ def measure_retrieval(
         own_similarities=own,
         other_similarities=others,
         scores=scores,
-        misses=_misses(embeds, ranks[0], neighbours[0], num_misses),
+        misses=_misses(embeds, rankings[0], num_misses),
     )
 
 
@@ -225,15 +224,15 @@ def _similarities(embeds: Embeddings) -> tuple[np.ndarray, np.ndarray]:
     return own.numpy(), similarity[is_other].numpy()
 
 
-def _misses(embeds: Embeddings, ranks: Tensor, near: Neighbours, num_misses: int) -> list[Miss]:
-    latest = ranks.argsort(descending=True, stable=True)[:num_misses]
+def _misses(embeds: Embeddings, ranking: Ranking, num_misses: int) -> list[Miss]:
+    latest = ranking.ranks.argsort(descending=True, stable=True)[:num_misses]
     misses = []
     for text in latest.tolist():
-        if ranks[text] < 1:
+        rank = int(ranking.ranks[text])
+        if rank < 1:
             break  # the rest were found
         row = int(embeds.row_of_text[text])
-        pairs = zip(near.other_rows[text].tolist(), near.others[text].tolist(), strict=True)
-        beaten_by = [(other, similarity) for other, similarity in pairs if other >= 0][: int(ranks[text])]
-        similarity = near.own[text, 0].item()
-        misses.append(Miss(embeds.captions[text], row, int(ranks[text]) + 1, similarity, beaten_by))
+        pairs = zip(ranking.other_rows[text].tolist(), ranking.others[text].tolist(), strict=True)
+        beaten_by = [(other, similarity) for other, similarity in pairs if other >= 0][:rank]
+        misses.append(Miss(embeds.captions[text], row, rank + 1, ranking.own[text, 0].item(), beaten_by))
     return misses

@@ -24,7 +24,7 @@ AT_LEAST_ONE = (
     "vision_stages",
     "lora_rank",
 )
-SHARES = ("word_dropout", "hard_negative_start", "distillation_weight", "wise_ft_alpha")
+SHARES = ("word_dropout", "hard_negative_start", "distillation_weight")
 
 
 @dataclass
@@ -117,13 +117,6 @@ class ClipMiniTrainingArguments(TrainingArguments):
     )
     average_best: int = field(
         default=0, metadata={"help": "Average this many of the best checkpoints, if that is better on validation."}
-    )
-    wise_ft_alpha: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of the trained weights in the final ones, the rest being those before (WiSE-FT). "
-            "Checkpoints, and what is measured during training, are of the trained weights alone."
-        },
     )
 
     # Changed defaults of TrainingArguments

@@ -1,4 +1,4 @@
-"""Averages of weights: over the steps of a run, over its best checkpoints, and of its two ends."""
+"""Averages of weights: over the steps of a run, and over its best checkpoints."""
 
 import json
 import math
@@ -166,25 +166,6 @@ def average_checkpoints(folders: Sequence[Path]) -> dict[str, Tensor]:
                 mean += other.double() / len(checkpoints)
             means[name] = mean.to(tensor.dtype) if tensor.is_floating_point() else tensor
     return means
-
-
-@torch.no_grad()
-def interpolate_weights(model: nn.Module, start: Mapping[str, Tensor], alpha: float) -> None:
-    """Go back part of the way to the weights from before fine-tuning: `(1 - alpha) * start + alpha * weights`.
-
-    A few thousand pairs teach a tower what they need and unlearn some of what it knew; between the two ends there are
-    weights better than either. Only weights that were reached from `start` are joined to it by such a path. Source:
-    Wortsman et al., "Robust fine-tuning of zero-shot models" (WiSE-FT), CVPR 2022, section 3.
-
-    Args:
-        model: the fine-tuned model; changed in place.
-        start: its state dict from before. Integers, which count batches, stay the model's.
-        alpha: share of the model's own weights, from 0 to 1.
-    """
-    for name, weight in model.state_dict().items():
-        if weight.is_floating_point():
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            weight.copy_(torch.lerp(start[name].to(wide), weight.to(wide), alpha))
 
 
 def best_checkpoints(output_dir: Path, log_history: Sequence[Mapping[str, float]], metric: str, k: int) -> list[Path]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ranking import Neighbours, count_ids, nearest_answers, retrieval_ranks
+from .ranking import Ranking, count_ids, rank_answers
 
 RECALL_AT = (1, 5, 10)
 PRECISION_AT = 10
@@ -35,7 +35,7 @@ class QueryScores:
 
     Attributes:
         ranks: (Q,) place of the best placed right answer among the wrong ones, 0 being first.
-        average_precision: (Q,) AP@10, in [0, 1]; see `Neighbours.average_precision`.
+        average_precision: (Q,) AP@10, in [0, 1]; see `Ranking.average_precision`.
         ids: (Q,) the image that each query shows or describes.
     """
 
@@ -60,19 +60,17 @@ def retrieval_scores(
     """
     if image_ids is None:
         image_ids = torch.arange(len(image_embeds))
-    ranks = retrieval_ranks(image_embeds, text_embeds, text_ids, image_ids)
-    neighbours = nearest_answers(image_embeds, text_embeds, text_ids, image_ids, PRECISION_AT)
-    return score_queries(ranks, neighbours, text_ids, image_ids)
+    rankings = rank_answers(image_embeds, text_embeds, text_ids, image_ids, PRECISION_AT)
+    return score_rankings(rankings, text_ids, image_ids)
 
 
-def score_queries(
-    ranks: tuple[Tensor, Tensor], neighbours: tuple[Neighbours, Neighbours], text_ids: Tensor, image_ids: Tensor
-) -> dict[str, QueryScores]:
-    """Make scores of what `retrieval_ranks` and `nearest_answers` found; see `retrieval_scores`."""
+def score_rankings(rankings: tuple[Ranking, Ranking], text_ids: Tensor, image_ids: Tensor) -> dict[str, QueryScores]:
+    """Make scores of what `rank_answers` found; see `retrieval_scores`."""
     scores = {}
-    for direction, rank, near, ids in zip(DIRECTIONS, ranks, neighbours, (text_ids, image_ids), strict=True):
-        is_query = rank >= 0
-        scores[direction] = QueryScores(rank[is_query], near.average_precision()[is_query], ids.cpu()[is_query])
+    for direction, ranking, ids in zip(DIRECTIONS, rankings, (text_ids, image_ids), strict=True):
+        is_query = ranking.ranks >= 0
+        precision = ranking.average_precision()[is_query]
+        scores[direction] = QueryScores(ranking.ranks[is_query], precision, ids.cpu()[is_query])
     return scores
 
 

@@ -16,59 +16,20 @@ from torch import Tensor
 IMAGE_BLOCK, TEXT_BLOCK = 1024, 1024  # similarities computed at once: 4 MB, which stay in the processor's cache
 
 
-def retrieval_ranks(
-    image_embeds: Tensor, text_embeds: Tensor, text_ids: Tensor, image_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Rank the best placed right answer of every query, 0 being first place.
-
-    Right is an answer with the query's id; other right answers do not stand in the way of the best one. Ties count
-    against the model, and so does NaN: neither a collapsed model, which gives every pair the same similarity, nor a
-    diverged one must look perfect.
-
-    Args:
-        image_embeds: (I, D), of length 1.
-        text_embeds: (T, D), of length 1.
-        text_ids: (T,) integers, the id of the image that each caption describes.
-        image_ids: (I,) integers, several images may share one; by default 0 to I - 1.
-
-    Returns:
-        (T,) ranks of images for each caption; (I,) ranks of captions for each image; -1 for a query without a right
-        answer. Both on the CPU.
-    """
-    pairs = _SortedPairs(image_embeds, text_embeds, text_ids, image_ids)
-    best_of_image = torch.full((pairs.num_images,), -torch.inf, device=image_embeds.device)
-    best_of_text = torch.full((pairs.num_texts,), -torch.inf, device=image_embeds.device)
-    for block in pairs.blocks(only_with_own=True):
-        assert block.is_own is not None
-        own = block.similarity.nan_to_num(nan=-torch.inf).masked_fill(~block.is_own, -torch.inf)
-        best_of_image[block.images] = torch.maximum(best_of_image[block.images], own.amax(dim=1))
-        best_of_text[block.texts] = torch.maximum(best_of_text[block.texts], own.amax(dim=0))
-
-    # Counted is what is worse than the best right answer: NaN never is, and nothing is worse than -inf.
-    worse_of_image = torch.zeros(pairs.num_images, dtype=torch.long, device=image_embeds.device)
-    worse_of_text = torch.zeros(pairs.num_texts, dtype=torch.long, device=image_embeds.device)
-    for block in pairs.blocks():
-        similarity = block.similarity
-        if block.is_own is not None:
-            similarity = similarity.masked_fill(block.is_own, torch.inf)
-        worse_of_image[block.images] += (similarity < best_of_image[block.images, None]).sum(dim=1)
-        worse_of_text[block.texts] += (similarity < best_of_text[None, block.texts]).sum(dim=0)
-    image_ranks = (pairs.num_texts - pairs.texts_of_image - worse_of_image).where(pairs.texts_of_image > 0, -1)
-    text_ranks = (pairs.num_images - pairs.images_of_text - worse_of_text).where(pairs.images_of_text > 0, -1)
-    return pairs.as_given(text_ranks, pairs.text_order), pairs.as_given(image_ranks, pairs.image_order)
-
-
 @dataclass(frozen=True)
-class Neighbours:
-    """The answers closest to each query of one direction, most similar first.
+class Ranking:
+    """How the answers to each query of one direction are ranked, most similar first.
 
     Attributes:
+        ranks: (Q,) place of the best placed right answer among the wrong ones, 0 being first; -1 for a query without a
+            right answer.
         own: (Q, K) similarities of right answers; -inf where there are fewer.
         others: (Q, K) similarities of wrong answers; -inf where there are fewer.
         other_rows: (Q, K) which wrong answers these are; -1 where there are fewer.
         num_own: (Q,) how many right answers there are in all.
     """
 
+    ranks: Tensor
     own: Tensor
     others: Tensor
     other_rows: Tensor
@@ -78,7 +39,7 @@ class Neighbours:
         """Average precision among the first K answers (AP@K).
 
         Over the places p of right answers, of which a query has m: the sum of the share of right answers among the
-        first p, for p up to K, divided by min(m, K). Ties and NaN count against the model, as in `retrieval_ranks`.
+        first p, for p up to K, divided by min(m, K). Ties and NaN count against the model, as in `ranks`.
 
         Returns:
             (Q,) in [0, 1]; 1 if all right answers come first. NaN for a query without a right answer.
@@ -93,35 +54,47 @@ class Neighbours:
         return total / self.num_own.clamp(max=num_kept).where(self.num_own > 0, torch.nan)
 
 
-def nearest_answers(
+def rank_answers(
     image_embeds: Tensor,
     text_embeds: Tensor,
     text_ids: Tensor,
     image_ids: Tensor | None = None,
     num_kept: int = 10,
-) -> tuple[Neighbours, Neighbours]:
-    """Find the most similar right and wrong answers of every query.
+) -> tuple[Ranking, Ranking]:
+    """Rank all images for every caption, and all captions for every image.
+
+    Right is an answer with the query's id; other right answers do not stand in the way of the best one. Ties count
+    against the model, and so does NaN: neither a collapsed model, which gives every pair the same similarity, nor a
+    diverged one must look perfect.
 
     Args:
         image_embeds: (I, D), of length 1.
         text_embeds: (T, D), of length 1.
         text_ids: (T,) integers, the id of the image that each caption describes.
         image_ids: (I,) integers, several images may share one; by default 0 to I - 1.
-        num_kept: K, right answers and wrong ones each.
+        num_kept: K, right answers and wrong ones each, to keep; 0 for the ranks alone.
 
     Returns:
-        Images for each caption, and captions for each image. On the CPU.
+        The rankings of images for each caption, and of captions for each image. On the CPU.
+
+    Raises:
+        ValueError: there is not one id for each embedding.
     """
     pairs = _SortedPairs(image_embeds, text_embeds, text_ids, image_ids)
-    of_text = _Closest(pairs.num_texts, num_kept, image_embeds.device)
-    of_image = _Closest(pairs.num_images, num_kept, image_embeds.device)
+    of_text = _Direction(pairs.num_texts, num_kept, image_embeds.device)
+    of_image = _Direction(pairs.num_images, num_kept, image_embeds.device)
+    # Right answers first: how many wrong ones stand before the best of them is counted block by block.
+    for block in pairs.blocks(only_with_own=True):
+        assert block.is_own is not None
+        of_image.take_own(block.images, block.similarity, block.is_own)
+        of_text.take_own(block.texts, block.similarity.T, block.is_own.T)
     for block in pairs.blocks():
-        is_own = torch.zeros_like(block.similarity, dtype=torch.bool) if block.is_own is None else block.is_own
-        of_image.update(block.images, block.texts, block.similarity, is_own)
-        of_text.update(block.texts, block.images, block.similarity.T, is_own.T)
+        is_own = block.is_own
+        of_image.take_others(block.images, block.texts, block.similarity, is_own)
+        of_text.take_others(block.texts, block.images, block.similarity.T, None if is_own is None else is_own.T)
     return (
-        of_text.neighbours(pairs, pairs.text_order, pairs.image_order, pairs.images_of_text),
-        of_image.neighbours(pairs, pairs.image_order, pairs.text_order, pairs.texts_of_image),
+        of_text.ranking(pairs.text_order, pairs.image_order, pairs.images_of_text),
+        of_image.ranking(pairs.image_order, pairs.text_order, pairs.texts_of_image),
     )
 
 
@@ -175,40 +148,50 @@ class _SortedPairs:
                 is_own = self.image_ids[images, None] == ids[None, :] if may_have_own else None
                 yield _Block(images, texts, similarity, is_own)
 
-    def as_given(self, values: Tensor, order: Tensor) -> Tensor:
-        """Put values of the sorted order back into the order that was given, on the CPU."""
-        return torch.empty_like(values).index_copy_(0, order, values).cpu()
 
-
-class _Closest:
-    """The closest answers of every query so far, right ones and wrong ones."""
+class _Direction:
+    """What is known so far of the answers to the queries of one direction, both in sorted order."""
 
     def __init__(self, num_queries: int, num_kept: int, device: torch.device) -> None:
-        shape = (num_queries, num_kept)
-        self.own = torch.full(shape, -torch.inf, device=device)
-        self.others = torch.full(shape, -torch.inf, device=device)
-        self.rows = torch.full(shape, -1, device=device)
+        self.num_kept = num_kept
+        self.own = torch.full((num_queries, max(num_kept, 1)), -torch.inf, device=device)
+        self.others = torch.full((num_queries, num_kept), -torch.inf, device=device)
+        self.rows = torch.full((num_queries, num_kept), -1, device=device)
+        self.num_worse = torch.zeros(num_queries, dtype=torch.long, device=device)
 
-    def update(self, queries: slice, answers: slice, similarity: Tensor, is_own: Tensor) -> None:
-        """Take in a (queries, answers) block of similarities."""
+    def take_own(self, queries: slice, similarity: Tensor, is_own: Tensor) -> None:
+        """Keep the most similar right answers of a (queries, answers) block; NaN is the least similar of all."""
+        own = similarity.nan_to_num(nan=-torch.inf).masked_fill(~is_own, -torch.inf)
         num_kept = self.own.shape[1]
-        # NaN counts as most similar where it is wrong, and as least similar where it is right.
-        others = similarity.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        others = others.masked_fill(is_own, -torch.inf)
-        others, columns = others.topk(min(num_kept, others.shape[1]), dim=1)
-        values = torch.cat([self.others[queries], others], dim=1)
-        rows = torch.cat([self.rows[queries], (columns + answers.start).where(others > -torch.inf, -1)], dim=1)
-        self.others[queries], best = values.topk(num_kept, dim=1)
-        self.rows[queries] = rows.gather(1, best)
-        if is_own.any():
-            own = similarity.nan_to_num(nan=-torch.inf).masked_fill(~is_own, -torch.inf)
-            own = own.topk(min(num_kept, own.shape[1]), dim=1).values
-            self.own[queries] = torch.cat([self.own[queries], own], dim=1).topk(num_kept, dim=1).values
+        own = own.topk(min(num_kept, own.shape[1]), dim=1).values
+        self.own[queries] = torch.cat([self.own[queries], own], dim=1).topk(num_kept, dim=1).values
 
-    def neighbours(self, pairs: _SortedPairs, queries: Tensor, answers: Tensor, num_own: Tensor) -> Neighbours:
-        """Give what was found, in the order of embeddings as they were given."""
+    def take_others(self, queries: slice, answers: slice, similarity: Tensor, is_own: Tensor | None) -> None:
+        """Count and keep wrong answers of a block, once all right ones are known."""
+        # Counted is what is worse than the best right answer: NaN never is, and nothing is worse than -inf.
+        others = similarity if is_own is None else similarity.masked_fill(is_own, torch.inf)
+        self.num_worse[queries] += (others < self.own[queries, :1]).sum(dim=1)
+        if not self.num_kept:
+            return
+        others = similarity if is_own is None else similarity.masked_fill(is_own, -torch.inf)
+        # Once some blocks have been seen, few queries find anything in the next that is worth keeping.
+        is_closer = ~(others.amax(dim=1) <= self.others[queries, -1])
+        closer = is_closer.nonzero().squeeze(1)
+        # NaN counts as most similar: here it is wrong.
+        others = others[closer].nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        others, columns = others.topk(min(self.num_kept, others.shape[1]), dim=1)
+        closer += queries.start
+        values = torch.cat([self.others[closer], others], dim=1)
+        rows = torch.cat([self.rows[closer], (columns + answers.start).where(others > -torch.inf, -1)], dim=1)
+        self.others[closer], best = values.topk(self.num_kept, dim=1)
+        self.rows[closer] = rows.gather(1, best)
+
+    def ranking(self, queries: Tensor, answers: Tensor, num_own: Tensor) -> Ranking:
+        """Give what was found in the order of embeddings as they were given, of which these are the sorting orders."""
+        ranks = (len(answers) - num_own - self.num_worse).where(num_own > 0, -1)
         rows = answers[self.rows.clamp(min=0)].where(self.rows >= 0, -1) if len(answers) else self.rows
-        return Neighbours(*(pairs.as_given(values, queries) for values in (self.own, self.others, rows, num_own)))
+        found = (ranks, self.own, self.others, rows, num_own)
+        return Ranking(*(torch.empty_like(values).index_copy_(0, queries, values).cpu() for values in found))
 
 
 def _in_order(embeds: Tensor, order: Tensor) -> Tensor:

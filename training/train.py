@@ -23,13 +23,13 @@ from clipmini.inference.images import Skipped
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
-from .averaging import average_checkpoints, best_checkpoints, interpolate_weights
+from .averaging import average_checkpoints, best_checkpoints
 from .build import ModelPreset, build_model, load_for_fine_tuning
 from .curves import draw_curves
 from .data import load_data
 from .duplicates import DuplicateReport, find_duplicates, share_ids
 from .evaluate import chance_level, evaluate_retrieval
-from .lora import merge_lora, merged_state_dict
+from .lora import merge_lora
 from .memory import keep_freed_memory
 from .pairs import CachedPairs
 from .publish import render_model_card
@@ -198,12 +198,6 @@ def _start_model(
             return load_model(str(previous / MODEL_FOLDER))
         logger.warning("stage %s has not been run: stage %s begins with its model", names[index - 1], wanted[0])
     if isinstance(recipe.model, ModelPreset):
-        alpha = (recipe.stages[wanted[0]] if wanted else recipe.training).wise_ft_alpha
-        if alpha < 1:
-            raise ValueError(
-                f"wise_ft_alpha={alpha:g} would mix the trained heads with the random ones that this model begins "
-                "with. Leave it at 1 here; it is for a later stage, or for fine-tuning a trained model."
-            )
         preset = ModelPreset(**{**vars(recipe.model), "config": {**recipe.model.config, **recipe.model_config}})
         return build_model(preset)
     return load_for_fine_tuning(recipe.model, recipe.model_config)
@@ -237,15 +231,10 @@ def _run_stage(trainer: ClipMiniTrainer, folder: Path, pairs: DatasetDict, *, is
     if checkpoint:
         logger.warning("going on from %s", checkpoint)
     set_seed(args.seed)
-    start = None
-    if args.wise_ft_alpha < 1:
-        start = {name: weight.clone() for name, weight in merged_state_dict(trainer.model).items()}
     trainer.train(resume_from_checkpoint=checkpoint)
     merge_lora(trainer.model)
     if args.average_best and "validation" in pairs:
         _average_best(trainer, trainer.features.for_evaluation(pairs["validation"]))
-    if start is not None:
-        interpolate_weights(trainer.model, start, args.wise_ft_alpha)
     history = trainer.state.log_history
     run = _StageRun(trainer.model, trainer.processing_class, history, _logged(history, "train_runtime"))
     if is_one_of_many:

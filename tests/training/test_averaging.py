@@ -12,7 +12,6 @@ from clipmini.training.averaging import (
     WeightAverage,
     average_checkpoints,
     best_checkpoints,
-    interpolate_weights,
 )
 
 
@@ -275,25 +274,3 @@ def test_the_best_checkpoints_that_are_still_there(tmp_path):
         best(0)
     with pytest.raises(ValueError, match="eval_beauty was never measured"):
         best_checkpoints(tmp_path, history, "eval_beauty", 1)
-
-
-def test_weights_go_part_of_the_way_back():
-    model = nn.BatchNorm1d(1).to(torch.bfloat16)
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        model.weight.fill_(3)
-        model.running_mean.fill_(4)
-        model.num_batches_tracked.fill_(7)
-    interpolate_weights(model, start, 0.75)
-    assert (model.weight.item(), model.running_mean.item(), model.bias.item()) == (0.25 * 1 + 0.75 * 3, 3, 0)
-    assert model.num_batches_tracked.item() == 7
-    interpolate_weights(model, start, 0)
-    assert model.weight.item() == 1
-
-
-def test_at_one_the_weights_stay_to_the_bit():
-    torch.manual_seed(0)
-    model, start = nn.Linear(50, 50), nn.Linear(50, 50).state_dict()
-    trained = model.weight.detach().clone()
-    interpolate_weights(model, start, 1)
-    assert torch.equal(model.weight, trained)

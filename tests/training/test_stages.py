@@ -93,17 +93,6 @@ def test_a_stage_without_the_one_before_begins_with_the_recipes_model(make, capl
     assert "stage heads has not been run" in caplog.text
 
 
-def test_a_stage_can_end_between_its_start_and_what_it_trained(make, tmp_path):
-    train(make("all"))
-    train(make("part", "stages.towers.wise_ft_alpha=0.5"))
-    read = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("all/heads", "all", "part")]
-    for name, start, trained, part in ((name, *(state[name] for state in read)) for name in read[0]):
-        if start.is_floating_point():
-            torch.testing.assert_close(part, (start + trained) / 2, msg=name)
-    with pytest.raises(ValueError, match=r"wise_ft_alpha=0\.5 would mix .* random ones"):
-        train(make("first", "stages.heads.wise_ft_alpha=0.5"))
-
-
 def test_a_stage_that_is_not_there_is_named(make):
     with pytest.raises(ValueError, match="no stage 'head'; it has heads, towers"):
         train(make("run"), stage="head")
