@@ -80,7 +80,7 @@ def main(
     if one:
         print(json.dumps(step(batch_size, chunk or None)))
         return
-    measure(batch_size, chunk or 32)
+    measure(batch_size, chunk or 16)
     plain = [measure(size, None)["gib"] for size in PLAIN_BATCHES]
     per_pair, fixed = np.polyfit(PLAIN_BATCHES, plain, 1)
     print(f"without the cache, batch {batch_size} would take {fixed + per_pair * batch_size:.0f} GiB")
