@@ -190,7 +190,7 @@ class _Direction:
         """Give what was found in the order of embeddings as they were given, of which these are the sorting orders."""
         ranks = (len(answers) - num_own - self.num_worse).where(num_own > 0, -1)
         rows = answers[self.rows.clamp(min=0)].where(self.rows >= 0, -1) if len(answers) else self.rows
-        found = (ranks, self.own, self.others, rows, num_own)
+        found = (ranks, self.own[:, : self.num_kept], self.others, rows, num_own)
         return Ranking(*(torch.empty_like(values).index_copy_(0, queries, values).cpu() for values in found))
 
 

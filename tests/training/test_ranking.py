@@ -56,6 +56,12 @@ def test_what_is_kept_by_hand():
     assert of_image.average_precision().tolist() == pytest.approx([1 / 2, 1, 1 / 2])
 
 
+def test_of_ranks_alone_there_is_no_average_precision():
+    for result in rank_answers(*unit_vectors(SIMILARITIES), IDS, num_kept=0):
+        assert result.own.shape[1] == result.others.shape[1] == 0
+        assert result.average_precision().isnan().all()
+
+
 def test_average_precision_by_hand():
     # Right answers in places 1, 3 and 4 of five: (1/1 + 2/3 + 3/4) / 3.
     images, texts = unit_vectors([[0.9], [0.8], [0.7], [0.6], [0.5]])
