@@ -4,15 +4,16 @@
 
 Each variant trains for the same time on the same machine, from the same pretrained towers, with three seeds, and is
 measured once, at the end, on the validation split (1000 pictures, all five captions each). How many steps fit the time
-is measured first, so that every learning-rate schedule ends with the time. What a variant may cache is cached before
-the clock starts; those that train on cached features alone would see each pair hundreds of times, learn them by heart
-and come out worse, and so stop after 30 epochs. Finished runs are kept in `recipes.jsonl` and not run again; the table
-in README.md is made from it.
+is measured before any run, so that every learning-rate schedule ends with the time; only then must the machine do
+nothing else, since a run's steps are counted and not its seconds. What a variant may cache is cached before the clock
+starts; those that train on cached features alone would see each pair hundreds of times, learn them by heart and come
+out worse, and so stop after 30 epochs. Finished runs are kept in `recipes.jsonl` and not run again; the table in
+README.md is made from it.
 """
 
+import itertools
 import json
 import math
-import shutil
 import statistics
 import tempfile
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ def table(entries: list[dict[str, Any]]) -> str:
     for variant in VARIANTS:
         runs = [entry for entry in entries if entry["variant"] == variant.name]
         if runs:
-            minutes = statistics.mean(entry["train_s"] for entry in runs) / 60
+            minutes = min(entry["train_s"] for entry in runs) / 60  # of a run that had the machine to itself
             cells = [interval([entry[metric] for entry in runs]) for metric in METRICS]
             steps = runs[0]["steps"]
             lines.append(f"| {variant.name} | {len(runs)} | {steps} | {minutes:.1f} | {' | '.join(cells)} |")
@@ -159,27 +160,28 @@ def main(
 ) -> None:
     """Run what is missing, seed by seed over all variants, and write the table."""
     entries = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    for seed in range(seeds):
-        for variant in VARIANTS:
-            mine = [entry for entry in entries if entry["variant"] == variant.name]
-            if any(entry["seed"] == seed for entry in mine) or (only and only not in variant.name):
-                continue
-            folder = Path(tempfile.mkdtemp(prefix="clipmini-recipes-"))
-            try:
-                budget_s = 60 * minutes - 30 * variant.warm_heads
-                steps = mine[0]["steps"] if mine else steps_in(variant, budget_s, source, folder)
-                result = run(variant, source, seed, steps, folder)
-            finally:
-                shutil.rmtree(folder)
-            entry = {"variant": variant.name, "seed": seed, "steps": steps}
-            entry["train_s"] = result.results["train_s"]
-            entry |= {name: result.results["splits"]["validation"]["after"][name] for name in METRICS}
-            entry["versions"] = result.results["versions"]
-            entries.append(entry)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-            write_table(entries)
-            print(json.dumps(entry))
+    variants = [variant for variant in VARIANTS if not only or only in variant.name]
+    steps = {entry["variant"]: entry["steps"] for entry in entries}
+    for variant in variants:
+        if variant.name not in steps:
+            with tempfile.TemporaryDirectory(prefix="clipmini-recipes-") as folder:
+                steps[variant.name] = steps_in(variant, 60 * minutes - 30 * variant.warm_heads, source, Path(folder))
+            print(f"{variant.name}: {steps[variant.name]} steps")
+    done = {(entry["variant"], entry["seed"]) for entry in entries}
+    for seed, variant in itertools.product(range(seeds), variants):
+        if (variant.name, seed) in done:
+            continue
+        with tempfile.TemporaryDirectory(prefix="clipmini-recipes-") as folder:
+            result = run(variant, source, seed, steps[variant.name], Path(folder))
+        entry = {"variant": variant.name, "seed": seed, "steps": steps[variant.name]}
+        entry["train_s"] = result.results["train_s"]
+        entry |= {name: result.results["splits"]["validation"]["after"][name] for name in METRICS}
+        entry["versions"] = result.results["versions"]
+        entries.append(entry)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        write_table(entries)
+        print(json.dumps(entry))
 
 
 if __name__ == "__main__":
