@@ -115,9 +115,6 @@ class ClipMiniTrainingArguments(TrainingArguments):
     weight_average_decay: float | None = field(
         default=None, metadata={"help": "Decay of an exponential moving average of the weights, such as 0.999."}
     )
-    average_best: int = field(
-        default=0, metadata={"help": "Average this many of the best checkpoints, if that is better on validation."}
-    )
 
     # Changed defaults of TrainingArguments
     # The collator needs image and captions, which `forward` does not take.
@@ -149,12 +146,6 @@ class ClipMiniTrainingArguments(TrainingArguments):
         self._check_numbers()
         self._check_choices()
         self._check_towers()
-        if self.average_best and self.weight_average_decay is not None:
-            raise ValueError("average_best and weight_average_decay are two averages of weights; leave one out.")
-        if self.average_best and self.save_total_limit is not None and self.save_total_limit < self.average_best:
-            raise ValueError(
-                f"average_best={self.average_best} needs as many checkpoints: set save_total_limit to at least that."
-            )
         if self.augment is None and self.num_views > 1:
             raise ValueError(f"num_views={self.num_views} without `augment` would be the same view again and again.")
         self.image_augmentation  # noqa: B018 - its fields are checked now, before anything is loaded

@@ -1,9 +1,7 @@
-"""Averages of weights: over the steps of a run, and over its best checkpoints."""
+"""An average of the weights over the steps of a run."""
 
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 AVERAGE_FILE = "weight_average.safetensors"
 
@@ -129,81 +125,6 @@ class WeightAverage(TrainerCallback):
     def _copy_into_model(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self.weights[name].copy_(value)
-
-
-def average_checkpoints(folders: Sequence[Path]) -> dict[str, Tensor]:
-    """Average the weights of several checkpoints of one run.
-
-    Args:
-        folders: each with a `model.safetensors`, or with an index and its shards.
-
-    Returns:
-        A state dict, on the CPU: the mean of each tensor, taken in float64, in the dtype that it has in the first
-        folder. Integers, which count batches, are the first folder's. Beside it, few tensors at a time are in memory.
-
-    Raises:
-        ValueError: there are no folders, a file is missing or broken, or two folders hold different tensors.
-    """
-    if not folders:
-        raise ValueError("there are no checkpoints to average; name at least one folder.")
-    with ExitStack() as stack:
-        checkpoints = [_tensors_of(folder, stack) for folder in folders]
-        first = checkpoints[0]
-        for folder, checkpoint in zip(folders, checkpoints, strict=True):
-            if odd := first.keys() ^ checkpoint.keys():
-                raise ValueError(f"{folders[0]} and {folder} are different models: only one has {min(odd)}.")
-        means = {}
-        for name, file in first.items():
-            tensor = file.get_tensor(name)
-            mean = torch.zeros_like(tensor, dtype=torch.float64)
-            for folder, checkpoint in zip(folders, checkpoints, strict=True):
-                other = checkpoint[name].get_tensor(name)
-                if other.shape != tensor.shape:
-                    raise ValueError(
-                        f"{folders[0]} and {folder} are different models: {name} is {tuple(tensor.shape)} in one and "
-                        f"{tuple(other.shape)} in the other."
-                    )
-                mean += other.double() / len(checkpoints)
-            means[name] = mean.to(tensor.dtype) if tensor.is_floating_point() else tensor
-    return means
-
-
-def best_checkpoints(output_dir: Path, log_history: Sequence[Mapping[str, float]], metric: str, k: int) -> list[Path]:
-    """Find the best checkpoints that are still there.
-
-    Args:
-        output_dir: the run's folder.
-        log_history: `trainer.state.log_history`.
-        metric: what to choose by, such as `eval_mean_recall`; more is better.
-        k: how many, at least 1.
-
-    Returns:
-        At most k folders, the best first; of two that are equally good the earlier first.
-
-    Raises:
-        ValueError: `k` is below 1, or the metric was never logged.
-    """
-    if k < 1:
-        raise ValueError(f"k={k} is not allowed; use at least 1.")
-    values = {int(entry["step"]): entry[metric] for entry in log_history if metric in entry}
-    if not values:
-        raise ValueError(f"{metric} was never measured; choose by a metric that is, such as eval_mean_recall.")
-    folders = {step: output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}" for step in sorted(values)}
-    there = [step for step, folder in folders.items() if folder.is_dir() and not math.isnan(values[step])]
-    return [folders[step] for step in sorted(there, key=lambda step: -values[step])[:k]]
-
-
-def _tensors_of(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Open a checkpoint's weights until `stack` closes: the file of each tensor, by the tensor's name."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        shards = {SAFE_WEIGHTS_NAME}
-    elif index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    else:
-        raise ValueError(f"{folder} has no {SAFE_WEIGHTS_NAME}; name the folder of a checkpoint.")
-    opened = [stack.enter_context(_opened(folder / shard)) for shard in sorted(shards)]
-    return {name: file for file in opened for name in file.keys()}
 
 
 @contextmanager

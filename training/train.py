@@ -2,17 +2,13 @@
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from datasets import DatasetDict
-from huggingface_hub import ModelCard
 from torch import nn
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,15 +19,14 @@ from clipmini.inference.images import Skipped
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
-from .averaging import average_checkpoints, best_checkpoints
 from .build import ModelPreset, build_model, load_for_fine_tuning
 from .curves import draw_curves
 from .data import load_data
 from .duplicates import DuplicateReport, find_duplicates, share_ids
 from .evaluate import chance_level, evaluate_retrieval
+from .folder import save_model_folder, written_beside
 from .lora import merge_lora
 from .memory import keep_freed_memory
-from .pairs import CachedPairs
 from .publish import render_model_card
 from .recipes import Recipe
 from .runlog import MetricsLog, versions
@@ -112,7 +107,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
             # Only now, when everything works: a mistyped value must not cost an earlier run.
             if args.process_index == 0:
                 _claim_output_dir(output_dir, recipe, wanted, overwrite)
-        runs[name] = run = _run_stage(trainer, output_dir / name, pairs, is_one_of_many=bool(name))
+        runs[name] = run = _run_stage(trainer, output_dir / name, is_one_of_many=bool(name))
         model, processor = run.model, run.processor
     after = {
         split: evaluate_retrieval(
@@ -147,7 +142,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         save_model_folder(model, processor, model_dir, card=render_model_card(recipe, model.config, results))
         draw_curves({name or "training": run.log_history for name, run in runs.items()}, output_dir / CURVES_FILE)
         # Last: a run without results is one that was cut off.
-        with _written_beside(output_dir / RESULTS_FILE) as file:
+        with written_beside(output_dir / RESULTS_FILE) as file:
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return TrainResult(output_dir=output_dir, model_dir=model_dir, results=results)
 
@@ -219,7 +214,7 @@ def _make_trainer(
         raise ValueError(f"the recipe's training section cannot be used: {error}") from error
 
 
-def _run_stage(trainer: ClipMiniTrainer, folder: Path, pairs: DatasetDict, *, is_one_of_many: bool) -> _StageRun:
+def _run_stage(trainer: ClipMiniTrainer, folder: Path, *, is_one_of_many: bool) -> _StageRun:
     """Train, or take over what an earlier run trained; one stage of many leaves its model for the next."""
     args = trainer.args
     if is_one_of_many and (folder / STAGE_FILE).exists():
@@ -233,58 +228,18 @@ def _run_stage(trainer: ClipMiniTrainer, folder: Path, pairs: DatasetDict, *, is
     set_seed(args.seed)
     trainer.train(resume_from_checkpoint=checkpoint)
     merge_lora(trainer.model)
-    if args.average_best and "validation" in pairs:
-        _average_best(trainer, trainer.features.for_evaluation(pairs["validation"]))
     history = trainer.state.log_history
     run = _StageRun(trainer.model, trainer.processing_class, history, _logged(history, "train_runtime"))
     if is_one_of_many:
         if args.process_index == 0:
             save_model_folder(run.model, run.processor, folder / MODEL_FOLDER)
-            with _written_beside(folder / STAGE_FILE) as file:
+            with written_beside(folder / STAGE_FILE) as file:
                 file.write_text(json.dumps({"log_history": history, "train_s": run.train_s}), encoding="utf-8")
         trainer.accelerator.wait_for_everyone()
         # Read again, so that a run that is cut off here and one that is not go on from the same.
         run.model, run.processor = load_model(str(folder / MODEL_FOLDER))
         nn.Module.to(run.model, args.device)
     return run
-
-
-def _average_best(trainer: ClipMiniTrainer, validation: CachedPairs) -> None:
-    """Put the average of the best checkpoints into the model, if it is better than the best of them."""
-    args = trainer.args
-    metric = (args.metric_for_best_model or "").removeprefix("eval_")
-    history = trainer.state.log_history
-    folders = best_checkpoints(Path(str(args.output_dir)), history, f"eval_{metric}", args.average_best)
-    best = trainer.measure(validation)[metric]
-    own = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.model.load_state_dict(average_checkpoints(folders))
-    average = trainer.measure(validation)[metric]
-    if average <= best:
-        trainer.model.load_state_dict(own)
-    kept = "kept" if average > best else "not kept"
-    logger.info("average of %d checkpoints: %s %.4f, best one %.4f; %s", len(folders), metric, average, best, kept)
-
-
-def save_model_folder(
-    model: ClipMiniModel, processor: ClipMiniProcessor, folder: Path, card: ModelCard | None = None
-) -> None:
-    """Save a complete model folder: code, config, weights, processor, tokenizer and card.
-
-    It is written beside and renamed, so that no half of it is ever found under its name; a folder that stood there
-    before is replaced.
-
-    Args:
-        model: what to save.
-        processor: the model's processor.
-        folder: where.
-        card: what becomes its README.md.
-    """
-    with _written_beside(folder) as beside:
-        model.save_pretrained(beside)
-        processor.save_pretrained(beside)
-        shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors writes for its owner alone
-        if card is not None:
-            card.save(beside / "README.md")
 
 
 def _recipe_text(recipe: Recipe) -> str:
@@ -316,7 +271,7 @@ def _claim_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str], overw
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with _written_beside(output_dir / RECIPE_FILE) as file:
+    with written_beside(output_dir / RECIPE_FILE) as file:
         file.write_text(_recipe_text(recipe), encoding="utf-8")
 
 
@@ -335,27 +290,3 @@ def _last_checkpoint(output_dir: Path) -> str | None:
 
 def _logged(log_history: list[dict[str, float]], key: str) -> float | None:
     return next((entry[key] for entry in reversed(log_history) if key in entry), None)
-
-
-@contextmanager
-def _written_beside(target: Path) -> Iterator[Path]:
-    """Give a path beside `target` to write to; when all is written, it takes the place of what stood there."""
-    beside, old = (target.with_name(f".{target.name}.{os.getpid()}{suffix}") for suffix in ("", ".old"))
-    try:
-        yield beside
-        if target.is_symlink():
-            target.unlink()
-        if target.is_dir():  # a folder cannot be replaced in one step
-            target.rename(old)
-        try:
-            beside.replace(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        for path in (beside, old):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)

@@ -1,18 +1,11 @@
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
-from clipmini.training.averaging import (
-    AVERAGE_FILE,
-    WeightAverage,
-    average_checkpoints,
-    best_checkpoints,
-)
+from clipmini.training.averaging import AVERAGE_FILE, WeightAverage
 
 
 class Run:
@@ -193,84 +186,3 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     wide = Run(nn.Linear(2, 1))
     with pytest.raises(ValueError, match=r"weight is \(1, 1\) there and \(1, 2\) here"):
         wide.average.load(tmp_path)
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    def make(name, **tensors):
-        folder = tmp_path / name
-        folder.mkdir()
-        save_file({key: torch.as_tensor(value) for key, value in tensors.items()}, folder / "model.safetensors")
-        return folder
-
-    return make
-
-
-def test_checkpoints_are_averaged(checkpoint):
-    folders = [
-        checkpoint("a", weight=[1.0, 2.0], half=torch.tensor([1.0], dtype=torch.bfloat16), count=3),
-        checkpoint("b", weight=[3.0, 2.0], half=torch.tensor([2.0], dtype=torch.bfloat16), count=5),
-        checkpoint("c", weight=[8.0, 2.0], half=torch.tensor([6.0], dtype=torch.bfloat16), count=7),
-    ]
-    means = average_checkpoints(folders)
-    assert means["weight"].tolist() == [4.0, 2.0]
-    assert (means["half"].item(), means["half"].dtype) == (3.0, torch.bfloat16)
-    assert (means["count"].item(), means["count"].dtype) == (3, torch.int64)
-    one = average_checkpoints(folders[:1])
-    assert same(one, load_file(folders[0] / "model.safetensors"))
-
-
-def test_the_mean_of_equals_is_the_same_to_the_bit(checkpoint):
-    torch.manual_seed(0)
-    weight = torch.randn(1000)
-    folders = [checkpoint(str(number), weight=weight) for number in range(3)]
-    assert torch.equal(average_checkpoints(folders)["weight"], weight)
-
-
-def test_a_model_in_shards_is_averaged_as_well(checkpoint):
-    whole = checkpoint("whole", weight=[2.0], bias=[4.0])
-    sharded = checkpoint("sharded", weight=[4.0])
-    (sharded / "model.safetensors").rename(sharded / "one.safetensors")
-    save_file({"bias": torch.tensor([0.0])}, sharded / "two.safetensors")
-    index = {"weight_map": {"weight": "one.safetensors", "bias": "two.safetensors"}}
-    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    means = average_checkpoints([whole, sharded])
-    assert (means["weight"].item(), means["bias"].item()) == (3.0, 2.0)
-    (sharded / "two.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"two\.safetensors cannot be read"):
-        average_checkpoints([whole, sharded])
-
-
-def test_checkpoints_that_do_not_fit_are_refused(checkpoint, tmp_path):
-    first = checkpoint("first", weight=[1.0])
-    with pytest.raises(ValueError, match="no checkpoints to average"):
-        average_checkpoints([])
-    with pytest.raises(ValueError, match=r"nowhere has no model\.safetensors"):
-        average_checkpoints([first, tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match=r"first and .*more are different models: only one has bias"):
-        average_checkpoints([first, checkpoint("more", weight=[1.0], bias=[1.0])])
-    with pytest.raises(ValueError, match=r"weight is \(1,\) in one and \(2,\) in the other"):
-        average_checkpoints([first, checkpoint("wide", weight=[1.0, 2.0])])
-    torn = checkpoint("torn", weight=[1.0])
-    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"torn/model\.safetensors cannot be read"):
-        average_checkpoints([first, torn])
-
-
-def test_the_best_checkpoints_that_are_still_there(tmp_path):
-    recalls = {10: 0.5, 20: 0.7, 30: 0.7, 40: 0.9, 100: 0.6, 110: float("nan")}
-    history = [{"step": step, "eval_mean_recall": value} for step, value in recalls.items()]
-    history.insert(1, {"step": 10, "loss": 1.0})
-    for step in (10, 20, 30, 100, 110, 120):  # 40 is gone, 120 was never measured
-        (tmp_path / f"checkpoint-{step}").mkdir()
-
-    def best(k):
-        return [folder.name for folder in best_checkpoints(tmp_path, history, "eval_mean_recall", k)]
-
-    assert best(1) == ["checkpoint-20"]
-    assert best(3) == ["checkpoint-20", "checkpoint-30", "checkpoint-100"]
-    assert best(9) == ["checkpoint-20", "checkpoint-30", "checkpoint-100", "checkpoint-10"]
-    with pytest.raises(ValueError, match="k=0 is not allowed"):
-        best(0)
-    with pytest.raises(ValueError, match="eval_beauty was never measured"):
-        best_checkpoints(tmp_path, history, "eval_beauty", 1)

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from clipmini.inference.encode import load_model
 from clipmini.training import train as train_module
 from clipmini.training.data import load_pairs
 from clipmini.training.recipes import load_recipe
-from clipmini.training.train import save_model_folder, train
+from clipmini.training.train import train
 from modeling_clipmini import ClipMiniModel
 
 RECIPE = """
@@ -171,27 +170,3 @@ def test_without_a_validation_split_the_last_weights_are_kept(recipe, caplog):
 def test_strict_stops_at_the_first_broken_picture(recipe):
     with pytest.raises(ValueError, match=r"(7|8)\.png"):
         train(recipe("strict=true"))
-
-
-def test_no_half_of_a_folder_is_ever_seen(tiny_model, tiny_processor, tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    save_model_folder(tiny_model, tiny_processor, folder)
-    before = (folder / "config.json").read_bytes()
-
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(type(tiny_processor), "save_pretrained", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_model_folder(tiny_model, tiny_processor, folder)
-    assert (folder / "config.json").read_bytes() == before
-    assert [path.name for path in Path(tmp_path).iterdir()] == ["model"]
-
-
-def test_a_link_to_a_folder_is_replaced_and_the_folder_left_alone(tiny_model, tiny_processor, tmp_path):
-    elsewhere, link = tmp_path / "elsewhere", tmp_path / "model"
-    elsewhere.mkdir()
-    link.symlink_to(elsewhere)
-    save_model_folder(tiny_model, tiny_processor, link)
-    assert (link / "config.json").exists()
-    assert list(elsewhere.iterdir()) == []

@@ -215,7 +215,6 @@ def test_hard_negatives_begin_after_their_share_of_the_steps(make_trainer):
         ({"augment": {"crop": 1}}, "augment has no 'crop'"),
         ({"freeze_text": True, "lora": "text"}, "contradict"),
         ({"vision_stages": 40}, "vision_stages=40: the vision tower has"),
-        ({"average_best": 3}, "save_total_limit"),
         ({"matryoshka_dims": "8,x"}, "matryoshka_dims='8,x'"),
     ],
 )
