@@ -66,6 +66,7 @@ class Variant:
         warm_heads: whether a stage goes before, in which the heads alone learn on cached features, as in the recipe;
             it takes half a minute, which counts as part of the time.
         max_epochs: stop there, though time is left.
+        steps_as: the row whose number of steps this one takes, since its steps are the same work.
         model_config: changes to the model.
         model: the model preset.
     """
@@ -74,20 +75,23 @@ class Variant:
     training: dict[str, Any]
     warm_heads: bool = False
     max_epochs: int | None = None
+    steps_as: str | None = None
     model_config: dict[str, Any] = field(default_factory=dict)
     model: str = "lite0-minilm-levels"
 
 
+TWO_STAGES = "heads, then both towers"
+LIKE_TWO_STAGES: dict[str, Any] = {"warm_heads": True, "steps_as": TWO_STAGES}
 VARIANTS = (
     Variant("heads only, towers run at every step", {**FROZEN, "cache_features": False, **SMALL_BATCH}),
     Variant("heads only, cached features, no earlier stages", FROZEN, max_epochs=30, model="lite0-minilm"),
     Variant("heads only, cached features", FROZEN, max_epochs=30),
     Variant("+ text tower, cached vision features", TEXT_TUNED),
-    Variant("two stages: heads, then both towers", TUNED, warm_heads=True),
-    Variant("two stages + hard negatives", {**TUNED, "hard_negative_weight": 0.3}, warm_heads=True),
-    Variant("two stages + label smoothing", {**TUNED, "label_smoothing_factor": 0.1}, warm_heads=True),
-    Variant("two stages + sigmoid loss", TUNED, warm_heads=True, model_config={"loss": "sigmoid"}),
-    Variant("two stages + EMA", {**TUNED, "weight_average_decay": 0.98}, warm_heads=True),
+    Variant(TWO_STAGES, TUNED, warm_heads=True),
+    Variant(f"{TWO_STAGES}, hard negatives", {**TUNED, "hard_negative_weight": 0.3}, **LIKE_TWO_STAGES),
+    Variant(f"{TWO_STAGES}, label smoothing", {**TUNED, "label_smoothing_factor": 0.1}, **LIKE_TWO_STAGES),
+    Variant(f"{TWO_STAGES}, sigmoid loss", TUNED, **LIKE_TWO_STAGES, model_config={"loss": "sigmoid"}),
+    Variant(f"{TWO_STAGES}, EMA", {**TUNED, "weight_average_decay": 0.98}, **LIKE_TWO_STAGES),
 )
 HEADS_STAGE = {**FROZEN, **COMMON, **UNCHOSEN, "num_train_epochs": 20}
 
@@ -162,8 +166,9 @@ def main(
     entries = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     variants = [variant for variant in VARIANTS if not only or only in variant.name]
     steps = {entry["variant"]: entry["steps"] for entry in entries}
-    for variant in variants:
-        if variant.name not in steps:
+    measured = {variant.steps_as or variant.name for variant in variants}
+    for variant in VARIANTS:
+        if variant.name in measured - steps.keys():
             with tempfile.TemporaryDirectory(prefix="clipmini-recipes-") as folder:
                 steps[variant.name] = steps_in(variant, 60 * minutes - 30 * variant.warm_heads, source, Path(folder))
             print(f"{variant.name}: {steps[variant.name]} steps")
@@ -171,9 +176,10 @@ def main(
     for seed, variant in itertools.product(range(seeds), variants):
         if (variant.name, seed) in done:
             continue
+        max_steps = steps[variant.steps_as or variant.name]
         with tempfile.TemporaryDirectory(prefix="clipmini-recipes-") as folder:
-            result = run(variant, source, seed, steps[variant.name], Path(folder))
-        entry = {"variant": variant.name, "seed": seed, "steps": steps[variant.name]}
+            result = run(variant, source, seed, max_steps, Path(folder))
+        entry = {"variant": variant.name, "seed": seed, "steps": max_steps}
         entry["train_s"] = result.results["train_s"]
         entry |= {name: result.results["splits"]["validation"]["after"][name] for name in METRICS}
         entry["versions"] = result.results["versions"]
