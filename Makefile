@@ -26,6 +26,7 @@ test: .venv/.installed  ## the fast tests
 
 .PHONY: test-all
 test-all: .venv/.installed  ## every test, the slow ones too
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps clip-benchmark  # a peer to agree with
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not gpu'
 
 .PHONY: check
