@@ -68,7 +68,6 @@ class Variant:
         max_epochs: stop there, though time is left.
         steps_as: the row whose number of steps this one takes, since its steps are the same work.
         model_config: changes to the model.
-        model: the model preset.
     """
 
     name: str
@@ -77,14 +76,15 @@ class Variant:
     max_epochs: int | None = None
     steps_as: str | None = None
     model_config: dict[str, Any] = field(default_factory=dict)
-    model: str = "lite0-minilm-levels"
 
 
 TWO_STAGES = "heads, then both towers"
 LIKE_TWO_STAGES: dict[str, Any] = {"warm_heads": True, "steps_as": TWO_STAGES}
 VARIANTS = (
     Variant("heads only, towers run at every step", {**FROZEN, "cache_features": False, **SMALL_BATCH}),
-    Variant("heads only, cached features, no earlier stages", FROZEN, max_epochs=30, model="lite0-minilm"),
+    Variant(
+        "heads only, cached features, no earlier stages", FROZEN, max_epochs=30, model_config={"vision_levels": []}
+    ),
     Variant("heads only, cached features", FROZEN, max_epochs=30),
     Variant("+ text tower, cached vision features", TEXT_TUNED),
     Variant(TWO_STAGES, TUNED, warm_heads=True),
@@ -101,7 +101,7 @@ def run(variant: Variant, source: str, seed: int, max_steps: int, folder: Path) 
     stage = {**COMMON, **UNCHOSEN, **variant.training, "max_steps": max_steps}
     stages = {"heads": HEADS_STAGE, "main": stage} if variant.warm_heads else {"main": stage}
     recipe = {
-        "model": variant.model,
+        "model": "lite0-minilm",
         "model_config": variant.model_config,
         "data": {"source": source, "test_fraction": 0.0, "check_images": False},
         "training": {"output_dir": str(folder / "run"), "seed": seed},

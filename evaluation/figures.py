@@ -37,12 +37,14 @@ STYLE: Any = {
 MAX_NAMES = 40  # classes whose names fit beside a confusion matrix
 
 
-def draw_recall_curve(curves: Mapping[str, Mapping[str, Sequence[float]]], chance: Mapping[str, float]) -> str:
+def draw_recall_curve(
+    curves: Mapping[str, Mapping[str, Sequence[float]]], chance: Mapping[str, Sequence[float]]
+) -> str:
     """Draw R@k over k.
 
     Args:
         curves: by model, then by direction, recalls in [0, 1] for k from 1; a second model is dashed.
-        chance: `{direction}_r{k}` of a random order, whose points are drawn.
+        chance: by direction, the same of a random order.
 
     Returns:
         The SVG element.
@@ -56,16 +58,18 @@ def draw_recall_curve(curves: Mapping[str, Mapping[str, Sequence[float]]], chanc
                 axes.plot(
                     places, 100 * np.array(recalls), "--" if number else "-", color=COLORS[direction], label=label
                 )
-        for direction, color in COLORS.items():
-            points = {int(k): value for k, value in _by_k(chance, direction).items()}
-            axes.plot(list(points), [100 * value for value in points.values()], ":", color=color, alpha=0.6)
+        for direction, recalls in chance.items():
+            places = range(1, len(recalls) + 1)
+            axes.plot(places, 100 * np.array(recalls), ":", color=COLORS[direction], alpha=0.6)
         axes.plot([], [], ":", color=GREY, label="chance")
         axes.set_xscale("log")
-        axes.set_xticks([1, 5, 10, 50, 100], ["1", "5", "10", "50", "100"])
+        longest = max(map(len, chance.values()))
+        ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= longest]
+        axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
         axes.set(xlabel="k", ylabel="R@k, in %", ylim=(0, 100))
         axes.legend(loc="best")
-        return _svg(figure, "Recall at k for k from 1 to 100.")
+        return _svg(figure, f"Recall at k for k from 1 to {longest}.")
 
 
 def draw_ranks(ranks: Mapping[str, np.ndarray]) -> str:
@@ -132,17 +136,24 @@ def draw_compression(by_width: Mapping[int, float], by_precision: Mapping[str, f
     """
     largest = max(by_width)
     series = (
-        ("cut off, float32", "o-", BLUE, {4 * width: (str(width), by_width[width]) for width in sorted(by_width)}),
+        (
+            "cut off, float32",
+            "o-",
+            BLUE,
+            -15,
+            {4 * width: (str(width), by_width[width]) for width in sorted(by_width)},
+        ),
         (
             f"{largest} numbers of fewer bits",
             "s--",
             ORANGE,
+            7,
             {largest * PRECISIONS[name] / 8: (name, recall) for name, recall in by_precision.items()},
         ),
     )
     with rc_context(STYLE):
         figure, axes = _new()
-        for label, style, color, points in series:
+        for label, style, color, above, points in series:
             if len(points) > 1:
                 recalls = [100 * recall for _, recall in points.values()]
                 axes.plot(list(points), recalls, style, color=color, label=label)
@@ -150,7 +161,12 @@ def draw_compression(by_width: Mapping[int, float], by_precision: Mapping[str, f
                     if name == "float32":  # the last of the others already says so
                         continue
                     axes.annotate(
-                        name, (size, 100 * recall), textcoords="offset points", xytext=(0, 7), ha="center", color=color
+                        name,
+                        (size, 100 * recall),
+                        textcoords="offset points",
+                        xytext=(0, above),
+                        ha="center",
+                        color=color,
                     )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -189,11 +205,6 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> str:
 def _new(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.add_subplot()
-
-
-def _by_k(metrics: Mapping[str, float], direction: str) -> dict[str, float]:
-    start = f"{direction}_r"
-    return {name.removeprefix(start): value for name, value in metrics.items() if name.startswith(start)}
 
 
 def _svg(figure: Figure, title: str) -> str:

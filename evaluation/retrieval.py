@@ -11,6 +11,7 @@ from torch import Tensor
 from clipmini.inference.encoders import DualEncoder, check_widths
 from clipmini.training.intervals import Interval, bootstrap_intervals
 from clipmini.training.metrics import (
+    DIRECTIONS,
     PRECISION_AT,
     QueryScores,
     chance_metrics,
@@ -23,6 +24,7 @@ from clipmini.training.ranking import Ranking, rank_answers
 from .compression import cut_off, quantise
 from .diagnostics import Diagnostics, diagnose
 
+CURVE_END = 100  # the last k of a recall curve
 MAX_COMPARED = 2000  # pictures, and captions, whose similarities the histogram of non-matches counts
 
 
@@ -95,7 +97,8 @@ class RetrievalResult:
         diagnostics: the shape of the shared space.
         by_width: metrics of embeddings cut off at some widths, the whole width last.
         by_precision: metrics of embeddings rounded to fewer bits, by name as in `PRECISIONS`, "float32" first.
-        recall_curve: for each direction R@k for k from 1 to 100.
+        recall_curve: for each direction R@k for k from 1 to 100, or to all answers where there are fewer.
+        chance_curve: the same of a random order.
         own_similarities: (P,) cosines of the captions and their own pictures.
         other_similarities: cosines of captions and other pictures, of at most 2,000 of either.
         scores: of every query, to be compared with another model's.
@@ -111,6 +114,7 @@ class RetrievalResult:
     by_width: dict[int, dict[str, float]]
     by_precision: dict[str, dict[str, float]]
     recall_curve: dict[str, list[float]]
+    chance_curve: dict[str, list[float]]
     own_similarities: np.ndarray
     other_similarities: np.ndarray
     scores: dict[str, QueryScores]
@@ -179,6 +183,9 @@ def measure_retrieval(
         return retrieval_metrics(images, texts, *ids)
 
     own, others = _similarities(embeds)
+    by_chance = chance_metrics(*ids, recall_at=range(1, CURVE_END + 1))
+    num_answers = dict(zip(DIRECTIONS, (len(embeds.images), len(embeds.texts)), strict=True))
+    places = {direction: range(1, min(CURVE_END, number) + 1) for direction, number in num_answers.items()}
     return RetrievalResult(
         num_images=len(embeds.images),
         num_texts=len(embeds.texts),
@@ -202,9 +209,10 @@ def measure_retrieval(
             },
         },
         recall_curve={
-            direction: [(score.ranks < k).double().mean().item() for k in range(1, 101)]
+            direction: [(score.ranks < k).double().mean().item() for k in places[direction]]
             for direction, score in scores.items()
         },
+        chance_curve={direction: [by_chance[f"{direction}_r{k}"] for k in ks] for direction, ks in places.items()},
         own_similarities=own,
         other_similarities=others,
         scores=scores,

@@ -316,7 +316,7 @@ def _drawings(result: RetrievalResult, curves: Mapping[str, Mapping[str, Sequenc
     drawings = [
         {
             "title": "Recall curve",
-            "svg": draw_recall_curve(curves, result.chance),
+            "svg": draw_recall_curve(curves, result.chance_curve),
             "note": "How many queries have a right answer among the first k.",
         },
         {

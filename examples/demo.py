@@ -9,8 +9,8 @@ from clipmini.inference.search import draw_results, embed_folder, rank
 
 RUN = Path("runs/demo")
 HELD_OUT = Path(__file__).parent / "photos" / "test"
-# Parrots, carved faces and scissors are in no training picture: the model goes by what its towers knew before.
-QUERIES = ("a colourful parrot", "faces carved into a mountain", "a tool to cut paper")
+# Drummers, carved faces and scissors are in no training picture: the model goes by what its towers knew before.
+QUERIES = ("people making music", "faces carved into a mountain", "a tool to cut paper")
 
 
 def main() -> None:

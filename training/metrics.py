@@ -137,9 +137,9 @@ def chance_metrics(text_ids: Tensor, image_ids: Tensor, recall_at: Sequence[int]
     for direction, queries, answers in zip(DIRECTIONS, (text_ids, image_ids), (image_ids, text_ids), strict=True):
         num_answers = len(answers)
         num_right = count_ids(queries, answers.sort().values).double()
-        num_right = num_right[num_right > 0]
+        num_right, num_queries = num_right[num_right > 0].unique(return_counts=True)
         for k in recall_at:
             drawn = torch.arange(min(k, num_answers))
             miss = ((num_answers - num_right[:, None] - drawn) / (num_answers - drawn)).clamp(min=0).prod(dim=1)
-            metrics[f"{direction}_r{k}"] = (1 - miss).mean().item()
+            metrics[f"{direction}_r{k}"] = ((1 - miss) @ num_queries.double() / num_queries.sum()).item()
     return {**metrics, "mean_recall": sum(metrics.values()) / len(metrics)}

@@ -38,9 +38,14 @@ def test_all_parts_are_of_the_same_embeddings():
     assert list(result.by_precision) == ["float32", "int8", "binary"]
     assert result.by_precision["float32"] == result.by_width[8]
     for direction, curve in result.recall_curve.items():
-        assert len(curve) == 100
+        assert len(curve) == (20 if direction == "text_to_image" else 40)
         assert curve == sorted(curve)
         assert curve[4] == result.metrics[f"{direction}_r5"].value
+        assert curve[-1] == 1
+        chance = result.chance_curve[direction]
+        assert len(chance) == len(curve)
+        assert chance[4] == pytest.approx(result.chance[f"{direction}_r5"])
+        assert chance[-1] == pytest.approx(1)
     assert len(result.own_similarities) == 40
     assert len(result.other_similarities) == 20 * 40 - 40
 
