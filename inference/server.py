@@ -113,12 +113,14 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def run(app: Starlette, sock: socket.socket) -> None:
-    """Serve until Ctrl-C or SIGTERM; then answer what is under way, for at most `SHUTDOWN_S` seconds.
+def make_server(app: Starlette) -> uvicorn.Server:
+    """Set uvicorn up for an app: JSON and the log of errors, nothing else.
 
     Args:
         app: as `create_app` makes it.
-        sock: as `bind` gives it.
+
+    Returns:
+        The server. Once it is told to stop it answers what is under way, for at most `SHUTDOWN_S` seconds.
     """
     config = uvicorn.Config(
         app,
@@ -130,8 +132,18 @@ def run(app: Starlette, sock: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
+    return uvicorn.Server(config)
+
+
+def run(app: Starlette, sock: socket.socket) -> None:
+    """Serve until Ctrl-C.
+
+    Args:
+        app: as `create_app` makes it.
+        sock: as `bind` gives it.
+    """
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down in order, and then passes the signal on
-        uvicorn.Server(config).run(sockets=[sock])
+        make_server(app).run(sockets=[sock])
 
 
 class _Service:
