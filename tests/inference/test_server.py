@@ -7,7 +7,6 @@ import io
 import json
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from clipmini.inference import cli, server
 from clipmini.inference.encode import load_model
 from clipmini.inference.handler import RequestHandler
 from clipmini.inference.server import Limits, bind, create_app, make_server
+from serving import serve_command
 
 LABELS = ["a red square", "a blue disc", "nothing at all"]
 
@@ -312,19 +312,13 @@ class TestLimits:
 class TestCommand:
     def test_serves_until_ctrl_c(self, handler, tiny_folder, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        command = [sys.executable, "-m", "clipmini.inference.cli", "serve", str(tiny_folder), "--port", "0"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            try:
-                line = process.stdout.readline()
-                url = next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
-                answer = InferenceClient(base_url=url).zero_shot_image_classification(png(), LABELS)
-                expected = handler({"inputs": png(), "parameters": {"candidate_labels": LABELS}})
-                assert [item.label for item in answer] == [item["label"] for item in expected]
-                process.send_signal(signal.SIGINT)
-                rest, errors = process.communicate(timeout=60)
-                assert (process.returncode, rest, errors) == (0, "", "")
-            finally:
-                process.kill()
+        with serve_command(tiny_folder) as (url, process):
+            answer = InferenceClient(base_url=url).zero_shot_image_classification(png(), LABELS)
+            expected = handler({"inputs": png(), "parameters": {"candidate_labels": LABELS}})
+            assert [item.label for item in answer] == [item["label"] for item in expected]
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=60)
+            assert (process.returncode, rest, errors) == (0, "", "")
 
     @pytest.mark.parametrize(
         ("options", "words"),
