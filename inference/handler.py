@@ -33,7 +33,7 @@ FIXED = {"truncate": True, "truncation_direction": "right", "encoding_format": "
 DEFAULT_TEMPLATE = "This is a photo of {}."  # of transformers' pipeline
 
 MAX_IMAGE_BYTES = 32 * 2**20
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 50_000_000  # of all pictures of a request together
 MANY_PIXELS = 16_000_000  # pictures of more are decoded one after the other: each takes up to 20 bytes a pixel
 MAX_ASPECT_RATIO = 100  # resizing the shorter edge to 224 makes 5 megapixels of 1:100, and a gigapixel of 1:20,000
 MAX_IMAGES = 32
@@ -69,8 +69,9 @@ class RequestHandler:
 
     IMAGE is base64, a data URL, `{"image": ...}` with one of these, bytes, or a Pillow picture; the Hub's widget sends
     `image` in place of `inputs`. Labels are a list, or one string with commas between them. In place of one picture or
-    text a list may stand, and then the answer is a list of answers. `task` need be given only where labels, or texts
-    that are no base64, do not tell; "image-feature-extraction" takes strings for pictures.
+    text a list may stand, and then the answer is a list of answers. Where no `task` is given, strings without labels
+    are texts to embed, and all else is to be classified; the task "image-feature-extraction" takes strings for
+    pictures.
 
     Threads may share it.
 
@@ -137,21 +138,25 @@ class RequestHandler:
         vectors: list[Any] = (F.normalize(embeds, dim=-1) if normalize else embeds).tolist()
         return vectors
 
-    def _embed_images(self, images: list[Any]) -> Tensor:
+    def _embed_images(self, sources: list[Any]) -> Tensor:
         """Embed pictures, before normalisation: to (I, D) float32. One at a time is decoded, whatever their number."""
-        if not 1 <= len(images) <= MAX_IMAGES:
-            raise RequestError(f"{len(images)} pictures are not allowed; send 1 to {MAX_IMAGES} in a request.")
-        return torch.cat([self._embed_image(image) for image in images])
+        if not 1 <= len(sources) <= MAX_IMAGES:
+            raise RequestError(f"{len(sources)} pictures are not allowed; send 1 to {MAX_IMAGES} in a request.")
+        images = [open_image(source) for source in sources]
+        megapixels = sum(image.width * image.height for image in images) / 1e6
+        if megapixels > MAX_PIXELS / 1e6:
+            raise RequestError(f"{megapixels:.1f} megapixels are over the limit of {MAX_PIXELS / 1e6:.0f}.", 413)
+        embeds = []
+        while images:
+            embeds.append(self._embed_image(images.pop(0)))
+        return torch.cat(embeds)
 
-    def _embed_image(self, source: Any) -> Tensor:
-        image = open_image(source)
+    def _embed_image(self, image: Image.Image) -> Tensor:
         is_large = image.width * image.height > MANY_PIXELS
         with self._memory_lock if is_large else contextlib.nullcontext():
             try:
                 image.load()
-            except (
-                Exception
-            ) as error:  # Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error, ...
+            except Exception as error:  # Pillow's plugins raise nearly anything
                 reason = " ".join(str(error).split())
                 raise RequestError(f"The picture is truncated or damaged ({reason}).") from error
             pixel_values = self.processor(images=[image])["pixel_values"]
@@ -193,7 +198,7 @@ class EndpointHandler(RequestHandler):
 
 
 def open_image(source: Any) -> Image.Image:
-    """Open a picture that came with a request; what is wrong with it must show before it is decoded.
+    """Open a picture that came with a request, so that its size can be seen before it is decoded.
 
     Args:
         source: base64, a data URL, bytes, a Pillow picture, or `{"image": ...}` with one of these.
@@ -202,8 +207,7 @@ def open_image(source: Any) -> Image.Image:
         The picture, not decoded yet; an animation stands at its first frame.
 
     Raises:
-        RequestError: it is something else, of over `MAX_IMAGE_BYTES` or `MAX_PIXELS`, or longer than
-            `MAX_ASPECT_RATIO`.
+        RequestError: it is something else, of over `MAX_IMAGE_BYTES`, or longer than `MAX_ASPECT_RATIO`.
     """
     if isinstance(source, dict):
         source = source.get("image")
@@ -214,9 +218,6 @@ def open_image(source: Any) -> Image.Image:
     if not isinstance(source, Image.Image):
         raise RequestError(f"{reprlib.repr(source)} is no picture; send its bytes, in JSON as base64.")
     width, height = source.size
-    if width * height > MAX_PIXELS:
-        limit = f"the limit of {MAX_PIXELS // 1_000_000} megapixels"
-        raise RequestError(f"The picture has {width}x{height} pixels, over {limit}; make it smaller.", 413)
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise RequestError(f"The picture has {width}x{height} pixels, longer than 1:{MAX_ASPECT_RATIO}; crop it.")
     return source
@@ -228,9 +229,9 @@ def _open(content: bytes | bytearray) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise RequestError(f"The picture is over the limit of {MAX_PIXELS // 1_000_000} megapixels.", 413) from error
+        raise RequestError(f"The picture is over the limit of {MAX_PIXELS / 1e6:.0f} megapixels.", 413) from error
     except Exception as error:
-        raise RequestError(f"The picture is none that can be read; send one of {', '.join(FORMATS)}.") from error
+        raise RequestError(f"The picture cannot be read; send one of {', '.join(FORMATS)}.") from error
 
 
 def _decode_base64(text: str) -> bytes:
