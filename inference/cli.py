@@ -271,6 +271,33 @@ def evaluate(
     typer.echo(f"The report is in {folder / 'report.html'}")
 
 
+@app.command(epilog="Example: clipmini serve runs/demo/model --port 8000")
+def serve(
+    model: ModelName,
+    host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any that is free.")] = 8000,
+    num_workers: Annotated[int, typer.Option("--workers", help="Requests that the model works on at once.")] = 2,
+    max_body_mib: Annotated[int, typer.Option("--max-body-mib", help="Largest request taken, in MiB.")] = 16,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds an answer may take.")] = 60.0,
+) -> None:
+    """Answer Hugging Face's clients over HTTP: zero-shot image classification and feature extraction."""
+    try:
+        from .server import Limits, bind, create_app, run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve needs {error.name}, which is not installed: pip install 'clipmini[serve]'.") from None
+    from .encode import load_model
+    from .handler import RequestHandler
+
+    with working():
+        limits = Limits(max_body_bytes=max_body_mib * 2**20, num_workers=num_workers, compute_timeout_s=timeout_s)
+        sock = bind(host, port)
+        server = create_app(RequestHandler(*load_model(model)), limits)
+    sock.listen()  # from here on clients may come
+    address = f"[{host}]" if ":" in host else host
+    typer.echo(f"Serving {model} at http://{address}:{sock.getsockname()[1]} until Ctrl-C")
+    run(server, sock)
+
+
 def _report_folder(model: str, data: str, task: str, split: str | None) -> Path:
     """Name a folder for each model, data, task and split, beside a model that is a folder here."""
     parts = ["evaluation", *([] if task == "retrieval" else [task]), Path(data).stem, *filter(None, [split])]

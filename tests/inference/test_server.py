@@ -1,0 +1,351 @@
+"""The server over real sockets: what clients send, what they send wrongly, and too much of it."""
+
+import contextlib
+import gzip
+import http.client
+import io
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import huggingface_hub.constants
+import pytest
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+from typer.testing import CliRunner
+
+from clipmini.inference import cli, server
+from clipmini.inference.encode import load_model
+from clipmini.inference.handler import RequestHandler
+from clipmini.inference.server import Limits, bind, create_app, make_server
+from serving import serve_command
+
+LABELS = ["a red square", "a blue disc", "nothing at all"]
+
+
+@contextlib.contextmanager
+def serving(handler, **limits):
+    """Serve from a thread; give the address, and the server."""
+    sock = bind("127.0.0.1", 0)
+    sock.listen()
+    running = make_server(create_app(handler, Limits(**limits)))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        yield sock.getsockname(), running
+    finally:
+        running.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def ask(address, body, path="/", method="POST", timeout=30, **options):
+    """Send one request; give status, JSON and headers of the answer."""
+    connection = http.client.HTTPConnection(*address, timeout=timeout)
+    with contextlib.closing(connection):
+        connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body).encode(), **options)
+        response = connection.getresponse()
+        assert response.headers["Content-Type"] == "application/json"
+        return response.status, json.loads(response.read()), response.headers
+
+
+def connect_until_refused(address):
+    while True:
+        socket.create_connection(address, timeout=30).close()
+        time.sleep(0.01)
+
+
+class Gate:
+    """A handler that answers when it is let."""
+
+    def __init__(self):
+        self.entered, self.open = threading.Semaphore(0), threading.Event()
+
+    def __call__(self, data):
+        self.entered.release()
+        assert self.open.wait(30)
+        return [data["inputs"]]
+
+    def wait_entered(self):
+        assert self.entered.acquire(timeout=30)
+
+
+@pytest.fixture
+def gate():
+    gate = Gate()
+    yield gate
+    gate.open.set()
+
+
+def png(size=(60, 40), color="red"):
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def handler(tiny_folder):
+    return RequestHandler(*load_model(tiny_folder))
+
+
+@pytest.fixture(scope="module")
+def address(handler):
+    with serving(handler) as (address, _):
+        yield address
+
+
+@pytest.fixture
+def url(address, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # to reach this machine
+    return "http://{}:{}".format(*address)
+
+
+class TestInferenceClient:
+    @pytest.mark.parametrize("form", ["bytes", "path", "name"])
+    def test_classifies(self, handler, url, form, tmp_path):
+        path = tmp_path / "red.png"
+        path.write_bytes(png())
+        image = {"bytes": png(), "path": path, "name": str(path)}[form]
+        client = InferenceClient(base_url=url) if form == "bytes" else InferenceClient(model=url)
+        answer = client.zero_shot_image_classification(image, LABELS, hypothesis_template="a photo of {}")
+        parameters = {"candidate_labels": LABELS, "hypothesis_template": "a photo of {}"}
+        expected = handler({"inputs": png(), "parameters": parameters})
+        assert [(item.label, item.score) for item in answer] == [(item["label"], item["score"]) for item in expected]
+
+    def test_embeds_texts(self, handler, url):
+        client = InferenceClient(model=url)
+        assert client.feature_extraction("a fish").tolist() == pytest.approx(handler({"inputs": "a fish"}), abs=1e-6)
+        vectors = client.feature_extraction(["a fish", "a dog"], normalize=True, dimensions=5, truncate=True)
+        assert vectors.shape == (2, 5)
+
+    def test_is_told_what_was_wrong(self, url):
+        client = InferenceClient(model=url)
+        with pytest.raises(HfHubHTTPError, match="given twice") as caught:
+            client.zero_shot_image_classification(png(), ["a", "a"])
+        assert caught.value.response.status_code == 422
+
+
+class TestRequests:
+    def test_a_picture_as_it_is(self, handler, address):
+        status, answer, _ = ask(address, png(), "/?candidate_labels=a%20fish,dog&hypothesis_template=%7B%7D")
+        parameters = {"candidate_labels": ["a fish", "dog"], "hypothesis_template": "{}"}
+        assert (status, answer) == (200, handler({"inputs": png(), "parameters": parameters}))
+        repeated = "/?candidate_labels=a%20fish&candidate_labels=dog&hypothesis_template=%7B%7D"
+        options = {"headers": {"Content-Type": "application/x-www-form-urlencoded"}}  # what curl says
+        assert ask(address, png(), repeated, **options)[1] == answer
+
+    def test_features_by_query(self, address):
+        whole = ask(address, png(), "/?task=feature-extraction&normalize=false")[1]
+        assert ask(address, png(), "/pipeline/feature-extraction?normalize=false&truncate_dim=3")[1] == whole[:3]
+
+    @pytest.mark.parametrize("path", ["/models/org/name", "/models/name/pipeline/{task}", "/pipeline/{task}"])
+    def test_paths_of_the_hub(self, handler, address, path):
+        body = {"inputs": "a fish", "normalize": False}
+        assert ask(address, body, path.format(task="feature-extraction"))[:2] == (200, handler(body))
+
+    def test_health(self, address):
+        assert ask(address, b"", "/health", "GET")[:2] == (200, {"status": "ok", "waiting": 0})
+
+    def test_many_at_once(self, handler, address):
+        colors = [(40 * red, 40 * green, 90) for red in range(6) for green in range(6)]
+        with ThreadPoolExecutor(36) as pool:
+            answers = list(pool.map(lambda color: ask(address, png(color=color), "/?candidate_labels=a,b"), colors))
+        parameters = {"candidate_labels": ["a", "b"]}
+        for color, (status, answer, _) in zip(colors, answers, strict=True):
+            assert (status, answer) == (200, handler({"inputs": png(color=color), "parameters": parameters}))
+
+
+MALFORMED = [
+    (b"", 422, "cannot be read"),
+    (b"{", 400, "not JSON"),
+    (b'{"inputs": "a",}', 400, "not JSON"),
+    (b'{"inputs": "\xff"}', 400, "not JSON"),
+    (b'{"inputs": {"image": ""}, "parameters": {"candidate_labels": ["\\ud800"]}}', 422, "UTF-8"),
+    (b'{"inputs": NaN}', 422, "nan is no picture"),
+    (b'{"inputs": ' + b"[" * 100_000, 400, "not JSON"),
+    (b'{"inputs": ' + b"9" * 5000 + b"}", 400, "not JSON"),
+    (b'{"parameters": []}', 422, "no inputs"),
+    (b"{}", 422, "no inputs"),
+    (b"\x00" * 1000, 422, "cannot be read"),
+    (b"--boundary\r\nContent-Disposition: form-data", 422, "cannot be read"),
+]
+
+
+class TestErrors:
+    @pytest.mark.parametrize(("body", "status", "words"), MALFORMED, ids=range(len(MALFORMED)))
+    def test_malformed_bodies(self, address, body, status, words):
+        answered_status, answer, _ = ask(address, body, "/?candidate_labels=a,b")
+        assert (answered_status, set(answer)) == (status, {"error"})
+        assert words in answer["error"]
+
+    @pytest.mark.parametrize("body", [b"", b"[]", b"3"])
+    def test_what_is_called_json_must_be_it(self, address, body):
+        status, answer, _ = ask(address, body, headers={"Content-Type": "application/json"})
+        assert status in (400, 422)
+        assert "JSON" in answer["error"]
+
+    def test_compressed_bodies(self, address):
+        for body in (gzip.compress(b'{"inputs": "a"}'), b"no gzip"):
+            status, answer, _ = ask(address, body, headers={"Content-Encoding": "gzip"})
+            assert (status, "'gzip'" in answer["error"]) == (415, True)
+
+    def test_paths_and_methods(self, address):
+        assert ask(address, b"", "/none")[:2] == (404, {"error": "Not Found"})
+        status, answer, headers = ask(address, b"", "/", "GET")
+        assert (status, answer, headers["Allow"]) == (405, {"error": "Method Not Allowed"}, "POST")
+        assert ask(address, b"", "/health")[0] == 405
+        assert ask(address, {"inputs": "a"}, "/pipeline/text-generation")[0] == 422
+
+    def test_bombs(self, address):
+        file = io.BytesIO()
+        Image.new("1", (7100, 7100)).save(file, "PNG")
+        assert ask(address, file.getvalue(), "/?candidate_labels=a,b")[0] == 413
+
+    def test_lists_of_lists(self, address, monkeypatch):
+        monkeypatch.setattr(server, "MAX_COMMAS", 3)
+        assert ask(address, {"inputs": ["a", "b", "c", "d"]})[0] == 200
+        status, answer, _ = ask(address, {"inputs": [[], [], [], [], []]})
+        assert (status, "commas" in answer["error"]) == (413, True)
+
+    def test_a_bug_is_not_told(self):
+        def fail(data):
+            if data["inputs"] == "nan":
+                return [float("nan")]
+            raise RuntimeError("secret")
+
+        with serving(fail) as (address, _):
+            for text in ("secret", "nan"):
+                status, answer, _ = ask(address, {"inputs": text})
+                assert (status, answer) == (500, {"error": "The server failed; its log says why."})
+
+    def test_bad_limits(self):
+        with pytest.raises(ValueError, match="num_workers=0 is not allowed"):
+            Limits(num_workers=0)
+
+
+class TestLimits:
+    def test_large_bodies(self, gate):
+        gate.open.set()
+        with serving(gate, max_body_bytes=1000) as (address, _):
+            fits = {"inputs": "a" * (1000 - len('{"inputs": ""}'))}
+            assert ask(address, fits)[0] == 200
+            for body in (b"{" * 1001, b"x" * 5_000_000):
+                status, answer, _ = ask(address, body)
+                assert (status, "limit of 1000 bytes" in answer["error"]) == (413, True)
+
+            def chunks():
+                for _ in range(50):
+                    yield b"x" * 100_000
+
+            connection = http.client.HTTPConnection(*address, timeout=30)  # no Content-Length
+            with contextlib.closing(connection):
+                connection.request("POST", "/", chunks(), {"Transfer-Encoding": "chunked"}, encode_chunked=True)
+                assert connection.getresponse().status == 413
+            assert ask(address, fits)[0] == 200
+
+    def test_slow_uploads(self, gate):
+        gate.open.set()
+        with serving(gate, upload_timeout_s=0.3, max_active=1) as (address, _):
+            with socket.create_connection(address, timeout=30) as slow:
+                slow.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+                answer = slow.makefile("rb").read()  # to the end: the server hangs up
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert b'{"error":"The body took more than 0.3 seconds."}' in answer
+            assert ask(address, {"inputs": "a"})[0] == 200
+
+    def test_clients_that_leave(self, gate):
+        gate.open.set()
+        with serving(gate, max_active=1) as (address, _):
+            for _ in range(3):
+                with socket.create_connection(address, timeout=30) as leaving:
+                    leaving.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert ask(address, {"inputs": "a"})[0] == 200
+
+    def test_a_full_queue(self, gate):
+        with serving(gate, max_active=1, max_waiting=1) as (address, _), ThreadPoolExecutor(2) as pool:
+            first = pool.submit(ask, address, {"inputs": "first"})
+            gate.wait_entered()
+            second = pool.submit(ask, address, {"inputs": "second"})
+            while ask(address, b"", "/health", "GET")[1]["waiting"] == 0:
+                time.sleep(0.01)
+            status, answer, headers = ask(address, {"inputs": "third"})
+            assert (status, headers["Retry-After"], "busy" in answer["error"]) == (503, "1", True)
+            gate.open.set()
+            assert first.result(30)[:2] == (200, ["first"])
+            assert second.result(30)[:2] == (200, ["second"])
+
+    def test_a_long_queue(self, gate):
+        with serving(gate, max_active=1, wait_timeout_s=0.2) as (address, _), ThreadPoolExecutor(1) as pool:
+            first = pool.submit(ask, address, {"inputs": "first"})
+            gate.wait_entered()
+            assert ask(address, {"inputs": "second"})[0] == 503
+            gate.open.set()
+            assert first.result(30)[0] == 200
+
+    def test_long_answers(self, gate):
+        limits = {"max_active": 2, "num_workers": 1, "wait_timeout_s": 0.2, "compute_timeout_s": 0.3}
+        with serving(gate, **limits) as (address, _):
+            status, answer, _ = ask(address, {"inputs": "first"})
+            assert (status, answer) == (504, {"error": "The answer took more than 0.3 seconds."})
+            assert ask(address, {"inputs": "never begun"})[0] == 504  # its place is free again, the first one's is not
+            assert ask(address, b"", "/health", "GET")[0] == 200
+            gate.open.set()
+            assert ask(address, {"inputs": "third"})[:2] == (200, ["third"])
+            assert gate.entered._value == 2
+
+    def test_a_stopped_server_answers_what_is_under_way(self, gate):
+        with serving(gate) as (address, running), ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(ask, address, {"inputs": "last"})
+            gate.wait_entered()
+            running.should_exit = True
+            with pytest.raises(ConnectionRefusedError):
+                connect_until_refused(address)
+            gate.open.set()
+            assert answer.result(30)[:2] == (200, ["last"])
+
+
+class TestCommand:
+    def test_serves_until_ctrl_c(self, handler, tiny_folder, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        with serve_command(tiny_folder) as (url, process):
+            answer = InferenceClient(base_url=url).zero_shot_image_classification(png(), LABELS)
+            expected = handler({"inputs": png(), "parameters": {"candidate_labels": LABELS}})
+            assert [item.label for item in answer] == [item["label"] for item in expected]
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=60)
+            assert (process.returncode, rest, errors) == (0, "", "")
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["{folder}", "--port", "{port}"], ["127.0.0.1 port {port}", "in use", "--port"]),
+            (["{folder}", "--host", "256.0.0.1"], ["256.0.0.1"]),
+            (["{folder}", "--port", "70000"], ["--port"]),
+            (["{folder}", "--workers", "0"], ["num_workers=0"]),
+            (["{folder}/none", "--port", "0"], ["none does not exist"]),
+        ],
+    )
+    def test_bad_input(self, tiny_folder, options, words):
+        with bind("127.0.0.1", 0) as taken:
+            taken.listen()
+            values = {"folder": tiny_folder, "port": taken.getsockname()[1]}
+            arguments = ["serve", *(option.format(**values) for option in options)]
+            result = CliRunner().invoke(cli.app, arguments, prog_name="clipmini")
+        assert (result.exit_code, result.stdout) == (2, "")
+        for word in words:
+            assert word.format(**values) in result.stderr.splitlines()[-1]
+
+    def test_without_the_extra(self, tiny_folder, monkeypatch):
+        monkeypatch.setitem(sys.modules, "uvicorn", None)
+        monkeypatch.delitem(sys.modules, "clipmini.inference.server")
+        result = CliRunner().invoke(cli.app, ["serve", str(tiny_folder)])
+        assert result.exit_code == 2
+        assert result.stderr == "error: serve needs uvicorn, which is not installed: pip install 'clipmini[serve]'.\n"
+
+    def test_help_has_an_example(self):
+        assert "Example: clipmini serve " in CliRunner().invoke(cli.app, ["serve", "--help"]).stdout

@@ -1,0 +1,83 @@
+"""transformers' zero-shot pipeline on a saved folder, in every way that it is called."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+
+LABELS = ["a red square", "a blue disc", "nothing"]
+
+
+@pytest.fixture(scope="module")
+def classify(tiny_folder):
+    return pipeline("zero-shot-image-classification", model=str(tiny_folder))
+
+
+@pytest.fixture(scope="module")
+def expect(tiny_folder):
+    """The same scores from the model itself, without the pipeline."""
+    model, processor = (
+        ClipMiniModel.from_pretrained(tiny_folder).eval(),
+        ClipMiniProcessor.from_pretrained(tiny_folder),
+    )
+
+    def score(image, labels=LABELS, template="This is a photo of {}."):
+        with torch.no_grad():
+            inputs = processor(images=[image], text=[template.format(label) for label in labels], truncation=False)
+            scores = model(**inputs).logits_per_image.softmax(dim=-1)[0].tolist()
+        return sorted(zip(labels, scores, strict=True), key=lambda item: -item[1])
+
+    return score
+
+
+@pytest.fixture
+def pictures():
+    ramp = Image.linear_gradient("L")
+    return [
+        Image.merge("RGB", [ramp.rotate(90 * turn).resize(size) for turn in range(3)])
+        for size in ((200, 120), (80, 80), (64, 160))
+    ]
+
+
+def assert_same(answer, expected):
+    assert [item["label"] for item in answer] == [label for label, _ in expected]
+    assert [item["score"] for item in answer] == pytest.approx([score for _, score in expected], abs=1e-5)
+
+
+def test_pillow_picture_and_path(classify, expect, pictures, tmp_path):
+    file = tmp_path / "picture.png"
+    pictures[0].save(file)
+    for picture in (pictures[0], str(file)):
+        assert_same(classify(picture, candidate_labels=LABELS), expect(pictures[0]))
+
+
+@pytest.mark.parametrize("batch_size", [None, 2, 3])
+def test_several_pictures(classify, expect, pictures, batch_size):
+    answers = classify(pictures, candidate_labels=LABELS, batch_size=batch_size)
+    for picture, answer in zip(pictures, answers, strict=True):
+        assert_same(answer, expect(picture))
+
+
+@pytest.mark.parametrize("template", ["{}", "a photo of a {}.", "{} in a drawing"])
+def test_templates(classify, expect, pictures, template):
+    answer = classify(pictures[0], candidate_labels=LABELS, hypothesis_template=template)
+    assert_same(answer, expect(pictures[0], template=template))
+
+
+def test_one_label(classify, pictures):
+    assert classify(pictures[0], candidate_labels=["a"]) == [{"label": "a", "score": 1.0}]
+
+
+def test_long_labels(classify, expect, pictures):
+    """The pipeline pads but does not cut; the model does."""
+    labels = ["short", "a label of very many words " * 200, "another one of very many words " * 300]
+    assert_same(classify(pictures[0], candidate_labels=labels), expect(pictures[0], labels))
+    cut = classify(pictures[0], candidate_labels=labels, tokenizer_kwargs={"truncation": True})
+    assert sum(item["score"] for item in cut) == pytest.approx(1)
+
+
+def test_many_labels(classify, expect, pictures):
+    labels = [f"thing number {number}" for number in range(500)]
+    assert_same(classify(pictures[0], candidate_labels=labels), expect(pictures[0], labels))
