@@ -6,11 +6,12 @@ the Hub gets; this one is not uploaded.
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
+from .base_clipmini import ClipMiniOutput, ClipMiniPreTrainedModel
 from .configuration_clipmini import ClipMiniConfig
 from .loss_clipmini import infonce_loss, sigmoid_loss
 from .modeling_clipmini import ClipMiniModel
 from .processing_clipmini import ClipMiniProcessor
-from .towers_clipmini import ClipMiniOutput, ClipMiniPreTrainedModel, ClipMiniTextModel, ClipMiniVisionModel
+from .towers_clipmini import ClipMiniTextModel, ClipMiniVisionModel
 
 __all__ = [
     "ClipMiniConfig",
