@@ -6,7 +6,7 @@ the Hub gets; this one is not uploaded.
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
-from .base_clipmini import ClipMiniOutput, ClipMiniPreTrainedModel
+from .base_clipmini import ClipMiniOutput, ClipMiniPreTrainedModel, ClipMiniTextOutput, ClipMiniVisionOutput
 from .configuration_clipmini import ClipMiniConfig
 from .loss_clipmini import infonce_loss, sigmoid_loss
 from .modeling_clipmini import ClipMiniModel
@@ -20,7 +20,9 @@ __all__ = [
     "ClipMiniPreTrainedModel",
     "ClipMiniProcessor",
     "ClipMiniTextModel",
+    "ClipMiniTextOutput",
     "ClipMiniVisionModel",
+    "ClipMiniVisionOutput",
     "infonce_loss",
     "sigmoid_loss",
 ]

@@ -39,7 +39,7 @@ NO_PICKLES = (
 
 @dataclass
 class ClipMiniOutput(ModelOutput):
-    """What the models return; fields that do not apply are None.
+    """What the dual encoder returns; fields that do not apply are None.
 
     Attributes:
         loss: scalar contrastive loss, at least 0.
@@ -62,6 +62,38 @@ class ClipMiniOutput(ModelOutput):
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the fields that are set, nested outputs as tuples too."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+@dataclass
+class ClipMiniVisionOutput(ModelOutput):
+    """What the image half alone returns.
+
+    Attributes:
+        image_embeds: (I, D) image embeddings of length 1.
+        last_hidden_state: the tower's last features, of the shape that its architecture has.
+        hidden_states: the feature maps of its stages, where asked for.
+    """
+
+    image_embeds: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ClipMiniTextOutput(ModelOutput):
+    """What the caption half alone returns.
+
+    Attributes:
+        text_embeds: (T, D) caption embeddings of length 1.
+        last_hidden_state: (T, L, W) the tower's last token states.
+        hidden_states: the same of all its layers, where asked for.
+        attentions: the attention weights of all its layers, where asked for.
+    """
+
+    text_embeds: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class ClipMiniProjection(nn.Module):
@@ -168,6 +200,7 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
         if vision_model is not None:
             if vision_model.supports_gradient_checkpointing:
                 vision_model._set_gradient_checkpointing(enable)
+                vision_model.gradient_checkpointing = enable  # where transformers looks
             elif enable:
                 logger.warning(
                     f"timm's {self.config.vision_config.architecture} has no gradient checkpointing: the vision tower "

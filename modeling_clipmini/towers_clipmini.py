@@ -18,7 +18,7 @@ from transformers import AutoModel, TimmWrapperModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, logging
 
-from .base_clipmini import ClipMiniOutput, ClipMiniPreTrainedModel, normalise
+from .base_clipmini import ClipMiniPreTrainedModel, ClipMiniTextOutput, ClipMiniVisionOutput, normalise
 from .configuration_clipmini import ClipMiniConfig
 from .encoding_clipmini import encode, prepare_picture
 
@@ -307,10 +307,14 @@ class ClipMiniVisionModel(ClipMiniVisionHalf):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> ClipMiniOutput:
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> ClipMiniVisionOutput:
         """Embed `pixel_values` (I, 3, height, width); `image_embeds` of the output is (I, D), of length 1."""
-        outputs = self.get_image_features(pixel_values, **kwargs)
-        return ClipMiniOutput(image_embeds=normalise(outputs.pooler_output), vision_model_output=outputs)
+        outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
+        return ClipMiniVisionOutput(
+            image_embeds=normalise(outputs.pooler_output),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+        )
 
 
 class ClipMiniTextModel(ClipMiniTextHalf):
@@ -326,7 +330,12 @@ class ClipMiniTextModel(ClipMiniTextHalf):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> ClipMiniOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> ClipMiniTextOutput:
         """Embed captions, (T, L) token ids; `text_embeds` of the output is (T, D), of length 1."""
-        outputs = self.get_text_features(input_ids, attention_mask, **kwargs)
-        return ClipMiniOutput(text_embeds=normalise(outputs.pooler_output), text_model_output=outputs)
+        outputs = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
+        return ClipMiniTextOutput(
+            text_embeds=normalise(outputs.pooler_output),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
