@@ -17,7 +17,9 @@ from transformers.utils import can_return_tuple, logging
 
 from .base_clipmini import ClipMiniOutput, load_safetensors, normalise
 from .configuration_clipmini import ClipMiniConfig
+from .encoding_clipmini import encode  # noqa: F401 - transformers before 5.12 finds, in a local folder, only
 from .loss_clipmini import infonce_loss, pairwise_logits, sigmoid_loss
+from .processing_clipmini import ClipMiniProcessor  # noqa: F401 - what the file that it loads imports itself
 from .towers_clipmini import ClipMiniTextHalf, ClipMiniVisionHalf
 
 

@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple, logging
 from .base_clipmini import ClipMiniPreTrainedModel, ClipMiniTextOutput, ClipMiniVisionOutput, normalise
 from .configuration_clipmini import ClipMiniConfig
 from .encoding_clipmini import encode, prepare_picture
+from .processing_clipmini import ClipMiniProcessor  # noqa: F401 - as in modeling_clipmini.py
 
 logger = logging.get_logger(__name__)
 

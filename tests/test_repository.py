@@ -51,6 +51,17 @@ def test_uploaded_code_survives_transformers_import_scanner(path):
             assert re.match(r"from \.\w+_clipmini import ", line), line
 
 
+@pytest.mark.parametrize("name", ["configuration", "processing", "modeling", "towers"])
+def test_what_transformers_loads_imports_all_that_it_needs_itself(name):
+    """Before 5.12 it copies, of a local folder, that file and its own imports, and not what these import."""
+
+    def siblings(name):
+        source = (ROOT / "modeling_clipmini" / f"{name}_clipmini.py").read_text(encoding="utf-8")
+        return set(re.findall(r"^from \.(\w+)_clipmini import", source, re.MULTILINE))
+
+    assert siblings(name) >= set().union(*map(siblings, siblings(name)))
+
+
 @pytest.mark.parametrize("path", ALL_PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_short_and_have_a_name_that_says_something(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400

@@ -18,6 +18,8 @@ def run_as_stranger(code, folder, *arguments, check=True):
     """Run code in a folder, where clipmini cannot be imported, with module and Hub caches of its own."""
     environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", PROLOGUE + code, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=check, stdin=subprocess.DEVNULL
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
+    assert not (check and result.returncode), result.stderr
+    return result
