@@ -27,7 +27,11 @@ test: .venv/.installed  ## the fast tests
 .PHONY: test-all
 test-all: .venv/.installed  ## every test, the slow ones too
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps clip-benchmark  # a peer to agree with
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not gpu'
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not gpu and not versions'
+
+.PHONY: test-versions
+test-versions: .venv/.installed  ## a saved folder under seven versions of transformers, installed apart
+	$(BIN)/python -m pytest -m versions tests/versions
 
 .PHONY: check
 check: .venv/.installed  ## ruff and mypy

@@ -6,11 +6,12 @@ the Hub gets; this one is not uploaded.
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
+from .base_clipmini import ClipMiniOutput, ClipMiniPreTrainedModel, ClipMiniTextOutput, ClipMiniVisionOutput
 from .configuration_clipmini import ClipMiniConfig
 from .loss_clipmini import infonce_loss, sigmoid_loss
 from .modeling_clipmini import ClipMiniModel
 from .processing_clipmini import ClipMiniProcessor
-from .towers_clipmini import ClipMiniOutput, ClipMiniPreTrainedModel, ClipMiniTextModel, ClipMiniVisionModel
+from .towers_clipmini import ClipMiniTextModel, ClipMiniVisionModel
 
 __all__ = [
     "ClipMiniConfig",
@@ -19,7 +20,9 @@ __all__ = [
     "ClipMiniPreTrainedModel",
     "ClipMiniProcessor",
     "ClipMiniTextModel",
+    "ClipMiniTextOutput",
     "ClipMiniVisionModel",
+    "ClipMiniVisionOutput",
     "infonce_loss",
     "sigmoid_loss",
 ]

@@ -4,6 +4,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:  # this file is the first that any loader imports
+    raise ImportError(
+        f"clipmini models need transformers 5.0 or newer, and {transformers.__version__} is installed: "
+        'pip install --upgrade "transformers>=5.0".'
+    )
+
 from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
 
 PROJECTIONS = ("linear", "mlp")

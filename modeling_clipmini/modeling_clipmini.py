@@ -15,9 +15,12 @@ from transformers import AutoConfig, AutoModel, TimmWrapperConfig, TimmWrapperMo
 from transformers import initialization as init
 from transformers.utils import can_return_tuple, logging
 
+from .base_clipmini import ClipMiniOutput, load_safetensors, normalise
 from .configuration_clipmini import ClipMiniConfig
+from .encoding_clipmini import encode  # noqa: F401 - transformers before 5.12 finds, in a local folder, only
 from .loss_clipmini import infonce_loss, pairwise_logits, sigmoid_loss
-from .towers_clipmini import ClipMiniOutput, ClipMiniTextHalf, ClipMiniVisionHalf, normalise
+from .processing_clipmini import ClipMiniProcessor  # noqa: F401 - what the file that it loads imports itself
+from .towers_clipmini import ClipMiniTextHalf, ClipMiniVisionHalf
 
 
 class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
@@ -166,12 +169,12 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
 
 
 def _load_tower(auto_class: Any, path: str, options: dict[str, Any]) -> nn.Module:
-    """Load a pretrained tower in float32 and see that the checkpoint held all of it."""
+    """Load a pretrained tower in float32, from safetensors, and see that the checkpoint held all of it."""
     options = {"dtype": torch.float32, **options, "output_loading_info": True}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a classifier left over is as it should be, and what is missing is an error below
     try:
-        tower, info = auto_class.from_pretrained(path, **options)
+        tower, info = load_safetensors(auto_class.from_pretrained, path, **options)
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # pooling is ours

@@ -7,6 +7,7 @@ from typing import Any
 import timm.data
 from PIL import Image, ImageOps
 from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, TimmWrapperConfig
+from transformers.processing_utils import ProcessingKwargs
 
 from .configuration_clipmini import ClipMiniConfig
 
@@ -89,6 +90,15 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class ClipMiniProcessorKwargs(ProcessingKwargs, total=False):
+    """What a call may say; captions are padded to the longest and cut to `model_max_length` unless it does."""
+
+    _defaults = {  # type: ignore[misc]  # noqa: RUF012 - transformers' API
+        "text_kwargs": {"padding": True, "truncation": True},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
 class ClipMiniProcessor(ProcessorMixin):
     """A stock image processor and the text tower's tokenizer behind one call.
 
@@ -96,6 +106,8 @@ class ClipMiniProcessor(ProcessorMixin):
         image_processor: a stock image processor, made by [`image_processor_for`] from the timm tower's data config.
         tokenizer: the text tower's tokenizer; its `model_max_length` must be set, since captions are cut to it.
     """
+
+    valid_processor_kwargs = ClipMiniProcessorKwargs
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         super().__init__(image_processor, tokenizer, **kwargs)
@@ -134,10 +146,6 @@ class ClipMiniProcessor(ProcessorMixin):
             images = convert_to_rgb(images)
         elif isinstance(images, (list, tuple)):
             images = [convert_to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
-        kwargs.setdefault("return_tensors", "pt")
-        if text is not None:
-            kwargs.setdefault("padding", True)
-            kwargs.setdefault("truncation", True)
         return super().__call__(images=images, text=text, **kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> list[str]:

@@ -5,162 +5,25 @@ Shape letters used in the comments:
     V width of the vision tower's pooled output, W width of the text tower, D width of the shared space.
 """
 
-from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Self
+from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import AutoModel, PreTrainedModel, TimmWrapperModel
-from transformers import initialization as init
+from transformers import AutoModel, TimmWrapperModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 
+from .base_clipmini import ClipMiniPreTrainedModel, ClipMiniTextOutput, ClipMiniVisionOutput, normalise
 from .configuration_clipmini import ClipMiniConfig
+from .encoding_clipmini import encode, prepare_picture
+from .processing_clipmini import ClipMiniProcessor  # noqa: F401 - as in modeling_clipmini.py
 
 logger = logging.get_logger(__name__)
-
-AUTO_MAP = {
-    "AutoModelForZeroShotImageClassification": "modeling_clipmini.ClipMiniModel",
-    "AutoProcessor": "processing_clipmini.ClipMiniProcessor",
-}
-
-
-@dataclass
-class ClipMiniOutput(ModelOutput):
-    """What the models return; fields that do not apply are None.
-
-    Attributes:
-        loss: scalar contrastive loss, at least 0.
-        logits_per_image: (I, T) scaled cosine similarities; a softmax over a row ranks the captions of an image.
-        logits_per_text: (T, I), its transpose.
-        text_embeds: (T, D) caption embeddings of length 1.
-        image_embeds: (I, D) image embeddings of length 1.
-        text_model_output: the text tower's output; its `pooler_output` is the projection before normalisation.
-        vision_model_output: the same of the vision tower.
-    """
-
-    loss: Tensor | None = None
-    logits_per_image: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    text_embeds: Tensor | None = None
-    image_embeds: Tensor | None = None
-    text_model_output: BaseModelOutputWithPooling | None = None
-    vision_model_output: BaseModelOutputWithPooling | None = None
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """Return the fields that are set, nested outputs as tuples too."""
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
-
-
-class ClipMiniProjection(nn.Module):
-    """The "mlp" head: linear, GELU, linear, dropout, residual, LayerNorm (Shariatnia's Simple CLIP, 2021)."""
-
-    def __init__(self, input_dim: int, projection_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.projection = nn.Linear(input_dim, projection_dim)
-        self.fc = nn.Linear(projection_dim, projection_dim)
-        self.dropout = nn.Dropout(dropout)
-        self.layer_norm = nn.LayerNorm(projection_dim)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map (N, input_dim) to (N, projection_dim)."""
-        projected = self.projection(hidden)
-        return self.layer_norm(projected + self.dropout(self.fc(F.gelu(projected))))
-
-
-class ClipMiniPreTrainedModel(PreTrainedModel):
-    """Weights, saving and the two towers' gradient checkpointing, common to the dual encoder and its halves."""
-
-    config: ClipMiniConfig
-    config_class = ClipMiniConfig
-    base_model_prefix = "clipmini"
-    input_modalities = ["image", "text"]  # noqa: RUF012 - transformers' API, as are the other lists
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer must not rescale it by item counts
-    _supports_sdpa = True
-    _batch_norm_is_frozen = False
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise our own heads; the towers bring their own `_init_weights`.
-
-        `init` leaves alone what a checkpoint has filled. Linear layers start with standard deviation 1/sqrt(fan in),
-        as CLIP's projections do.
-        """
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-
-    def _projection(self, input_dim: int) -> nn.Module:
-        config = self.config
-        if config.projection == "linear":
-            return nn.Linear(input_dim, config.projection_dim, bias=False)
-        return ClipMiniProjection(input_dim, config.projection_dim, config.projection_dropout)
-
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Reach both towers: transformers sets flags on its own layers, timm has a switch of its own."""
-        if hasattr(self, "text_model"):
-            super()._set_gradient_checkpointing(enable, *args, **kwargs)
-        vision_model: Any = getattr(self, "vision_model", None)
-        if vision_model is not None:
-            if vision_model.supports_gradient_checkpointing:
-                vision_model._set_gradient_checkpointing(enable)
-            elif enable:
-                logger.warning(
-                    f"timm's {self.config.vision_config.architecture} has no gradient checkpointing: the vision tower "
-                    "keeps all its activations."
-                )
-
-    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as `PreTrainedModel` does, with all Auto classes in `auto_map`.
-
-        transformers notes one Auto class per class. The zero-shot pipeline asks for another, which a half cannot be.
-        """
-        if self._auto_class is not None:  # is_remote_code() is younger than transformers 5.0
-            auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
-            if not (hasattr(self, "vision_model") and hasattr(self, "text_model")):
-                del auto_map["AutoModelForZeroShotImageClassification"]
-            self.config.auto_map = auto_map
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    def freeze_batch_norm(self) -> None:
-        """Keep the BatchNorm statistics of the pretrained towers from now on; scale and shift go on learning.
-
-        The statistics of a small batch, or of a chunk of one, are noise next to those that the tower was trained with.
-        """
-        self._batch_norm_is_frozen = True
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set train or eval mode; what is frozen stays in eval mode.
-
-        Otherwise a frozen tower would still drop units and, worse, move its BatchNorm statistics. Trainer calls this
-        at every step, so the rule has to live here.
-        """
-        super().train(mode)
-        _keep_frozen_in_eval(self)
-        if self._batch_norm_is_frozen:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-        return self
-
-
-def _keep_frozen_in_eval(module: nn.Module) -> None:
-    """Put every module that has parameters, but none that is trained, into eval mode."""
-    parameters = list(module.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
-        module.eval()
-    else:
-        for child in module.children():
-            _keep_frozen_in_eval(child)
 
 
 class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
@@ -170,6 +33,7 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         config = self.config
         self.vision_model = TimmWrapperModel(config.vision_config)
         timm_model = self.vision_model.timm_model
+        _refuse_shared_weights(timm_model, config)
         if next(timm_model.parameters()).device.type != "meta":  # it is, where weights are to be loaded
             # timm knows how to start its own models; transformers' one rule for all layers leaves some of them dead.
             tower = config.vision_config
@@ -239,6 +103,54 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
             pooler_output=self.visual_projection(self.vision_dropout(outputs.pooler_output)),
             hidden_states=outputs.hidden_states,
         )
+
+    def encode_image(
+        self,
+        images: Any,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = False,
+        truncate_dim: int | None = None,
+    ) -> np.ndarray | Tensor:
+        """Embed pictures as they are, with the model's own processor.
+
+        Args:
+            images: a Pillow picture, a path or an http(s) address, or any iterable of these. One batch of
+                `pixel_values` and one decoded picture are in memory at a time. Paths and addresses are read by
+                transformers' `load_image`, which shows what lies beneath transparent pixels; of Pillow pictures they
+                are white.
+            batch_size: pictures per forward.
+            show_progress_bar: draw one, or not; None draws it for what takes over two seconds.
+            convert_to_tensor: give a tensor on the model's device rather than an array.
+            truncate_dim: keep the first so many dimensions, for models trained with such widths (Matryoshka).
+
+        Returns:
+            (I, D) or (I, truncate_dim) float32, rows of length 1; one row alone for one picture that is not in a list.
+
+        Raises:
+            ValueError: a picture cannot be read (the message names it), or an argument is out of range.
+        """
+
+        def embed(batch: list[tuple[int, Any]]) -> Tensor:
+            pixel_values = torch.cat([prepare_picture(source, position, self.processor) for position, source in batch])
+            # Convolutions run a quarter to a half faster so.
+            pixel_values = pixel_values.to(self.device, self.dtype, memory_format=torch.channels_last)
+            return self.get_image_features(pixel_values, return_dict=True).pooler_output
+
+        kinds = (str, PathLike, Image.Image)
+        return encode(
+            self, images, kinds, embed, lambda _: 0, batch_size, show_progress_bar, convert_to_tensor, truncate_dim
+        )
+
+
+def _refuse_shared_weights(timm_model: Any, config: ClipMiniConfig) -> None:
+    names: dict[int, str] = {}
+    for name, parameter in timm_model.named_parameters(remove_duplicate=False):
+        if (first := names.setdefault(id(parameter), name)) != name:
+            raise ValueError(
+                f"timm's {config.vision_config.architecture} cannot be the vision tower: its {first} and {name} are "
+                "one weight, and safetensors holds none under two names. Use another architecture."
+            )
 
 
 def _level_widths(timm_model: Any, config: ClipMiniConfig) -> list[int]:
@@ -341,6 +253,47 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
             attentions=outputs.get("attentions"),
         )
 
+    def encode_text(
+        self,
+        texts: Any,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = False,
+        truncate_dim: int | None = None,
+    ) -> np.ndarray | Tensor:
+        """Embed captions as they are, with the model's own processor.
+
+        Args:
+            texts: a string or any iterable of strings, cut to what the model reads. Long ones go first, together, so
+                that little is padding; the result keeps the order given.
+            batch_size: captions per forward.
+            show_progress_bar: draw one, or not; None draws it for what takes over two seconds.
+            convert_to_tensor: give a tensor on the model's device rather than an array.
+            truncate_dim: keep the first so many dimensions, for models trained with such widths (Matryoshka).
+
+        Returns:
+            (T, D) or (T, truncate_dim) float32, rows of length 1; one row alone for a string that is not in a list.
+
+        Raises:
+            ValueError: something is no string, or an argument is out of range.
+        """
+
+        def embed(batch: list[tuple[int, Any]]) -> Tensor:
+            inputs = self.processor(text=[text for _, text in batch]).to(self.device)
+            return self.get_text_features(**inputs, return_dict=True).pooler_output
+
+        return encode(
+            self,
+            texts,
+            (str,),
+            embed,
+            lambda text: -len(text),
+            batch_size,
+            show_progress_bar,
+            convert_to_tensor,
+            truncate_dim,
+        )
+
 
 class ClipMiniVisionModel(ClipMiniVisionHalf):
     """The image half alone; loads from a whole checkpoint and reads none of the text tower's weights."""
@@ -355,10 +308,14 @@ class ClipMiniVisionModel(ClipMiniVisionHalf):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> ClipMiniOutput:
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> ClipMiniVisionOutput:
         """Embed `pixel_values` (I, 3, height, width); `image_embeds` of the output is (I, D), of length 1."""
-        outputs = self.get_image_features(pixel_values, **kwargs)
-        return ClipMiniOutput(image_embeds=normalise(outputs.pooler_output), vision_model_output=outputs)
+        outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
+        return ClipMiniVisionOutput(
+            image_embeds=normalise(outputs.pooler_output),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+        )
 
 
 class ClipMiniTextModel(ClipMiniTextHalf):
@@ -374,12 +331,12 @@ class ClipMiniTextModel(ClipMiniTextHalf):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> ClipMiniOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> ClipMiniTextOutput:
         """Embed captions, (T, L) token ids; `text_embeds` of the output is (T, D), of length 1."""
-        outputs = self.get_text_features(input_ids, attention_mask, **kwargs)
-        return ClipMiniOutput(text_embeds=normalise(outputs.pooler_output), text_model_output=outputs)
-
-
-def normalise(features: Tensor) -> Tensor:
-    """Scale rows to length 1, in float32: (N, D) to (N, D)."""
-    return F.normalize(features.float(), dim=-1)
+        outputs = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
+        return ClipMiniTextOutput(
+            text_embeds=normalise(outputs.pooler_output),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

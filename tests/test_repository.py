@@ -33,7 +33,7 @@ def test_who_may_import_whom(path):
     assert not any(name.startswith("..") for name in names)
     if package == "modeling_clipmini":
         third_party = roots - set(sys.stdlib_module_names)
-        assert third_party <= {"torch", "transformers", "timm", "PIL"}
+        assert third_party <= {"torch", "transformers", "timm", "PIL", "numpy"}  # transformers itself needs numpy
     if package == "inference" and path.name != "cli.py":
         assert not any(name.startswith("clipmini.training") for name in names)
     if package == "training":
@@ -49,6 +49,17 @@ def test_uploaded_code_survives_transformers_import_scanner(path):
     for line in path.read_text(encoding="utf-8").splitlines():
         if re.match(r"\s*(from|import)\s+\.", line):
             assert re.match(r"from \.\w+_clipmini import ", line), line
+
+
+@pytest.mark.parametrize("name", ["configuration", "processing", "modeling", "towers"])
+def test_what_transformers_loads_imports_all_that_it_needs_itself(name):
+    """Before 5.12 it copies, of a local folder, that file and its own imports, and not what these import."""
+
+    def siblings(name):
+        source = (ROOT / "modeling_clipmini" / f"{name}_clipmini.py").read_text(encoding="utf-8")
+        return set(re.findall(r"^from \.(\w+)_clipmini import", source, re.MULTILINE))
+
+    assert siblings(name) >= set().union(*map(siblings, siblings(name)))
 
 
 @pytest.mark.parametrize("path", ALL_PYTHON, ids=lambda path: str(path.relative_to(ROOT)))

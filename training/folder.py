@@ -1,20 +1,47 @@
 """A trained model's folder, complete and never half written."""
 
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import requires
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+
+HANDLER = Path(__file__).parent.parent / "inference" / "handler.py"  # Inference Endpoints look for it beside the model
+REQUIREMENTS_FILE = "requirements.txt"
+NEEDED_BY_THE_MODEL = ("torch", "torchvision", "transformers", "timm", "numpy", "pillow")
+# How sentence-transformers, from 5.4 on, reads the same weights: its stock modules call the model's own methods.
+SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
+            "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
+        },
+        "module_output_name": "sentence_embedding",
+    },
+    "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
+}
 
 
 def save_model_folder(
     model: ClipMiniModel, processor: ClipMiniProcessor, folder: Path, card: ModelCard | None = None
 ) -> None:
     """Save a complete model folder: code, config, weights, processor, tokenizer and card.
+
+    Beside what transformers reads there are the files that make it a model of sentence-transformers, the packages that
+    it needs, and the handler of Inference Endpoints.
 
     It is written beside and renamed, so that no half of it is ever found under its name; a folder that stood there
     before is replaced.
@@ -29,8 +56,19 @@ def save_model_folder(
         model.save_pretrained(beside)
         processor.save_pretrained(beside)
         shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors writes for its owner alone
+        for name, content in SENTENCE_TRANSFORMERS_FILES.items():
+            (beside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (beside / REQUIREMENTS_FILE).write_text(_requirements(), encoding="utf-8")
+        if HANDLER.is_file():
+            shutil.copyfile(HANDLER, beside / HANDLER.name)
         if card is not None:
             card.save(beside / "README.md")
+
+
+def _requirements() -> str:
+    """Give the lowest versions that this package states of what a loaded model imports."""
+    floors = {re.match(r"[\w.-]+", line)[0]: line for line in requires("clipmini") or ()}  # type: ignore[index]
+    return "".join(floors[name] + "\n" for name in NEEDED_BY_THE_MODEL)
 
 
 @contextmanager

@@ -209,7 +209,7 @@ def tower_folders(tmp_path_factory, tiny_config):
     with torch.no_grad():
         for parameter in (*timm_model.parameters(), *text_model.parameters()):
             parameter.add_(torch.rand_like(parameter) + 1)
-    timm.models.save_for_hf(timm_model, vision)
+    timm.models.save_for_hf(timm_model, vision, safe_serialization=True)
     text_model.save_pretrained(text)
     return timm_model, text_model, str(vision), str(text)
 

@@ -1,23 +1,16 @@
 """The saved folder as strangers use it: where neither `clipmini` nor `modeling_clipmini` can be imported."""
 
 import json
-import os
-import subprocess
-import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+from stranger import run_as_stranger as run
 
 PROLOGUE = """
-import json, sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("clipmini", "modeling_clipmini"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Blocker())
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
@@ -34,12 +27,7 @@ def picture(tmp_path_factory):
 
 
 def run_as_stranger(code, tmp_path, *arguments, check=True):
-    """Run code elsewhere, with module and Hub caches of its own."""
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", PROLOGUE + code, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=check, stdin=subprocess.DEVNULL
-    )
+    return run(PROLOGUE + code, tmp_path, *arguments, check=check)
 
 
 def test_model_processor_and_pipeline_load_and_agree(tiny_folder, picture, tmp_path):
@@ -61,6 +49,19 @@ print(json.dumps({"logits": logits.tolist(), "scores": {s["label"]: s["score"] f
     assert torch.allclose(torch.tensor(output["logits"]), expected, atol=1e-5)
     probabilities = uncut.softmax(dim=-1)[0].tolist()
     assert [output["scores"][label] for label in labels] == pytest.approx(probabilities, abs=1e-5)
+
+
+def test_one_line_embeds(tiny_folder, picture, tmp_path):
+    model = ClipMiniModel.from_pretrained(tiny_folder)
+    code = """
+embeds = AutoModel.from_pretrained(folder, trust_remote_code=True).encode_text(LABELS)
+both = [embeds, AutoModel.from_pretrained(folder, trust_remote_code=True).encode_image(picture)]
+print(json.dumps([embeds.tolist() for embeds in both]))
+"""
+    texts, image = json.loads(run_as_stranger(code, tmp_path, tiny_folder, picture).stdout.splitlines()[-1])
+    labels = ["red", "blue", "a label of very many words " * 200]
+    assert np.allclose(texts, model.encode_text(labels), atol=1e-6)
+    assert np.allclose(image, model.encode_image(picture), atol=1e-6)
 
 
 def test_a_stranger_who_saves_it_again_has_all_of_it(tiny_folder, picture, tmp_path):
@@ -99,8 +100,10 @@ for loader in (AutoModel, AutoProcessor, AutoConfig):
 
 def test_the_folder_is_complete(tiny_folder):
     assert {file.name for file in tiny_folder.iterdir()} == {
+        "base_clipmini.py",
         "config.json",
         "configuration_clipmini.py",
+        "encoding_clipmini.py",
         "loss_clipmini.py",
         "model.safetensors",
         "modeling_clipmini.py",

@@ -1,0 +1,128 @@
+"""What `encode_image` and `encode_text` share: single inputs and lists, batches, the bar, and pictures by name.
+
+Nothing here opens a file or a connection: paths and addresses go to transformers' own `load_image`, which reads them.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers.image_utils import load_image
+from transformers.utils import logging
+
+ADDRESSES = ("http://", "https://")
+ADDRESS_TIMEOUT_S = 30.0
+BAR_AFTER_S = 2.0  # a bar that flashes by only disturbs
+
+
+@torch.no_grad()
+def encode(
+    model: Any,
+    inputs: Any,
+    kinds: tuple[type, ...],
+    embed: Callable[[list[tuple[int, Any]]], Tensor],
+    order: Callable[[Any], int],
+    batch_size: int,
+    show_progress_bar: bool | None,
+    convert_to_tensor: bool,
+    truncate_dim: int | None,
+) -> np.ndarray | Tensor:
+    """Embed one input or many, batch by batch, in eval mode.
+
+    Args:
+        model: the dual encoder or a half of it.
+        inputs: one input, or any iterable of inputs.
+        kinds: the types that one input may have.
+        embed: a batch of (position, input) to features (N, D) before normalisation.
+        order: inputs for which it is least come first; the result keeps the order given.
+        batch_size: inputs per call of `embed`.
+        show_progress_bar: draw one, or not; None draws it where the work takes longer than `BAR_AFTER_S`.
+        convert_to_tensor: give a tensor on the model's device rather than an array.
+        truncate_dim: keep the first so many of the D dimensions; None keeps all.
+
+    Returns:
+        (N, truncate_dim) float32, rows of length 1; (truncate_dim,) for one input that is not in a list.
+
+    Raises:
+        ValueError: `batch_size` or `truncate_dim` is out of range, or an input is of no allowed type.
+    """
+    width = model.config.projection_dim
+    kept = width if truncate_dim is None else _check_whole("truncate_dim", truncate_dim, most=width)
+    _check_whole("batch_size", batch_size)
+    is_single = isinstance(inputs, kinds)
+    items = [inputs] if is_single else _as_list(inputs, kinds)
+    positions = sorted(range(len(items)), key=lambda position: order(items[position]))
+    result = torch.empty(len(items), kept)
+    delay = BAR_AFTER_S if show_progress_bar is None else 0
+    was_training = model.training
+    model.eval()
+    try:
+        with logging.tqdm(total=len(items), delay=delay, disable=show_progress_bar is False) as bar:
+            for start in range(0, len(items), batch_size):
+                batch = positions[start : start + batch_size]
+                features = embed([(position, items[position]) for position in batch])
+                result[batch] = F.normalize(features.float()[:, :kept], dim=-1).cpu()
+                bar.update(len(batch))
+    finally:
+        model.train(was_training)
+    result = result[0] if is_single else result
+    return result.to(model.device) if convert_to_tensor else result.numpy()
+
+
+def prepare_picture(source: Any, position: int, prepare: Callable[..., Any]) -> Tensor:
+    """Read a picture and make its pixel values.
+
+    Args:
+        source: a Pillow picture, path or address.
+        position: which of the inputs it is, from 0; names it where it has no name.
+        prepare: the processor.
+
+    Returns:
+        (1, 3, height, width), normalised.
+
+    Raises:
+        ValueError: it cannot be read; the message names it and says why.
+    """
+    try:
+        pixel_values: Tensor = prepare(images=[_read_picture(source)])["pixel_values"]
+        return pixel_values
+    except Exception as error:  # Pillow's plugins, HTTP clients and processors raise nearly anything
+        name = source.filename if hasattr(source, "filename") else source
+        name = os.fspath(name) if isinstance(name, (str, os.PathLike)) and name else f"number {position + 1}"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"The picture {name} cannot be read: {reason.rstrip('.')}.") from error
+
+
+def _read_picture(source: Any) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    source = os.fspath(source)
+    if not source.startswith(ADDRESSES) and not os.path.isfile(source):  # load_image would take it for base64
+        raise FileNotFoundError("there is no such file")
+    return load_image(source, timeout=ADDRESS_TIMEOUT_S)
+
+
+def _as_list(inputs: Any, kinds: tuple[type, ...]) -> list[Any]:
+    allowed = ", ".join(kind.__name__ for kind in kinds)
+    try:
+        items = list(inputs)
+    except TypeError:
+        kind = type(inputs).__name__
+        raise ValueError(f"An input of type {kind} is not allowed; give {allowed}, or a list of these.") from None
+    for number, item in enumerate(items, start=1):
+        if not isinstance(item, kinds):
+            raise ValueError(f"Input number {number} is of type {type(item).__name__}; give {allowed}.")
+    return items
+
+
+def _check_whole(name: str, value: Any, most: int | None = None) -> int:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or value < 1 or (most is not None and value > most):
+        end = "at least 1" if most is None else f"from 1 to {most}"
+        raise ValueError(f"{name}={value!r} is not allowed; use a whole number {end}.")
+    return value
