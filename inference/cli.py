@@ -309,7 +309,7 @@ def _folder_to_search(source: str) -> str:
 
 
 def _recall_table(split: dict[str, Any]) -> Table:
-    from clipmini.evaluation.results import METRIC_LABELS
+    from clipmini.training.model_index import METRIC_LABELS
 
     table = Table("")
     columns = ("chance", "before", "after")

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from .augment import ImageAugmentation
+from .licences import check_licence
 from .metrics import METRIC_NAMES
 
 logger = logging.getLogger(__name__)
@@ -238,6 +239,8 @@ class DataArguments:
         strict: stop at the first picture or caption that cannot be used, rather than leave it out.
         share_duplicate_ids: let copies of one picture share its image id, so that they are never negatives of each
             other.
+        license: under which the pairs may be used, as the Hub writes it: "cc-by-4.0". The model card names it, and
+            the strictest of it and the towers' as the model's own.
     """
 
     source: str
@@ -250,3 +253,13 @@ class DataArguments:
     check_images: bool = True
     strict: bool = False
     share_duplicate_ids: bool = False
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the licence.
+
+        Raises:
+            ValueError: the Hub has no such licence.
+        """
+        if self.license is not None:
+            self.license = check_licence(self.license)

@@ -20,14 +20,15 @@ from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
 from .build import ModelPreset, build_model, load_for_fine_tuning
+from .card import render_recipe_card
 from .curves import draw_curves
 from .data import load_data
 from .duplicates import DuplicateReport, find_duplicates, share_ids
-from .evaluate import chance_level, evaluate_retrieval
+from .evaluate import chance_level, evaluate_with_intervals
 from .folder import save_model_folder, written_beside
 from .lora import merge_lora
 from .memory import keep_freed_memory
-from .publish import render_model_card
+from .model_index import public_name
 from .recipes import Recipe
 from .runlog import MetricsLog, versions
 from .trainer import ClipMiniTrainer
@@ -47,7 +48,8 @@ class TrainResult:
         output_dir: the run's folder: `recipe_as_run.yaml`, `results.json`, `curves.png`, and `metrics.jsonl` and
             checkpoints, which of a recipe in stages are in a folder for each.
         model_dir: the trained model, complete: code, config, weights, processor.
-        results: what `results.json` holds: per split the recalls by chance, before and after training, all in [0, 1].
+        results: what `results.json` holds: per split the recalls by chance, before and after training, all in [0, 1],
+            and the ends of the 95 % bootstrap intervals of the last.
     """
 
     output_dir: Path
@@ -110,7 +112,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         runs[name] = run = _run_stage(trainer, output_dir / name, is_one_of_many=bool(name))
         model, processor = run.model, run.processor
     after = {
-        split: evaluate_retrieval(
+        split: evaluate_with_intervals(
             model, processor, pairs[split], stage_args.per_device_eval_batch_size, stage_args.matryoshka_widths
         )
         for split in held_out
@@ -119,10 +121,13 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     skipped.log_summary()
     times = [run.train_s for run in runs.values()]
     results = {
+        "data": {"source": public_name(recipe.data.source), "license": recipe.data.license},
         "num_train_images": len(pairs["train"]),
+        "num_train_captions": sum(map(len, pairs["train"]["captions"])),
         "num_skipped": skipped.count,
         "skipped": [{"path": name, "reason": reason} for name, reason in skipped.items],
         "duplicates": duplicates.as_dict(),
+        "num_parameters": model.num_parameters(),
         "train_s": None if None in times else sum(filter(None, times)),
         "stages": [name for name in names if name in runs or (output_dir / name / STAGE_FILE).exists()],
         "versions": versions(),
@@ -132,14 +137,15 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
                 "num_captions": sum(map(len, pairs[name]["captions"])),
                 "chance": chance_level(pairs[name]),
                 "before": before[name],
-                "after": after[name],
+                "after": {metric: interval.value for metric, interval in after[name].items()},
+                "intervals": {metric: [interval.low, interval.high] for metric, interval in after[name].items()},
             }
             for name in held_out
         },
     }
     model_dir = output_dir / MODEL_FOLDER
     if args.process_index == 0:
-        save_model_folder(model, processor, model_dir, card=render_model_card(recipe, model.config, results))
+        save_model_folder(model, processor, model_dir, card=render_recipe_card(recipe, model.config, results))
         draw_curves({name or "training": run.log_history for name, run in runs.items()}, output_dir / CURVES_FILE)
         # Last: a run without results is one that was cut off.
         with written_beside(output_dir / RESULTS_FILE) as file:
