@@ -103,7 +103,7 @@ def test_there_is_no_empty_section_and_no_trace_of_the_template(results, tiny_co
         assert not re.search(r"^#+ .*\n+(## |$(?!\n))", content, re.MULTILINE)  # a heading over nothing
     assert "## Results" in whole
     assert "## Results" not in bare
-    assert "towers started at random" in bare
+    assert "It was trained on `photos`." in bare
 
 
 def test_the_hub_takes_its_metadata(results, tiny_config):
