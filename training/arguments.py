@@ -133,6 +133,7 @@ class ClipMiniTrainingArguments(TrainingArguments):
     logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Pictures per forward when embedding."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Trainer integrations to log to."})
+    hub_strategy: str = field(default="end", metadata={"help": "Leave this: only whole models are pushed."})
     # Every parameter that is trained gets a gradient at every step, also where the step is taken in chunks; and the
     # statistics of BatchNorm, the only buffers that could differ, are frozen.
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Search for unused parameters."})
@@ -173,6 +174,8 @@ class ClipMiniTrainingArguments(TrainingArguments):
     def _check_choices(self) -> None:
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would take pictures and captions away; leave it out.")
+        if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
+            raise ValueError("hub_strategy other than 'end' would push checkpoints, which hold pickles; leave it out.")
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.load_best_model_at_end = False  # nothing is measured to choose by
         best = self.metric_for_best_model

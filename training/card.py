@@ -45,7 +45,7 @@ class Part:
 
     role: str
     name: str
-    licence: str | None
+    licence: str | None = None
     note: str = ""
     base_models: tuple[str, ...] = ()
 
@@ -96,8 +96,7 @@ def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[
         The card, with metadata that the Hub reads. The licence is the strictest of the towers' and the data's, and
         absent where one of them is not stated.
     """
-    data = Part(DATA, public_name(recipe.data.source), recipe.data.license)
-    parts = [*model_parts(recipe.model), data]
+    parts = recipe_parts(recipe)
     wanted = results.get("stages") or list(recipe.stages)
     return render_card(
         CardFacts(
@@ -151,6 +150,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         is_cropped="shortest_edge" in pixels.size,
         source=public_name(facts.source),
         licence=facts.licence,
+        is_strictest=facts.licence == strictest(part.licence for part in facts.parts),
         parts=facts.parts,
         made_of=[part for part in facts.parts if part.role != DATA],
         stages=[_describe_stage(stage, args) for stage, args in facts.stages.items()],
@@ -166,6 +166,11 @@ def render_card(facts: CardFacts) -> ModelCard:
         recipe=facts.recipe,
     )
     return card
+
+
+def recipe_parts(recipe: Recipe) -> list[Part]:
+    """Tell what a recipe's model is made of: see `model_parts`, and its data."""
+    return [*model_parts(recipe.model), Part(DATA, public_name(recipe.data.source), recipe.data.license)]
 
 
 def model_parts(model: ModelPreset | str) -> list[Part]:

@@ -7,12 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from torch import Tensor
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 
 def save_model_folder(
-    model: ClipMiniModel, processor: ClipMiniProcessor, folder: Path, card: ModelCard | None = None
+    model: ClipMiniModel,
+    processor: ClipMiniProcessor,
+    folder: Path,
+    card: ModelCard | None = None,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Save a complete model folder: code, config, weights, processor, tokenizer and card.
 
@@ -24,9 +29,10 @@ def save_model_folder(
         processor: the model's processor.
         folder: where.
         card: what becomes its README.md.
+        state_dict: weights to save in place of the model's own.
     """
     with written_beside(folder) as beside:
-        model.save_pretrained(beside)
+        model.save_pretrained(beside, state_dict=state_dict)
         processor.save_pretrained(beside)
         shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors writes for its owner alone
         if card is not None:

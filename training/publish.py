@@ -161,7 +161,7 @@ def push(
     """
     api = HfApi(token=token, library_name="clipmini")
     repo_id, branch = prepared.repo_id, revision or MAIN
-    with _explained(repo_id):
+    with explain_refusals(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise ValueError(f"{repo_id} exists and is public; make it private on the Hub, or name another.")
@@ -209,8 +209,8 @@ def address_card(card: ModelCard, repo_id: str) -> None:
     old_name, name = named[1].split("/")[1], repo_id.split("/")[1]
     card.text = card.text.replace(named[1], repo_id)
     card.text = re.sub(rf"\A\s*# {re.escape(old_name)}\n", f"\n# {name}\n", card.text)
-    if card.data.eval_results:
-        card.data.model_name = name
+    if card.data.get("eval_results"):
+        card.data["model_name"] = name
 
 
 def _load_card(folder: Path) -> ModelCard:
@@ -232,8 +232,15 @@ def _load_card(folder: Path) -> ModelCard:
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub or the way to it raises into one sentence."""
+def explain_refusals(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub or the way to it raises into one sentence.
+
+    Args:
+        repo_id: what the sentence begins with.
+
+    Raises:
+        ValueError: the Hub refused, or cannot be reached.
+    """
     try:
         yield
     except OfflineModeIsEnabled:

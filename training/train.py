@@ -20,7 +20,7 @@ from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
 from .build import ModelPreset, build_model, load_for_fine_tuning
-from .card import render_recipe_card
+from .card import recipe_parts, render_recipe_card
 from .curves import draw_curves
 from .data import load_data
 from .duplicates import DuplicateReport, find_duplicates, share_ids
@@ -29,6 +29,7 @@ from .folder import save_model_folder, written_beside
 from .lora import merge_lora
 from .memory import keep_freed_memory
 from .model_index import public_name
+from .publish import prepare_push, push
 from .recipes import Recipe
 from .runlog import MetricsLog, versions
 from .trainer import ClipMiniTrainer
@@ -80,8 +81,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         The folders and the recalls.
 
     Raises:
-        ValueError: the output folder holds a finished run or another recipe's, there is no such stage, or data or
-            model cannot be used.
+        ValueError: the output folder holds a finished run or another recipe's, there is no such stage, data or model
+            cannot be used, or it is to be pushed and the Hub refuses; the run is whole and saved then.
     """
     args = recipe.training
     output_dir = Path(str(args.output_dir))
@@ -91,6 +92,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     wanted = names if stage is None else [stage]
     if not overwrite:
         _check_output_dir(output_dir, recipe, wanted)
+    _check_push(recipe)
 
     keep_freed_memory()
     skipped = Skipped(strict=recipe.data.strict)
@@ -150,6 +152,13 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         # Last: a run without results is one that was cut off.
         with written_beside(output_dir / RESULTS_FILE) as file:
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if args.push_to_hub:
+            pushed = push(
+                prepare_push(model_dir, str(args.hub_model_id)),
+                private=args.hub_private_repo,
+                revision=args.hub_revision,
+            )
+            logger.warning("the model is pushed: %s", pushed.url)
     return TrainResult(output_dir=output_dir, model_dir=model_dir, results=results)
 
 
@@ -252,6 +261,21 @@ def _recipe_text(recipe: Recipe) -> str:
     """Give the recipe as YAML; whether to be strict is a matter of this call, not of the run."""
     data = {name: value for name, value in recipe.values["data"].items() if name != "strict"}
     return yaml.safe_dump({**recipe.values, "data": data}, sort_keys=False, allow_unicode=True)
+
+
+def _check_push(recipe: Recipe) -> None:
+    """Refuse before hours are spent what the push at the end would refuse."""
+    args = recipe.training
+    if not args.push_to_hub:
+        return
+    if "/" not in (args.hub_model_id or ""):
+        raise ValueError(f"push_to_hub with hub_model_id={args.hub_model_id!r}: name the repository as owner/name.")
+    for part in recipe_parts(recipe):
+        if part.licence is None:
+            raise ValueError(
+                f"push_to_hub needs a licence, and that of the {part.role}, {part.name}, is not stated; set "
+                "data.license, and for a model or tower write it into its card."
+            )
 
 
 def _check_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str]) -> None:

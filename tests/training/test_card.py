@@ -7,11 +7,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from clipmini.training.card import render_recipe_card
+from clipmini.training.folder import save_model_folder
 from clipmini.training.metrics import METRIC_NAMES
 from clipmini.training.recipes import load_recipe
 from hub_schema import metadata_faults, metadata_of
 from modeling_clipmini import ClipMiniModel
-from strangers import run_as_stranger
+from stranger import run_as_stranger
 
 NO_DUPLICATES = {
     "pictures": {"num_groups": 0, "num_images": 0, "examples": []},
@@ -166,12 +167,16 @@ def python_blocks(card, folder):
     return [block.replace("your-name/demo", str(folder)) for block in blocks]
 
 
-def test_every_python_block_runs_where_clipmini_is_not_installed(tiny_folder, results, tiny_config, tmp_path):
+def test_every_python_block_runs_where_clipmini_is_not_installed(
+    tiny_model, tiny_processor, results, tiny_config, tmp_path
+):
+    folder = tmp_path / "model"
+    save_model_folder(tiny_model, tiny_processor, folder)
     Image.linear_gradient("L").resize((200, 120)).convert("RGB").save(tmp_path / "picture.jpg")
-    blocks = python_blocks(render(tiny_config, results), tiny_folder)
+    blocks = python_blocks(render(tiny_config, results), folder)
     assert len(blocks) == 4
     needs = {"encode_image": hasattr(ClipMiniModel, "encode_image"), "SentenceTransformer": False}
-    needs["SentenceTransformer"] = (tiny_folder / "modules.json").exists()
+    needs["SentenceTransformer"] = (folder / "modules.json").exists()
     runnable = [block for block in blocks if all(has or word not in block for word, has in needs.items())]
     code = f"for block in {runnable!r}:\n    exec(compile(block, '<card>', 'exec'), {{}})\n"
     output = run_as_stranger(code, tmp_path).stdout

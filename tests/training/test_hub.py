@@ -15,7 +15,7 @@ from PIL import Image
 from clipmini.training.publish import prepare_push, push
 from hub_repositories import Commit, File, Repository
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
-from strangers import run_as_stranger
+from stranger import run_as_stranger
 
 WEIGHTS = "PUT /lfs/"
 PUSH = [sys.executable, "-m", "clipmini.inference.cli", "push"]
