@@ -8,7 +8,7 @@ import re
 
 import yaml
 
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # the oldest have no owner
 LICENCES = set(
     """
     afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd
@@ -53,7 +53,7 @@ def _texts(data, key):
 
 
 def _index_faults(model):
-    if not isinstance(model.get("name"), str) or not model.get("results"):
+    if not isinstance(model.get("name"), str) or not isinstance(model.get("results"), list):
         return ["model-index: name and results are required"]
     faults = []
     for result in model["results"]:

@@ -170,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _read_body(self, request, fault):
         """Read the whole body, unless the connection is to be cut, or the request held."""
-        left, body = int(self.headers.get("Content-Length") or 0), b""
+        left, body = int(self.headers.get("Content-Length") or 0), bytearray()
         is_held = self.hub.held is not None and re.search(self.hub.held, request)
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             raise HubError(411, "chunked bodies are not read here")
@@ -187,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _CutError  # the client is gone
             body += chunk
             left -= len(chunk)
-        return body
+        return bytes(body)
 
     def _route(self, request):
         for pattern, name in ROUTES:
