@@ -195,6 +195,52 @@ def classify(
     skipped.log_summary()
 
 
+@app.command(epilog="Example: clipmini push runs/demo/model my-name/my-clip --dry-run")
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's, as training saved it.")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository; it is made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Let only the owner see it.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="The branch; it is made if need be.")] = None,
+    message: Annotated[str | None, typer.Option("--message", help="The commit's message.")] = None,
+    examples: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--example",
+            metavar="PICTURE=LABEL,LABEL",
+            help="A picture that may be published, for the Hub's widget; repeatable.",
+        ),
+    ] = None,
+    allow_code_drift: Annotated[
+        bool, typer.Option("--allow-code-drift", help="Take a folder whose code is not this clipmini's.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and upload nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a trained model to the Hub, card and results with it, in one commit."""
+    from clipmini.training.publish import prepare_push, read_example
+    from clipmini.training.publish import push as upload
+
+    with working():
+        pictures = dict(read_example(example) for example in examples or [])
+        prepared = prepare_push(folder, repo_id, allow_code_drift=allow_code_drift, examples=pictures)
+        pushed = None
+        if not dry_run:
+            pushed = upload(prepared, private=private or None, revision=revision, message=message)
+    if as_json:
+        files = [{"path": file.path, "size": file.size} for file in prepared.files]
+        done = {} if pushed is None else {"commit": pushed.commit.oid, "is_new": pushed.is_new, "url": pushed.url}
+        print_json({"repo_id": repo_id, "files": files, **done})
+        return
+    table = Table("file", "bytes")
+    for file in prepared.files:
+        table.add_row(visible(file.path), f"{file.size:,}")
+    print_table(table)
+    if pushed is None:
+        typer.echo("Nothing was uploaded: this was a dry run.")
+    else:
+        typer.echo(f"{'The model is' if pushed.is_new else 'All of it was there already'}: {pushed.url}")
+
+
 @app.command(epilog="Example: clipmini evaluate runs/demo/model demo")
 def evaluate(
     model: Annotated[
@@ -269,52 +315,6 @@ def evaluate(
                 table.add_row(*map(visible, row))
             print_table(table)
     typer.echo(f"The report is in {folder / 'report.html'}")
-
-
-@app.command(epilog="Example: clipmini push runs/demo/model my-name/my-clip --dry-run")
-def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's, as training saved it.")],
-    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository; it is made if need be.")],
-    private: Annotated[bool, typer.Option("--private", help="Let only the owner see it.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="The branch; it is made if need be.")] = None,
-    message: Annotated[str | None, typer.Option("--message", help="The commit's message.")] = None,
-    examples: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--example",
-            metavar="PICTURE=LABEL,LABEL",
-            help="A picture that may be published, for the Hub's widget; repeatable.",
-        ),
-    ] = None,
-    allow_code_drift: Annotated[
-        bool, typer.Option("--allow-code-drift", help="Take a folder whose code is not this clipmini's.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and upload nothing.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Upload a trained model to the Hub, card and results with it, in one commit."""
-    from clipmini.training.publish import prepare_push, read_example
-    from clipmini.training.publish import push as upload
-
-    with working():
-        pictures = dict(read_example(example) for example in examples or [])
-        prepared = prepare_push(folder, repo_id, allow_code_drift=allow_code_drift, examples=pictures)
-        pushed = None
-        if not dry_run:
-            pushed = upload(prepared, private=private or None, revision=revision, message=message)
-    if as_json:
-        files = [{"path": file.path, "size": file.size} for file in prepared.files]
-        done = {} if pushed is None else {"commit": pushed.commit.oid, "is_new": pushed.is_new, "url": pushed.url}
-        print_json({"repo_id": repo_id, "files": files, **done})
-        return
-    table = Table("file", "bytes")
-    for file in prepared.files:
-        table.add_row(visible(file.path), f"{file.size:,}")
-    print_table(table)
-    if pushed is None:
-        typer.echo("Nothing was uploaded: this was a dry run.")
-    else:
-        typer.echo(f"{'The model is' if pushed.is_new else 'All of it was there already'}: {pushed.url}")
 
 
 def _report_folder(model: str, data: str, task: str, split: str | None) -> Path:

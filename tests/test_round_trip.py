@@ -20,7 +20,7 @@ from datasets import load_dataset
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 name, pictures, second = sys.argv[1:]
 model = AutoModel.from_pretrained(name, trust_remote_code=True)
-model.freeze_batch_norm()  # or twenty batches of 16 would spoil its statistics, and cost 11 points at any learning rate
+model.freeze_batch_norm()  # the statistics of 20 batches of 16 would cost 11 points, at any learning rate
 processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
 def collate(rows):
     return processor(images=[row["image"] for row in rows], text=[row["caption"] for row in rows])

@@ -143,8 +143,9 @@ def push(
 ) -> Pushed:
     """Upload in one commit.
 
-    Whatever stops it, the branch is as it was before, and the same push can be repeated: what has been uploaded is not
-    uploaded again, and where nothing has changed no commit is made.
+    Whatever stops it, every branch is as it was before, and the same push can be repeated: what has been uploaded is
+    not uploaded again, and where nothing has changed no commit is made. A repository or branch that had to be made
+    stays, with nothing of the model in it.
 
     Args:
         prepared: what `prepare_push` gives.
@@ -161,7 +162,9 @@ def push(
     """
     api = HfApi(token=token, library_name="clipmini")
     repo_id, branch = prepared.repo_id, revision or MAIN
+    (readme,) = [file.content for file in prepared.files if file.path == CARD and isinstance(file.content, bytes)]
     with explain_refusals(repo_id):
+        ModelCard(readme.decode()).validate()  # by the Hub's own rules
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise ValueError(f"{repo_id} exists and is public; make it private on the Hub, or name another.")

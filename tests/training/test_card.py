@@ -1,6 +1,7 @@
 """The card as a reader has it, and as the Hub reads it."""
 
 import re
+from importlib.metadata import requires
 
 import pytest
 from huggingface_hub import ModelCard
@@ -59,6 +60,11 @@ def test_it_tells_what_was_done_and_reached(results, tiny_config):
     assert "torch 2.15.0" in text
     assert "captions of COCO and Flickr30k" in text  # what MiniLM has read belongs to every figure
     assert "before training" not in text  # heads that started at random have nothing to be compared with
+
+
+def test_it_asks_for_the_versions_that_the_package_asks_for(results, tiny_config):
+    (floor,) = re.findall(r'pip install "(transformers>=[\d.]+)"', render(tiny_config, results).text)
+    assert floor in requires("clipmini")
 
 
 def test_leaks_and_copies_are_told(results, tiny_config):
