@@ -12,6 +12,7 @@ from clipmini.inference.images import Skipped
 from clipmini.inference.zero_shot import DEFAULT_TEMPLATE, load_templates
 from clipmini.training.data import choose_split
 from clipmini.training.intervals import LEVEL, NUM_RESAMPLES, Difference, Interval, paired_shares
+from clipmini.training.model_index import METRIC_LABELS, format_figure, format_interval, model_index
 from clipmini.training.runlog import versions
 
 from .classification import ClassificationMetrics
@@ -19,7 +20,7 @@ from .figures import draw_confusion
 from .labelled import load_labelled
 from .page import render_page
 from .probe import NEIGHBOUR_TEMPERATURE, ProbeResult, probe
-from .results import METRIC_LABELS, Evaluation, Table, as_json, format_figure, format_interval, model_index
+from .results import Evaluation, Table, as_json
 from .zero_shot import ZeroShotResult, measure_zero_shot
 
 TEST_SHARE = 0.2  # of the pictures of each class, where a probe's data has no split of its own

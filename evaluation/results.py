@@ -11,30 +11,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from huggingface_hub import EvalResult
-from huggingface_hub.repocard_data import eval_results_to_model_index
-
-from clipmini.training.intervals import Interval
 
 RESULTS_FILE, TABLE_FILE, INDEX_FILE, PAGE_FILE = "results.json", "results.md", "model-index.yaml", "report.html"
-METRIC_LABELS = {
-    **{
-        f"{direction}_{metric}": f"{direction.replace('_', ' ')} {label}"
-        for direction in ("text_to_image", "image_to_text")
-        for metric, label in (
-            ("r1", "R@1"),
-            ("r5", "R@5"),
-            ("r10", "R@10"),
-            ("map10", "mAP@10"),
-            ("median_rank", "median rank"),
-            ("mean_rank", "mean rank"),
-        )
-    },
-    "mean_recall": "mean recall",
-    "top1": "top-1 accuracy",
-    "top5": "top-5 accuracy",
-    "mean_per_class": "mean accuracy per class",
-}
 
 
 @dataclass(frozen=True)
@@ -133,55 +111,3 @@ def as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def format_figure(name: str, value: float) -> str:
-    """Write a metric as people read it: shares in percent, ranks as they are.
-
-    Args:
-        name: as in `METRIC_LABELS`.
-        value: the figure.
-
-    Returns:
-        One digit after the point; "-" for NaN.
-    """
-    if not math.isfinite(value):
-        return "-"
-    return f"{value:,.1f}" if name.endswith("_rank") else f"{100 * value:.1f}"
-
-
-def format_interval(name: str, interval: Interval) -> str:
-    """Write the ends of an interval: "29.1 to 31.5"."""
-    return f"{format_figure(name, interval.low)} to {format_figure(name, interval.high)}"
-
-
-def model_index(
-    model: str, task: str, data: Mapping[str, Any], metrics: Mapping[str, Interval]
-) -> list[dict[str, Any]]:
-    """Make the entry of a model card's metadata that the Hub shows as evaluation results.
-
-    Args:
-        model: its name.
-        task: what was done, such as "image-text-retrieval".
-        data: `source` and `split`.
-        metrics: the figures; shares are given in [0, 1], with the interval beside.
-
-    Returns:
-        What goes under "model-index".
-    """
-    source = str(data["source"])
-    entries = [
-        EvalResult(
-            task_type=task,
-            dataset_type=source if source.count("/") == 1 and not Path(source).exists() else "local",
-            dataset_name=Path(source).name,
-            dataset_split=data.get("split"),
-            metric_type=name,
-            metric_name=METRIC_LABELS[name],
-            metric_value=round(interval.value, 4),
-            metric_args={"interval_95": [round(interval.low, 4), round(interval.high, 4)]},
-        )
-        for name, interval in metrics.items()
-        if math.isfinite(interval.value)
-    ]
-    return eval_results_to_model_index(model, entries)

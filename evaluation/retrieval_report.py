@@ -12,13 +12,14 @@ from clipmini.training.data import choose_split, load_data
 from clipmini.training.duplicates import find_duplicates, share_ids
 from clipmini.training.intervals import NUM_RESAMPLES, Difference, Interval, bootstrap_intervals, paired_bootstrap
 from clipmini.training.metrics import RECALL_AT, retrieval_scores
+from clipmini.training.model_index import METRIC_LABELS, format_figure, format_interval, model_index
 from clipmini.training.runlog import versions
 
 from .compression import PRECISIONS
 from .figures import draw_compression, draw_ranks, draw_recall_curve, draw_similarities
 from .leaks import LeakReport, find_leaks
 from .page import render_page, show_misses
-from .results import METRIC_LABELS, Evaluation, Table, as_json, format_figure, format_interval, model_index
+from .results import Evaluation, Table, as_json
 from .retrieval import Embeddings, RetrievalResult, embed_split, measure_retrieval
 
 MIN_WIDTH = 32  # down to which widths are halved

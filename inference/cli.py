@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .console import Commands, print_json, print_table, skipped_as_json, visible, working
+from .console import Commands, as_overrides, print_json, print_table, skipped_as_json, visible, working
 
 app = typer.Typer(
     cls=Commands,
@@ -82,7 +82,7 @@ def train(
     from clipmini.training.recipes import load_recipe
     from clipmini.training.train import train as run_recipe
 
-    changes = [*(overrides or []), *_as_overrides(context.args)]
+    changes = [*(overrides or []), *as_overrides(context.args)]
     with working():
         loaded = load_recipe(recipe, [*changes, *(["data.strict=true"] if strict else [])])
         result = run_recipe(loaded, overwrite=overwrite, stage=stage)
@@ -193,6 +193,52 @@ def classify(
             table.add_section()
         print_table(table)
     skipped.log_summary()
+
+
+@app.command(epilog="Example: clipmini push runs/demo/model my-name/my-clip --dry-run")
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's, as training saved it.")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository; it is made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Let only the owner see it.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="The branch; it is made if need be.")] = None,
+    message: Annotated[str | None, typer.Option("--message", help="The commit's message.")] = None,
+    examples: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--example",
+            metavar="PICTURE=LABEL,LABEL",
+            help="A picture that may be published, for the Hub's widget; repeatable.",
+        ),
+    ] = None,
+    allow_code_drift: Annotated[
+        bool, typer.Option("--allow-code-drift", help="Take a folder whose code is not this clipmini's.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and upload nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a trained model to the Hub, card and results with it, in one commit."""
+    from clipmini.training.publish import prepare_push, read_example
+    from clipmini.training.publish import push as upload
+
+    with working():
+        pictures = dict(read_example(example) for example in examples or [])
+        prepared = prepare_push(folder, repo_id, allow_code_drift=allow_code_drift, examples=pictures)
+        pushed = None
+        if not dry_run:
+            pushed = upload(prepared, private=private or None, revision=revision, message=message)
+    if as_json:
+        files = [{"path": file.path, "size": file.size} for file in prepared.files]
+        done = {} if pushed is None else {"commit": pushed.commit.oid, "is_new": pushed.is_new, "url": pushed.url}
+        print_json({"repo_id": repo_id, "files": files, **done})
+        return
+    table = Table("file", "bytes")
+    for file in prepared.files:
+        table.add_row(visible(file.path), f"{file.size:,}")
+    print_table(table)
+    if pushed is None:
+        typer.echo("Nothing was uploaded: this was a dry run.")
+    else:
+        typer.echo(f"{'The model is' if pushed.is_new else 'All of it was there already'}: {pushed.url}")
 
 
 @app.command(epilog="Example: clipmini evaluate runs/demo/model demo")
@@ -308,22 +354,6 @@ def _report_folder(model: str, data: str, task: str, split: str | None) -> Path:
     return Path("runs") / re.sub(r"[^\w.-]+", "-", model) / name
 
 
-def _as_overrides(arguments: list[str]) -> list[str]:
-    """Read `--key value` and `--key=value`, for the options that are keys of a recipe."""
-    rest = iter(arguments)
-    overrides = []
-    for argument in rest:
-        name, separator, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not name:
-            raise ValueError(f"{argument!r} is not expected here; a recipe's key is changed by --key value.")
-        if not separator:
-            value = next(rest, None) or ""
-            if not value:
-                raise ValueError(f"{argument} needs a value.")
-        overrides.append(f"{name}={value}")
-    return overrides
-
-
 def _folder_to_search(source: str) -> str:
     """Name the folder that was trained on where it holds pictures, as one with only tables does not."""
     from .images import find_images
@@ -336,7 +366,7 @@ def _folder_to_search(source: str) -> str:
 
 
 def _recall_table(split: dict[str, Any]) -> Table:
-    from clipmini.evaluation.results import METRIC_LABELS
+    from clipmini.training.model_index import METRIC_LABELS
 
     table = Table("")
     columns = ("chance", "before", "after")

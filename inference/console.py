@@ -72,6 +72,32 @@ def skipped_as_json(skipped: "Skipped") -> dict[str, Any]:
     return {"num_skipped": skipped.count, "skipped": items}
 
 
+def as_overrides(arguments: list[str]) -> list[str]:
+    """Read `--key value` and `--key=value`, for the options that are keys of a recipe.
+
+    Args:
+        arguments: what the command did not know.
+
+    Returns:
+        "key=value" strings.
+
+    Raises:
+        ValueError: an argument is no option, or has no value.
+    """
+    rest = iter(arguments)
+    overrides = []
+    for argument in rest:
+        name, separator, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not name:
+            raise ValueError(f"{argument!r} is not expected here; a recipe's key is changed by --key value.")
+        if not separator:
+            value = next(rest, None) or ""
+            if not value:
+                raise ValueError(f"{argument} needs a value.")
+        overrides.append(f"{name}={value}")
+    return overrides
+
+
 def _as_sentence(error: Exception) -> str | None:
     """Say in one line what was wrong with the input, or nothing where the error is not the user's."""
     if hasattr(error, "format_message"):  # a usage error: the class lives in click or in typer, by typer's version

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 
 # Before anything imports datasets or transformers: a test must not find, or leave, anything in the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,9 +13,14 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 from PIL import Image, ImageDraw
 
+from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.build import character_tokenizer
+from clipmini.training.card import CardFacts, render_card
+from loopback_hub import TOKEN, running_hub
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
 from peer_models import save_clip, save_siglip
 
@@ -52,6 +58,44 @@ def tiny_folder(tmp_path_factory):
     ClipMiniModel(make_tiny_config()).save_pretrained(folder)
     ClipMiniProcessor.from_towers(make_tiny_config(), character_tokenizer()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def make_card(tiny_config):
+    """Make a card of the tiny model as a run writes it, without figures."""
+    stages = {"": ClipMiniTrainingArguments(output_dir="run", use_cpu=True)}
+
+    def make(licence="apache-2.0"):
+        return render_card(CardFacts("tiny", tiny_config(), "photos", licence, [], stages))
+
+    return make
+
+
+@pytest.fixture
+def pushable_folder(tiny_folder, make_card, tmp_path):
+    """A copy of the saved tiny model with a card, which may be changed and pushed."""
+    folder = tmp_path / "run" / "model"
+    shutil.copytree(tiny_folder, folder)
+    make_card().save(folder / "README.md")
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on loopback that this process takes for the only one; what it cannot answer fails the test."""
+    with running_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        close_session()  # it remembers proxies
+        yield hub
+        close_session()
+        assert hub.unknown == []
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from .augment import ImageAugmentation
+from .licences import check_licence
 from .metrics import METRIC_NAMES
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class ClipMiniTrainingArguments(TrainingArguments):
     logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Pictures per forward when embedding."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Trainer integrations to log to."})
+    hub_strategy: str = field(default="end", metadata={"help": "Leave this: only whole models are pushed."})
     # Every parameter that is trained gets a gradient at every step, also where the step is taken in chunks; and the
     # statistics of BatchNorm, the only buffers that could differ, are frozen.
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Search for unused parameters."})
@@ -172,6 +174,8 @@ class ClipMiniTrainingArguments(TrainingArguments):
     def _check_choices(self) -> None:
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would take pictures and captions away; leave it out.")
+        if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
+            raise ValueError("hub_strategy other than 'end' would push checkpoints, which hold pickles; leave it out.")
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.load_best_model_at_end = False  # nothing is measured to choose by
         best = self.metric_for_best_model
@@ -238,6 +242,8 @@ class DataArguments:
         strict: stop at the first picture or caption that cannot be used, rather than leave it out.
         share_duplicate_ids: let copies of one picture share its image id, so that they are never negatives of each
             other.
+        license: under which the pairs may be used, as the Hub writes it: "cc-by-4.0". The model card names it, and
+            the strictest of it and the towers' as the model's own.
     """
 
     source: str
@@ -250,3 +256,13 @@ class DataArguments:
     check_images: bool = True
     strict: bool = False
     share_duplicate_ids: bool = False
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the licence.
+
+        Raises:
+            ValueError: the Hub has no such licence.
+        """
+        if self.license is not None:
+            self.license = check_licence(self.license)

@@ -11,7 +11,8 @@ from clipmini.inference.encode import encode_images, encode_texts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.towers_clipmini import normalise
 
-from .metrics import chance_metrics, retrieval_metrics
+from .intervals import Interval, bootstrap_intervals
+from .metrics import QueryScores, chance_metrics, retrieval_scores, summarise_scores
 from .pairs import CachedPairs
 
 CACHED_CHUNK_SIZE = 8192  # rows of cached features projected at once
@@ -66,6 +67,38 @@ def evaluate_retrieval(
     Returns:
         `text_to_image_r1`, ..., `mean_recall`, in [0, 1]; and for each width the same with `_at_{width}` behind.
     """
+    scored = _score_split(model, processor, pairs, batch_size, widths)
+    return {
+        f"{name}{suffix}": value
+        for suffix, scores in scored.items()
+        for name, value in summarise_scores(scores).items()
+    }
+
+
+def evaluate_with_intervals(
+    model: ClipMiniModel,
+    processor: ClipMiniProcessor,
+    pairs: Dataset | CachedPairs,
+    batch_size: int = 16,
+    widths: Sequence[int] = (),
+) -> dict[str, Interval]:
+    """Measure as `evaluate_retrieval` does, and give each metric with its 95 % bootstrap interval over pictures."""
+    scored = _score_split(model, processor, pairs, batch_size, widths)
+    return {
+        f"{name}{suffix}": interval
+        for suffix, scores in scored.items()
+        for name, interval in bootstrap_intervals(scores).items()
+    }
+
+
+def _score_split(
+    model: ClipMiniModel,
+    processor: ClipMiniProcessor,
+    pairs: Dataset | CachedPairs,
+    batch_size: int,
+    widths: Sequence[int],
+) -> dict[str, dict[str, QueryScores]]:
+    """Score the queries of a split: of whole embeddings under "", of cut-off ones under "_at_{width}"."""
     was_training = model.training
     model.eval()
     try:
@@ -73,12 +106,11 @@ def evaluate_retrieval(
     finally:
         model.train(was_training)
     image_of_text = _cached(pairs).image_of_captions()
-    metrics = retrieval_metrics(image_embeds, text_embeds, image_of_text)
+    scored = {"": retrieval_scores(image_embeds, text_embeds, image_of_text)}
     for width in widths:
         image, text = (normalise(embeds[:, :width]) for embeds in (image_embeds, text_embeds))
-        cut = retrieval_metrics(image, text, image_of_text)
-        metrics.update({f"{name}_at_{width}": value for name, value in cut.items()})
-    return metrics
+        scored[f"_at_{width}"] = retrieval_scores(image, text, image_of_text)
+    return scored
 
 
 def chance_level(pairs: Dataset | CachedPairs) -> dict[str, float]:

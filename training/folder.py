@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from torch import Tensor
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
@@ -36,7 +37,11 @@ SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
 
 
 def save_model_folder(
-    model: ClipMiniModel, processor: ClipMiniProcessor, folder: Path, card: ModelCard | None = None
+    model: ClipMiniModel,
+    processor: ClipMiniProcessor,
+    folder: Path,
+    card: ModelCard | None = None,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Save a complete model folder: code, config, weights, processor, tokenizer and card.
 
@@ -51,9 +56,10 @@ def save_model_folder(
         processor: the model's processor.
         folder: where.
         card: what becomes its README.md.
+        state_dict: weights to save in place of the model's own.
     """
     with written_beside(folder) as beside:
-        model.save_pretrained(beside)
+        model.save_pretrained(beside, state_dict=state_dict)
         processor.save_pretrained(beside)
         shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors writes for its owner alone
         for name, content in SENTENCE_TRANSFORMERS_FILES.items():

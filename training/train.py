@@ -20,14 +20,16 @@ from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
 from .build import ModelPreset, build_model, load_for_fine_tuning
+from .card import recipe_parts, render_recipe_card
 from .curves import draw_curves
 from .data import load_data
 from .duplicates import DuplicateReport, find_duplicates, share_ids
-from .evaluate import chance_level, evaluate_retrieval
+from .evaluate import chance_level, evaluate_with_intervals
 from .folder import save_model_folder, written_beside
 from .lora import merge_lora
 from .memory import keep_freed_memory
-from .publish import render_model_card
+from .model_index import public_name
+from .publish import prepare_push, push
 from .recipes import Recipe
 from .runlog import MetricsLog, versions
 from .trainer import ClipMiniTrainer
@@ -47,7 +49,8 @@ class TrainResult:
         output_dir: the run's folder: `recipe_as_run.yaml`, `results.json`, `curves.png`, and `metrics.jsonl` and
             checkpoints, which of a recipe in stages are in a folder for each.
         model_dir: the trained model, complete: code, config, weights, processor.
-        results: what `results.json` holds: per split the recalls by chance, before and after training, all in [0, 1].
+        results: what `results.json` holds: per split the recalls by chance, before and after training, all in [0, 1],
+            and the ends of the 95 % bootstrap intervals of the last.
     """
 
     output_dir: Path
@@ -78,8 +81,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         The folders and the recalls.
 
     Raises:
-        ValueError: the output folder holds a finished run or another recipe's, there is no such stage, or data or
-            model cannot be used.
+        ValueError: the output folder holds a finished run or another recipe's, there is no such stage, data or model
+            cannot be used, or it is to be pushed and the Hub refuses; the run is whole and saved then.
     """
     args = recipe.training
     output_dir = Path(str(args.output_dir))
@@ -89,6 +92,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     wanted = names if stage is None else [stage]
     if not overwrite:
         _check_output_dir(output_dir, recipe, wanted)
+    _check_push(recipe)
 
     keep_freed_memory()
     skipped = Skipped(strict=recipe.data.strict)
@@ -110,7 +114,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         runs[name] = run = _run_stage(trainer, output_dir / name, is_one_of_many=bool(name))
         model, processor = run.model, run.processor
     after = {
-        split: evaluate_retrieval(
+        split: evaluate_with_intervals(
             model, processor, pairs[split], stage_args.per_device_eval_batch_size, stage_args.matryoshka_widths
         )
         for split in held_out
@@ -119,10 +123,13 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     skipped.log_summary()
     times = [run.train_s for run in runs.values()]
     results = {
+        "data": {"source": public_name(recipe.data.source), "license": recipe.data.license},
         "num_train_images": len(pairs["train"]),
+        "num_train_captions": sum(map(len, pairs["train"]["captions"])),
         "num_skipped": skipped.count,
         "skipped": [{"path": name, "reason": reason} for name, reason in skipped.items],
         "duplicates": duplicates.as_dict(),
+        "num_parameters": model.num_parameters(),
         "train_s": None if None in times else sum(filter(None, times)),
         "stages": [name for name in names if name in runs or (output_dir / name / STAGE_FILE).exists()],
         "versions": versions(),
@@ -132,18 +139,26 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
                 "num_captions": sum(map(len, pairs[name]["captions"])),
                 "chance": chance_level(pairs[name]),
                 "before": before[name],
-                "after": after[name],
+                "after": {metric: interval.value for metric, interval in after[name].items()},
+                "intervals": {metric: [interval.low, interval.high] for metric, interval in after[name].items()},
             }
             for name in held_out
         },
     }
     model_dir = output_dir / MODEL_FOLDER
     if args.process_index == 0:
-        save_model_folder(model, processor, model_dir, card=render_model_card(recipe, model.config, results))
+        save_model_folder(model, processor, model_dir, card=render_recipe_card(recipe, model.config, results))
         draw_curves({name or "training": run.log_history for name, run in runs.items()}, output_dir / CURVES_FILE)
         # Last: a run without results is one that was cut off.
         with written_beside(output_dir / RESULTS_FILE) as file:
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if args.push_to_hub:
+            pushed = push(
+                prepare_push(model_dir, str(args.hub_model_id)),
+                private=args.hub_private_repo,
+                revision=args.hub_revision,
+            )
+            logger.warning("the model is pushed: %s", pushed.url)
     return TrainResult(output_dir=output_dir, model_dir=model_dir, results=results)
 
 
@@ -246,6 +261,21 @@ def _recipe_text(recipe: Recipe) -> str:
     """Give the recipe as YAML; whether to be strict is a matter of this call, not of the run."""
     data = {name: value for name, value in recipe.values["data"].items() if name != "strict"}
     return yaml.safe_dump({**recipe.values, "data": data}, sort_keys=False, allow_unicode=True)
+
+
+def _check_push(recipe: Recipe) -> None:
+    """Refuse before hours are spent what the push at the end would refuse."""
+    args = recipe.training
+    if not args.push_to_hub:
+        return
+    if "/" not in (args.hub_model_id or ""):
+        raise ValueError(f"push_to_hub with hub_model_id={args.hub_model_id!r}: name the repository as owner/name.")
+    for part in recipe_parts(recipe):
+        if part.licence is None:
+            raise ValueError(
+                f"push_to_hub needs a licence, and that of the {part.role}, {part.name}, is not stated; set "
+                "data.license, and for a model or tower write it into its card."
+            )
 
 
 def _check_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str]) -> None:

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
@@ -26,20 +24,19 @@ from .evaluate import evaluate_retrieval
 from .features import TowerFeatures
 from .gradient_cache import Batch, cached_backward, check_batch_norm
 from .length_groups import pool_by_length
-from .lora import add_lora, load_lora_state, lora_state, merged_state_dict
+from .lora import add_lora
 from .objective import ContrastiveObjective, Embeddings
 from .optimizer import parameter_groups
 from .pairs import CachedPairs, EpochPairs
 from .progress import LiveTable
 from .runlog import check_finite
 from .sampling import PairSampler
+from .saving import SavingTrainer
 from .teacher import TeacherEmbeddings
 from .tower_split import stage_parts
 
-LORA_FILE = "lora.safetensors"  # in a checkpoint, beside the merged weights
 
-
-class ClipMiniTrainer(Trainer):
+class ClipMiniTrainer(SavingTrainer):
     """Train a [`ClipMiniModel`] on a pair data set.
 
     Beyond `Trainer`: negatives from all processes; batches of any size by gradient cache; every option of
@@ -314,43 +311,6 @@ class ClipMiniTrainer(Trainer):
                 self.args.per_device_eval_batch_size,
                 self.args.matryoshka_widths,
             )
-
-    # What a checkpoint holds beyond Trainer's. It is all written before `trainer_state.json`, which marks a checkpoint
-    # as whole.
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if state_dict is None and self.args.lora_towers:
-            state_dict = merged_state_dict(self.model)  # a checkpoint is a plain model that loads anywhere
-        super()._save(output_dir, state_dict)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and self.args.lora_towers:
-            save_file(lora_state(self.model), Path(output_dir) / LORA_FILE)
-        if self.args.should_save and self.weight_average is not None:
-            self.weight_average.save(Path(output_dir))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.weight_average is not None:
-            self.weight_average.load(Path(checkpoint))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.args.lora_towers:
-            self._load_adapters(Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if self.args.lora_towers:
-            self._load_adapters(Path(str(self.state.best_model_checkpoint)))
-        else:
-            super()._load_best_model()
-
-    def _load_adapters(self, folder: Path) -> None:
-        # The merged weights bring heads, temperature and statistics; adapted weights have other names here.
-        self.model.load_state_dict(load_file(folder / SAFE_WEIGHTS_NAME), strict=False)
-        load_lora_state(self.model, load_file(folder / LORA_FILE))
 
 
 class _NextEpoch(TrainerCallback):

@@ -52,7 +52,7 @@ def assert_refused(result, *words):
 
 
 class TestHelp:
-    @pytest.mark.parametrize("verb", ["train", "search", "classify"])
+    @pytest.mark.parametrize("verb", ["train", "search", "classify", "push"])
     def test_has_an_example(self, run, verb):
         result = run(verb, "--help")
         assert result.exit_code == 0

@@ -14,12 +14,12 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
-def run_as_stranger(code, folder, *arguments, check=True):
+def run_as_stranger(code, folder, *arguments, check=True, **variables):
     """Run code in a folder, where clipmini cannot be imported, with module and Hub caches of its own."""
-    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", **variables}
     command = [sys.executable, "-c", PROLOGUE + code, *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
-    assert not (check and result.returncode), result.stderr
-    return result
+    assert not check or done.returncode == 0, done.stderr
+    return done

@@ -5,8 +5,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from clipmini.inference.encode import load_model
-from clipmini.training import train as train_module
 from clipmini.training.data import load_pairs
+from clipmini.training.evaluate import evaluate_retrieval
 from clipmini.training.recipes import load_recipe
 from clipmini.training.train import train
 from modeling_clipmini import ClipMiniModel
@@ -69,6 +69,7 @@ def test_a_folder_of_pictures_becomes_a_model(recipe, tmp_path, caplog):
     card = (result.model_dir / "README.md").read_text()
     assert "pipeline_tag: zero-shot-image-classification" in card
     assert "| text to image |" in card
+    assert f"| train | {result.results['num_train_images']} |" in card
     assert "{{" not in card
 
 
@@ -76,8 +77,12 @@ def test_the_saved_weights_are_those_that_were_measured(recipe, photos):
     result = train(recipe("freeze_vision=true", "freeze_text=true"))
     model, processor = load_model(result.model_dir, "cpu")
     pairs = load_pairs(photos)
-    measured = train_module.evaluate_retrieval(model, processor, pairs["test"])
-    assert measured == pytest.approx(result.results["splits"]["test"]["after"])
+    measured = evaluate_retrieval(model, processor, pairs["test"])
+    test = result.results["splits"]["test"]
+    assert measured == pytest.approx(test["after"])
+    assert set(test["intervals"]) == set(test["after"])
+    for name, (low, high) in test["intervals"].items():
+        assert low <= test["after"][name] <= high
 
 
 def test_the_same_recipe_gives_the_same_weights(recipe, tmp_path):

@@ -1,0 +1,62 @@
+"""Licences by the names that the Hub has for them, and which of several is the strictest.
+
+The order is a rule of thumb for a card's metadata and no legal advice: it asks how much a licence forbids, not whether
+two of them can be kept at once. Of share-alike licences, two mostly cannot.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+OTHER = "other"  # terms that have no name on the Hub
+# From nothing asked to nothing allowed; of two in one line the later counts as the stricter.
+_LICENCES = (
+    ("unlicense", "wtfpl", "pddl", "cc0-1.0"),  # no conditions
+    ("isc", "zlib", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cdla-permissive-2.0", "odc-by", "etalab-2.0"),
+    ("apache-2.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0"),  # authors named, and changes told
+    ("mpl-2.0", "lgpl-2.1", "lgpl-3.0", "cdla-sharing-1.0", "odbl", "cc-by-sa-3.0", "cc-by-sa-4.0"),  # share alike
+    ("gpl-2.0", "gpl-3.0", "agpl-3.0"),
+    ("openrail", "creativeml-openrail-m", "bigscience-openrail-m"),  # not for every use
+    ("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0"),  # no commerce
+    ("cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"),
+    ("cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"),  # nothing derived
+    (OTHER,),
+)
+LICENCES = tuple(name for line in _LICENCES for name in line)
+
+
+def check_licence(name: str) -> str:
+    """Check a licence that a person states.
+
+    Args:
+        name: as the Hub writes it, in any case: "apache-2.0", "CC-BY-4.0"; "other" for terms without such a name.
+
+    Returns:
+        The name in small letters.
+
+    Raises:
+        ValueError: it is not known here; the message names the nearest.
+    """
+    small = name.lower()
+    if small not in LICENCES:
+        nearest = difflib.get_close_matches(small, LICENCES, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"license={name!r} is not allowed; the nearest is {nearest!r}. There are {', '.join(LICENCES)}, the last "
+            "for other terms."
+        )
+    return small
+
+
+def strictest(licences: Iterable[str | None]) -> str | None:
+    """Give the strictest of several licences.
+
+    Args:
+        licences: as the Hub writes them; None for what has none that is known.
+
+    Returns:
+        The strictest; None where one is not known, or there are none. A name that is not known here counts as stricter
+        than all that are.
+    """
+    names = list(licences)
+    if not names or None in names:
+        return None
+    return max(filter(None, names), key=lambda name: LICENCES.index(name) if name in LICENCES else len(LICENCES))
