@@ -57,7 +57,7 @@ def encode(
     is_single = isinstance(inputs, kinds)
     items = [inputs] if is_single else _as_list(inputs, kinds)
     positions = sorted(range(len(items)), key=lambda position: order(items[position]))
-    result = torch.empty(len(items), kept)
+    result = torch.empty(len(items), kept, dtype=torch.float32, device="cpu")
     delay = BAR_AFTER_S if show_progress_bar is None else 0
     was_training = model.training
     model.eval()
