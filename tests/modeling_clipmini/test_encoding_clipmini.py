@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
+from transformers.utils import logging
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor, ClipMiniTextModel, ClipMiniVisionModel
 from modeling_clipmini import encoding_clipmini as encoding
@@ -182,7 +183,8 @@ def test_what_is_not_allowed_is_said(call, message, model):
 
 
 @pytest.mark.parametrize(("show", "is_drawn"), [(True, True), (False, False), (None, False)])
-def test_the_bar(show, is_drawn, model, capsys):
+def test_the_bar(show, is_drawn, model, capsys, monkeypatch):
+    monkeypatch.setattr(logging, "_tqdm_active", True)  # which other tests may have switched off
     model.processor  # noqa: B018 - loading draws nothing, and is done here
     capsys.readouterr()
     model.encode_text(TEXTS, show_progress_bar=show)
