@@ -17,6 +17,7 @@ arguments, (name, pictures) = HfArgumentParser(TrainingArguments).parse_args_int
 arguments.remove_unused_columns = False  # the model's forward knows no column of the data
 
 model = AutoModel.from_pretrained(name, trust_remote_code=True)
+model.freeze_batch_norm()  # the statistics of small batches would spoil the image tower, whatever the learning rate
 processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
 data = load_dataset("imagefolder", data_dir=pictures)
 
