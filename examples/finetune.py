@@ -3,7 +3,7 @@
     python finetune.py MODEL PICTURES --output_dir tuned --num_train_epochs 3 --learning_rate 1e-5
 
 MODEL is a folder or a Hub id; its code is run, so read it first. PICTURES is a folder with pictures and a metadata.csv
-of the columns file_name and caption. All of TrainingArguments can be given.
+of the columns file_name and caption, one row for each picture. All of TrainingArguments can be given.
 """
 
 from typing import Any
@@ -36,4 +36,4 @@ trainer = Trainer(
     processing_class=processor,
 )
 trainer.train()
-trainer.save_model()  # weights, code and processor: as complete as what it came from
+trainer.save_model()  # weights, code and processor; a card, and files of other libraries, are not copied

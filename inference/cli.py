@@ -335,7 +335,12 @@ def serve(
     from .handler import RequestHandler
 
     with working():
-        limits = Limits(max_body_bytes=max_body_mib * 2**20, num_workers=num_workers, compute_timeout_s=timeout_s)
+        limits = Limits(
+            max_body_bytes=max_body_mib * 2**20,
+            max_active=max(Limits.max_active, 2 * num_workers),
+            num_workers=num_workers,
+            compute_timeout_s=timeout_s,
+        )
         sock = bind(host, port)
         server = create_app(RequestHandler(*load_model(model)), limits)
     sock.listen()  # from here on clients may come

@@ -39,10 +39,12 @@ MAX_ASPECT_RATIO = 100  # resizing the shorter edge to 224 makes 5 megapixels of
 MAX_IMAGES = 32
 MAX_TEXTS = 1000
 MAX_CHARACTERS = 500_000  # of all texts of a request together; what a text has beyond the model's tokens is cut
-TEXT_BATCH = 64
+MAX_TOKENS = 20_000  # of all texts together, once cut: half a minute of a core for a tower of DistilBERT's size
+TEXT_BATCH = 32
 NUM_CACHED = 8  # sets of labels whose embeddings are kept: of 1000 labels 2 MB each, and what the labels take
-# By contents, whatever a request calls it. Some of Pillow's other formats start programs or have no signature.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# By contents, whatever a request calls it. Some of Pillow's other formats start programs or have no signature, and the
+# tiles of a small TIFF may unpack to gigabytes.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 class RequestError(ValueError):
@@ -160,18 +162,27 @@ class RequestHandler:
                 reason = " ".join(str(error).split())
                 raise RequestError(f"The picture is truncated or damaged ({reason}).") from error
             pixel_values = self.processor(images=[image])["pixel_values"]
+            del image  # before another large one is decoded
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         embeds: Tensor = self.model.get_image_features(pixel_values).pooler_output
         return embeds.float()
 
     def _embed_texts(self, texts: tuple[str, ...]) -> Tensor:
         """Embed texts, before normalisation: to (T, D) float32."""
-        embeds = []
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # texts of like length share their padding
+        batches = []
         for start in range(0, len(texts), TEXT_BATCH):
             with self._tokenizer_lock:  # a call sets its padding in a tokenizer that all threads share
-                inputs = self.processor(text=list(texts[start : start + TEXT_BATCH]))
-            embeds.append(self.model.get_text_features(**inputs.to(self.model.device)).pooler_output.float())
-        return torch.cat(embeds)
+                batches.append(self.processor(text=[texts[row] for row in order[start : start + TEXT_BATCH]]))
+        num_tokens = sum(batch["input_ids"].numel() for batch in batches)
+        if num_tokens > MAX_TOKENS:
+            raise RequestError(f"The texts have {num_tokens} tokens, over the limit of {MAX_TOKENS}; send less.", 413)
+        embeds = [
+            self.model.get_text_features(**batch.to(self.model.device)).pooler_output.float() for batch in batches
+        ]
+        result = torch.empty(len(texts), embeds[0].shape[1], device=embeds[0].device)
+        result[order] = torch.cat(embeds)
+        return result
 
 
 class EndpointHandler(RequestHandler):

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from .handler import RequestError
 
 MAX_COMMAS = 1_000_000  # in JSON: 16 MiB of "[]," would become 400 MiB of lists
-SHUTDOWN_S = 10  # for answers that are under way
+SHUTDOWN_S = 10  # that clients have for their answers; what the model is at is finished, as threads cannot be stopped
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def create_app(handler: Callable[[Any], Any], limits: Limits | None = None) -> S
 
     POST a request to `/`; the paths `/models/NAME` and `/pipeline/TASK` that clients know from the Hub lead to the
     same model, the latter with its task. A body is JSON, or a picture as it is with the parameters in the query. GET
-    `/health` says that the server lives, even when it is busy. Every error is JSON, `{"error": ...}`.
+    `/health` says that the server lives, even when it is busy. Every error is JSON, `{"error": ...}`, but for what is
+    no HTTP at all.
 
     Args:
         handler: answers one request, in a thread; a `RequestError` of it goes to the client.
@@ -170,20 +171,24 @@ class _Service:
     async def infer(self, request: Request) -> Response:
         await self._take_place()
         try:
-            body = await self._read_body(request)
+            body = [await self._read_body(request)]
             work = self.workers.submit(self._answer, request, body)
         except BaseException:
             self.places.release()
             raise
-        del body
         answer = asyncio.wrap_future(work)
         answer.add_done_callback(self._give_place_back)
         try:
             async with asyncio.timeout(self.limits.compute_timeout_s):
                 content = await asyncio.shield(answer)
         except TimeoutError:
-            work.cancel()  # if it has not begun; a thread cannot be stopped, and holds its place to the end
+            # A thread cannot be stopped, and holds its place to the end. What has not begun gives it back, and so must
+            # not keep its body in the workers' queue.
+            if work.cancel():
+                body.clear()
             raise _timeout(504, "The answer took", self.limits.compute_timeout_s) from None
+        finally:
+            del answer, work  # an error in them holds this frame, which holds them, and what the request took
         return Response(content, media_type="application/json")
 
     async def _take_place(self) -> None:
@@ -207,26 +212,25 @@ class _Service:
 
     async def _read_body(self, request: Request) -> bytes:
         limit = self.limits.max_body_bytes
-        too_large = RequestError(f"The body is over the limit of {limit} bytes; send a smaller picture.", 413)
         encoding = request.headers.get("content-encoding", "identity")
         if encoding != "identity":
             raise RequestError(f"The content encoding {encoding[:20]!r} is not supported; send it plain.", 415)
         if int(request.headers.get("content-length", 0)) > limit:
-            raise too_large
+            raise _too_large(limit)
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.upload_timeout_s):
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > limit:  # uvicorn reads on and drops the rest, so that the client gets to the answer
-                        raise too_large
+                        raise _too_large(limit)
         except TimeoutError:
             raise _timeout(408, "The body took", self.limits.upload_timeout_s, {"Connection": "close"}) from None
         return bytes(body)
 
-    def _answer(self, request: Request, body: bytes) -> bytes:
-        """Answer a request, in a worker's thread."""
-        return json.dumps(self.handler(_read_request(request, body)), allow_nan=False).encode()
+    def _answer(self, request: Request, body: list[bytes]) -> bytes:
+        """Answer a request, in a worker's thread; its body is taken out of the list, so that nobody else keeps it."""
+        return json.dumps(self.handler(_read_request(request, body.pop())), allow_nan=False).encode()
 
 
 def _read_request(request: Request, body: bytes) -> Any:
@@ -252,12 +256,17 @@ def _read_request(request: Request, body: bytes) -> Any:
     return {**parameters, **data} if isinstance(data, dict) else data
 
 
+def _too_large(limit: int) -> RequestError:
+    return RequestError(f"The body is over the limit of {limit} bytes; send a smaller picture.", 413)
+
+
 def _timeout(status: int, what: str, seconds: float, headers: dict[str, str] | None = None) -> HTTPException:
     return HTTPException(status, f"{what} more than {seconds:g} seconds.", headers)
 
 
 async def _tell_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
+    error.__traceback__ = None  # its frames hold the body and the picture, and may hold the error
     return JSONResponse({"error": str(error)}, error.status)
 
 

@@ -4,6 +4,7 @@ Shape letters used in the comments:
     I images, T captions, D width of the shared space.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -273,9 +274,11 @@ def load_safetensors(load: Callable[..., Any], name_or_path: Any, *args: Any, **
     try:
         return load(name_or_path, *args, **kwargs)
     except OSError as error:
-        if SAFE_WEIGHTS_NAME not in str(error):
+        if SAFE_WEIGHTS_NAME not in str(error) or error.__cause__ is not None:  # which a broken connection is
             raise
-        raise ValueError(f"{name_or_path} has no {SAFE_WEIGHTS_NAME}. {NO_PICKLES}") from error
+        # Of an id on the Hub transformers says the same where there is no network.
+        doubt = "" if os.path.isdir(name_or_path) else ", or the Hub cannot be reached"
+        raise ValueError(f"{name_or_path} has no {SAFE_WEIGHTS_NAME}{doubt}. {NO_PICKLES}") from error
 
 
 def normalise(features: Tensor) -> Tensor:

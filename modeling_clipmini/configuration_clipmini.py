@@ -23,7 +23,10 @@ LOGIT_SCALE_STARTS = {"infonce": math.log(1 / 0.07), "sigmoid": math.log(10.0)}
 SIGMOID_LOGIT_BIAS_START = -10.0
 
 # RoBERTa and its kin number positions from the padding token's id on, and so read fewer tokens than they have rows.
-POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text", "xmod")
+POSITIONS_AFTER_PADDING = (
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert"),
+    *("mpnet", "data2vec-text", "xmod", "ibert", "longformer", "luke"),
+)
 
 
 class ClipMiniConfig(PreTrainedConfig):

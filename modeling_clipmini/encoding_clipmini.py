@@ -1,10 +1,11 @@
 """What `encode_image` and `encode_text` share: single inputs and lists, batches, the bar, and pictures by name.
 
-Nothing here opens a file or a connection: paths and addresses go to transformers' own `load_image`, which reads them.
+Nothing is opened but the pictures that a caller names: paths by Pillow, addresses by transformers' `load_image`.
 """
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def encode(
     inputs: Any,
     kinds: tuple[type, ...],
     embed: Callable[[list[tuple[int, Any]]], Tensor],
-    order: Callable[[Any], int],
+    order: Callable[[Any], int] | None,
     batch_size: int,
     show_progress_bar: bool | None,
     convert_to_tensor: bool,
@@ -39,7 +40,8 @@ def encode(
         inputs: one input, or any iterable of inputs.
         kinds: the types that one input may have.
         embed: a batch of (position, input) to features (N, D) before normalisation.
-        order: inputs for which it is least come first; the result keeps the order given.
+        order: inputs for which it is least come first, for which all are held; the result keeps the order given. None
+            takes them as they come, a batch at a time.
         batch_size: inputs per call of `embed`.
         show_progress_bar: draw one, or not; None draws it where the work takes longer than `BAR_AFTER_S`.
         convert_to_tensor: give a tensor on the model's device rather than an array.
@@ -55,21 +57,26 @@ def encode(
     kept = width if truncate_dim is None else _check_whole("truncate_dim", truncate_dim, most=width)
     _check_whole("batch_size", batch_size)
     is_single = isinstance(inputs, kinds)
-    items = [inputs] if is_single else _as_list(inputs, kinds)
-    positions = sorted(range(len(items)), key=lambda position: order(items[position]))
-    result = torch.empty(len(items), kept, dtype=torch.float32, device="cpu")
+    numbered: Iterator[tuple[int, Any]] = enumerate(_checked([inputs] if is_single else inputs, kinds))
+    if order is not None:
+        numbered = iter(sorted(numbered, key=lambda item: order(item[1])))
+    total = 1 if is_single else len(inputs) if hasattr(inputs, "__len__") else None
     delay = BAR_AFTER_S if show_progress_bar is None else 0
+    positions: list[int] = []
+    embeds = [torch.empty(0, kept)]
     was_training = model.training
     model.eval()
     try:
-        with logging.tqdm(total=len(items), delay=delay, disable=show_progress_bar is False) as bar:
-            for start in range(0, len(items), batch_size):
-                batch = positions[start : start + batch_size]
-                features = embed([(position, items[position]) for position in batch])
-                result[batch] = F.normalize(features.float()[:, :kept], dim=-1).cpu()
+        with logging.tqdm(total=total, delay=delay, disable=show_progress_bar is False) as bar:
+            while batch := list(itertools.islice(numbered, batch_size)):
+                features = embed(batch)
+                embeds.append(F.normalize(features.float()[:, :kept], dim=-1).cpu())
+                positions += [position for position, _ in batch]
                 bar.update(len(batch))
     finally:
         model.train(was_training)
+    result = torch.empty(len(positions), kept)
+    result[positions] = torch.cat(embeds)
     result = result[0] if is_single else result
     return result.to(model.device) if convert_to_tensor else result.numpy()
 
@@ -102,22 +109,28 @@ def _read_picture(source: Any) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     source = os.fspath(source)
-    if not source.startswith(ADDRESSES) and not os.path.isfile(source):  # load_image would take it for base64
-        raise FileNotFoundError("there is no such file")
-    return load_image(source, timeout=ADDRESS_TIMEOUT_S)
+    if source.startswith(ADDRESSES):
+        return load_image(source, timeout=ADDRESS_TIMEOUT_S)
+    return Image.open(source)  # load_image would drop transparency and 16-bit depth, which the processor understands
 
 
-def _as_list(inputs: Any, kinds: tuple[type, ...]) -> list[Any]:
+def _checked(inputs: Any, kinds: tuple[type, ...]) -> Iterator[Any]:
+    """Give the inputs one by one; what is no input ends it, at once where all of them are there already."""
     allowed = ", ".join(kind.__name__ for kind in kinds)
     try:
-        items = list(inputs)
+        items = iter(inputs)
     except TypeError:
         kind = type(inputs).__name__
         raise ValueError(f"An input of type {kind} is not allowed; give {allowed}, or a list of these.") from None
-    for number, item in enumerate(items, start=1):
+
+    def check(number: int, item: Any) -> Any:
         if not isinstance(item, kinds):
             raise ValueError(f"Input number {number} is of type {type(item).__name__}; give {allowed}.")
-    return items
+        return item
+
+    if isinstance(inputs, (list, tuple)):
+        items = iter([check(number, item) for number, item in enumerate(inputs, start=1)])
+    return (check(number, item) for number, item in enumerate(items, start=1))
 
 
 def _check_whole(name: str, value: Any, most: int | None = None) -> int:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, TimmWrapperConfig, TimmWrapperModel
 from transformers import initialization as init
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, can_return_tuple, logging
+from transformers.utils.hub import get_checkpoint_shard_files
 
-from .base_clipmini import ClipMiniOutput, load_safetensors, normalise
+from .base_clipmini import NO_PICKLES, PLACE_OPTIONS, ClipMiniOutput, load_safetensors, normalise
 from .configuration_clipmini import ClipMiniConfig
 from .encoding_clipmini import encode  # noqa: F401 - transformers before 5.12 finds, in a local folder, only
 from .loss_clipmini import infonce_loss, pairwise_logits, sigmoid_loss
@@ -171,6 +172,12 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
 def _load_tower(auto_class: Any, path: str, options: dict[str, Any]) -> nn.Module:
     """Load a pretrained tower in float32, from safetensors, and see that the checkpoint held all of it."""
     options = {"dtype": torch.float32, **options, "output_loading_info": True}
+    # The classes of towers have no guard of their own against an index that names pickles.
+    place = {name: options[name] for name in (*PLACE_OPTIONS, "token") if options.get(name) is not None}
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **place)
+    for shard in get_checkpoint_shard_files(path, index, **place)[0] if index else ():
+        if not shard.endswith(".safetensors"):
+            raise ValueError(f"{shard} is not in safetensors. {NO_PICKLES}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a classifier left over is as it should be, and what is missing is an error below
     try:

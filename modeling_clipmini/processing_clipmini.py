@@ -150,5 +150,5 @@ class ClipMiniProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> list[str]:
         """Save `processor_config.json`, the tokenizer, and for older clients `preprocessor_config.json`."""
-        files = super().save_pretrained(save_directory, *args, **kwargs)
-        return [*files, *self.image_processor.save_pretrained(save_directory)]
+        files = self.image_processor.save_pretrained(save_directory)  # first: the rest may be pushed once it is saved
+        return [*files, *super().save_pretrained(save_directory, *args, **kwargs)]

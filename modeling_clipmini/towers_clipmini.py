@@ -115,10 +115,9 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         """Embed pictures as they are, with the model's own processor.
 
         Args:
-            images: a Pillow picture, a path or an http(s) address, or any iterable of these. One batch of
-                `pixel_values` and one decoded picture are in memory at a time. Paths and addresses are read by
-                transformers' `load_image`, which shows what lies beneath transparent pixels; of Pillow pictures they
-                are white.
+            images: a Pillow picture, a path or an http(s) address, or any iterable of these, which is read a batch at
+                a time. What is transparent is white; but addresses are read by transformers' `load_image`, which shows
+                what lies beneath.
             batch_size: pictures per forward.
             show_progress_bar: draw one, or not; None draws it for what takes over two seconds.
             convert_to_tensor: give a tensor on the model's device rather than an array.
@@ -138,9 +137,7 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
             return self.get_image_features(pixel_values, return_dict=True).pooler_output
 
         kinds = (str, PathLike, Image.Image)
-        return encode(
-            self, images, kinds, embed, lambda _: 0, batch_size, show_progress_bar, convert_to_tensor, truncate_dim
-        )
+        return encode(self, images, kinds, embed, None, batch_size, show_progress_bar, convert_to_tensor, truncate_dim)
 
 
 def _refuse_shared_weights(timm_model: Any, config: ClipMiniConfig) -> None:
@@ -204,7 +201,7 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
     def _cut_to_positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Cut captions to the positions that the tower has.
+        """Cut captions to the positions that the tower has; their closing token stays the last.
 
         The processor has done so already; transformers' zero-shot pipeline pads its labels but does not cut them, and
         one long label would crash the tower.
@@ -213,7 +210,12 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         if positions is None or input_ids.shape[1] <= positions:
             return input_ids, attention_mask
         logger.warning_once(f"A text of {input_ids.shape[1]} tokens was cut to the {positions} that the model reads.")
-        return input_ids[:, :positions], None if attention_mask is None else attention_mask[:, :positions]
+        if attention_mask is None:
+            return torch.cat([input_ids[:, : positions - 1], input_ids[:, -1:]], dim=1), None
+        # Padding stands behind.
+        last = (attention_mask.sum(dim=1, keepdim=True) - 1).clamp(min=positions - 1)
+        closing = input_ids.gather(1, last)  # of a caption that fits, what stands in that place anyway
+        return torch.cat([input_ids[:, : positions - 1], closing], dim=1), attention_mask[:, :positions]
 
     def pool_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Run the text tower alone and pool its tokens: (T, L) to (T, W), what `pooled_text` takes."""

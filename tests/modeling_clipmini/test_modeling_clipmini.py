@@ -99,10 +99,14 @@ def test_mean_pooling_by_hand(tiny_model):
 
 
 def test_a_text_longer_than_the_tower_reads_is_cut(tiny_model):
-    long_ids = torch.randint(5, 60, (2, 100))
-    expected = tiny_model(input_ids=long_ids[:, :64], attention_mask=torch.ones(2, 64)).text_embeds
-    assert torch.equal(tiny_model(input_ids=long_ids, attention_mask=torch.ones(2, 100)).text_embeds, expected)
-    assert torch.equal(tiny_model.pool_texts(long_ids), tiny_model.pool_texts(long_ids[:, :64]))
+    """As a tokenizer would: the closing token stays the last. What is short enough loses its padding alone."""
+    long_ids = torch.randint(5, 60, (3, 100))
+    mask = (torch.arange(100) < torch.tensor([100, 80, 20])[:, None]).long()
+    cut = torch.cat([long_ids[:, :63], torch.stack([long_ids[0, 99:], long_ids[1, 79:80], long_ids[2, 63:64]])], dim=1)
+    expected = tiny_model(input_ids=cut, attention_mask=mask[:, :64]).text_embeds
+    assert torch.equal(tiny_model(input_ids=long_ids, attention_mask=mask).text_embeds, expected)
+    cut = torch.cat([long_ids[:, :63], long_ids[:, 99:]], dim=1)
+    assert torch.equal(tiny_model.pool_texts(long_ids), tiny_model.pool_texts(cut))
 
 
 def test_the_loss_needs_as_many_images_as_captions(tiny_model):

@@ -5,6 +5,7 @@ Each version is installed once, with what it needs besides torch, into a folder 
 
 import json
 import re
+import shutil
 import sys
 from importlib.metadata import requires
 
@@ -52,8 +53,10 @@ def installed(version):
     """The folder with this version and what it needs, but for torch, timm and torchvision."""
     folder = cache_folder() / f"transformers-{version}-python{sys.version_info.major}.{sys.version_info.minor}"
     if not (folder / "transformers").is_dir():
-        pip("install", "--quiet", "--target", folder.with_suffix(".partial"), f"transformers=={version}")
-        folder.with_suffix(".partial").rename(folder)
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # pip would leave what it finds there as it is
+        pip("install", "--quiet", "--target", partial, f"transformers=={version}")
+        partial.rename(folder)
     return folder
 
 
