@@ -15,7 +15,7 @@ from modeling_clipmini.processing_clipmini import image_processor_for
 from .arguments import ClipMiniTrainingArguments
 from .build import ModelPreset
 from .intervals import NUM_RESAMPLES, Interval
-from .licences import strictest
+from .licences import UNKNOWN, strictest
 from .metrics import DIRECTIONS, RECALL_AT
 from .model_index import eval_results, format_figure, format_interval, hub_id, public_name
 from .recipes import Recipe
@@ -94,7 +94,7 @@ def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[
 
     Returns:
         The card, with metadata that the Hub reads. The licence is the strictest of the towers' and the data's, and
-        absent where one of them is not stated.
+        absent where one of them is not stated, or they cannot be compared.
     """
     parts = recipe_parts(recipe)
     wanted = results.get("stages") or list(recipe.stages)
@@ -150,6 +150,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         is_cropped="shortest_edge" in pixels.size,
         source=public_name(facts.source),
         licence=facts.licence,
+        are_stated=not any(part.licence in (None, UNKNOWN) for part in facts.parts),
         is_strictest=facts.licence == strictest(part.licence for part in facts.parts),
         parts=facts.parts,
         made_of=[part for part in facts.parts if part.role != DATA],
@@ -206,8 +207,8 @@ def _from_card(name_or_path: str) -> tuple[str | None, tuple[str, ...]]:
         data = ModelCard.load(path / "README.md" if path.is_dir() else name_or_path, ignore_metadata_errors=True).data
     except (OSError, ValueError, yaml.YAMLError):
         return None, ()
-    bases = data.get("base_model") or []
-    return data.get("license"), (bases,) if isinstance(bases, str) else tuple(bases)
+    bases, licence = data.get("base_model") or [], data.get("license")
+    return licence if isinstance(licence, str) else None, (bases,) if isinstance(bases, str) else tuple(bases)
 
 
 def _describe_stage(name: str, args: ClipMiniTrainingArguments) -> dict[str, str]:

@@ -26,6 +26,7 @@ from .data import load_data
 from .duplicates import DuplicateReport, find_duplicates, share_ids
 from .evaluate import chance_level, evaluate_with_intervals
 from .folder import save_model_folder, written_beside
+from .licences import UNKNOWN, strictest
 from .lora import merge_lora
 from .memory import keep_freed_memory
 from .model_index import public_name
@@ -270,12 +271,19 @@ def _check_push(recipe: Recipe) -> None:
         return
     if "/" not in (args.hub_model_id or ""):
         raise ValueError(f"push_to_hub with hub_model_id={args.hub_model_id!r}: name the repository as owner/name.")
-    for part in recipe_parts(recipe):
-        if part.licence is None:
+    parts = recipe_parts(recipe)
+    for part in parts:
+        if part.licence in (None, UNKNOWN):
             raise ValueError(
                 f"push_to_hub needs a licence, and that of the {part.role}, {part.name}, is not stated; set "
                 "data.license, and for a model or tower write it into its card."
             )
+    if strictest(part.licence for part in parts) is None:
+        raise ValueError(
+            f"push_to_hub needs a licence, and nobody can say which is the strictest of "
+            f"{', '.join(sorted({str(part.licence) for part in parts}))}: change data.license, or train without "
+            "push_to_hub, write `license: ...` into the card, and push with `clipmini push`."
+        )
 
 
 def _check_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str]) -> None:

@@ -139,7 +139,11 @@ def test_the_licence_is_the_strictest_or_none(results, tiny_config):
     assert licence("model=tiny", "license=mit") == "mit"
     text = render(tiny_config, results, "license=null").text
     assert "| training data | photos | not stated |" in text
-    assert "none is claimed for the model" in text
+    assert "Not all of these licences are stated, so none is claimed for the model" in text
+    assert licence("license=llama2") is None
+    assert "Nobody can say which of these licences is the strictest, so" in render(
+        tiny_config, results, "license=llama2"
+    ).text
 
 
 def test_data_and_towers_of_the_hub_are_named_by_id(results, tiny_config):

@@ -5,6 +5,7 @@ import torch
 from huggingface_hub import ModelCard, constants
 
 from clipmini.training.arguments import ClipMiniTrainingArguments
+from clipmini.training.build import character_tokenizer
 from clipmini.training.recipes import load_recipe
 from clipmini.training.train import train
 from clipmini.training.trainer import ClipMiniTrainer
@@ -115,8 +116,22 @@ def recipe(tmp_path):
     return make
 
 
-def test_a_recipe_can_end_with_a_push(recipe, hub, tmp_path):
-    train(recipe("hub_model_id=org/clipmini", "license=cc0-1.0", "hub_private_repo=true"))
+@pytest.fixture
+def preset(tiny_model, tmp_path):
+    """A preset of towers that lie in folders here."""
+    vision, text = tmp_path / "vision", tmp_path / "text"
+    tiny_model.vision_model.save_pretrained(vision)
+    tiny_model.text_model.save_pretrained(text)
+    character_tokenizer().save_pretrained(text)
+    for tower in (vision, text):
+        (tower / "README.md").write_text("---\nlicense: mit\n---\n")
+    file = tmp_path / "preset.yaml"
+    file.write_text(f"vision: {vision}\ntext: {text}\nconfig: {{projection_dim: 16}}\n")
+    return file
+
+
+def test_a_recipe_can_end_with_a_push(recipe, preset, hub, tmp_path):
+    train(recipe("hub_model_id=org/clipmini", "license=cc0-1.0", "hub_private_repo=true", f"model={preset}"))
     repository = hub.models["org/clipmini"]
     assert repository.titles() == ["Upload model with clipmini", "initial commit"]
     assert repository.is_private
@@ -131,6 +146,7 @@ def test_a_recipe_can_end_with_a_push(recipe, hub, tmp_path):
     ("overrides", "message"),
     [
         (["license=cc0-1.0"], "hub_model_id=None: name the repository as owner/name"),
+        (["hub_model_id=org/clipmini", "license=unknown"], "licence, and that of the training data, pictures, is not"),
         (["hub_model_id=org/clipmini"], "licence, and that of the training data, pictures, is not stated"),
     ],
 )
