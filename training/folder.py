@@ -1,4 +1,4 @@
-"""A trained model's folder, complete and never half written."""
+"""What a run's folder holds, and the trained model's in it, complete and never half written."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
+RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "curves.png", "model"
 HANDLER = Path(__file__).parent.parent / "inference" / "handler.py"  # Inference Endpoints look for it beside the model
 REQUIREMENTS_FILE = "requirements.txt"
 NEEDED_BY_THE_MODEL = ("torch", "torchvision", "transformers", "timm", "numpy", "pillow")

@@ -1,5 +1,6 @@
 """A trained model to the Hub: checked, and then in one commit or not at all."""
 
+import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,16 @@ from huggingface_hub.utils import validate_repo_id
 
 from clipmini.inference.images import find_fault
 
-from .pushed_files import RESULTS, check_weights, drifted_code, list_files, results_for_others, run_files
+from .folder import RESULTS_FILE
+from .pushed_files import (
+    EVALUATIONS,
+    check_weights,
+    drifted_code,
+    evaluation_files,
+    list_files,
+    results_for_others,
+    run_files,
+)
 
 CARD = "README.md"
 MAIN = "main"
@@ -99,7 +109,8 @@ def prepare_push(
     if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id!r} is no repository of the Hub; name one as owner/name.")
     validate_repo_id(repo_id)
-    files: dict[str, Path | bytes] = {**run_files(folder), **list_files(folder)}
+    own = {name: file for name, file in list_files(folder).items() if not fnmatch.fnmatch(name, EVALUATIONS)}
+    files: dict[str, Path | bytes] = {**run_files(folder), **evaluation_files(folder), **own}
     drifted = drifted_code(folder)
     if drifted and not allow_code_drift:
         raise ValueError(
@@ -109,7 +120,7 @@ def prepare_push(
     card = _load_card(folder)
     address_card(card, repo_id)
     for name, content in files.items():
-        if Path(name).name == RESULTS and isinstance(content, Path):
+        if Path(name).name == RESULTS_FILE and isinstance(content, Path):
             files[name] = results_for_others(content)
     for picture, labels in (examples or {}).items():
         _add_example(card, files, repo_id, picture, labels)

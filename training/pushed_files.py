@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -12,9 +13,14 @@ from safetensors import SafetensorError, safe_open
 
 import modeling_clipmini
 from clipmini.inference.encode import load_model
+from clipmini.inference.encoders import weights_sha256
 
+from .folder import CURVES_FILE, HANDLER, MODEL_FOLDER, RECIPE_FILE, RESULTS_FILE
 from .model_index import public_name
 
+logger = logging.getLogger(__name__)
+
+EVALUATIONS = f"evaluation*/{RESULTS_FILE}"
 # All that is known by its name goes along; anything else is refused rather than left out, lest somebody misses it.
 KNOWN_FILES = (
     *("README.md", "LICENSE*", "NOTICE*", ".gitattributes"),
@@ -24,15 +30,13 @@ KNOWN_FILES = (
     *("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("*_clipmini.py", "handler.py", "requirements.txt"),
-    *("results.json", "curves.png", "evaluation*/results.json"),
+    *(RESULTS_FILE, CURVES_FILE, EVALUATIONS),
     *("examples/*.jpg", "examples/*.jpeg", "examples/*.png", "examples/*.webp"),
 )
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 SECRET_NAMES = (".env*", "*token", "*.pem", "*.key", "*secret*", "*credential*", ".netrc", "id_rsa*")
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 TEXTS = (".md", ".json", ".py", ".txt")
-RESULTS = "results.json"
-RUN_RECIPE, RUN_CURVES = "recipe_as_run.yaml", "curves.png"
 # What results hold of single pictures and captions: other people's, and nothing that a figure needs.
 OF_SINGLE_INPUTS = ("skipped", "examples", "alike_examples", "rows", "misses")
 
@@ -90,9 +94,8 @@ def drifted_code(folder: Path) -> list[str]:
     package = Path(modeling_clipmini.__file__).parent
     installed = {path.name: path for path in package.glob("*_clipmini.py")}
     wanted = set(installed)
-    handler = Path(__file__).parent.parent / "inference" / "handler.py"
-    if handler.is_file():
-        installed[handler.name] = handler  # it may be missing in a folder, but not differ
+    if HANDLER.is_file():
+        installed[HANDLER.name] = HANDLER  # it may be missing in a folder, but not differ
     own = {path.name: path for path in folder.glob("*.py")}
     return sorted(
         name
@@ -134,13 +137,37 @@ def run_files(folder: Path) -> dict[str, Path]:
         folder: a model's.
 
     Returns:
-        The files by their path in the repository; none where the folder does not lie in a run's.
+        The files by their path in the repository; none where the folder is not the one in which a run left its model.
     """
-    run = folder.absolute().parent
-    if not (run / RUN_RECIPE).is_file():
+    folder = folder.absolute()
+    run = folder.parent
+    if folder.name != MODEL_FOLDER or not (run / RECIPE_FILE).is_file():
         return {}
-    found = [run / RUN_CURVES, run / RESULTS, *sorted(run.glob(f"evaluation*/{RESULTS}"))]
-    return {file.relative_to(run).as_posix(): file for file in found if file.is_file()}
+    return {name: run / name for name in (CURVES_FILE, RESULTS_FILE) if (run / name).is_file()}
+
+
+def evaluation_files(folder: Path) -> dict[str, Path]:
+    """Gather the results of evaluations of these very weights, from beside the folder and from inside it.
+
+    Args:
+        folder: a model's.
+
+    Returns:
+        The files by their path in the repository. Those of other weights are left out, with a warning.
+    """
+    digest, found = weights_sha256(folder), {}
+    for place in (folder.absolute().parent, folder):
+        for file in sorted(place.glob(EVALUATIONS)):
+            try:
+                model = json.loads(file.read_bytes())["model"]
+                is_own = digest is not None and model["weights_sha256"] == digest
+            except (ValueError, KeyError, TypeError):
+                is_own = False
+            if is_own:
+                found[file.relative_to(place).as_posix()] = file
+            else:
+                logger.warning("%s is left out: it does not say that it is of these weights; evaluate again", file)
+    return found
 
 
 def results_for_others(file: Path) -> bytes:

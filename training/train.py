@@ -25,7 +25,7 @@ from .curves import draw_curves
 from .data import load_data
 from .duplicates import DuplicateReport, find_duplicates, share_ids
 from .evaluate import chance_level, evaluate_with_intervals
-from .folder import save_model_folder, written_beside
+from .folder import CURVES_FILE, MODEL_FOLDER, RECIPE_FILE, RESULTS_FILE, save_model_folder, written_beside
 from .licences import UNKNOWN, strictest
 from .lora import merge_lora
 from .memory import keep_freed_memory
@@ -37,7 +37,6 @@ from .trainer import ClipMiniTrainer
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "curves.png", "model"
 HELD_OUT = ("validation", "test")
 METRICS_FILE, STAGE_FILE = "metrics.jsonl", "stage.json"
 

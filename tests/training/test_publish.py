@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from clipmini.inference.encoders import weights_sha256
 from clipmini.training.publish import address_card, prepare_push
 
 
@@ -156,13 +157,25 @@ def test_a_card_without_licence_is_refused(folder, make_card):
         prepare_push(folder, "org/clipmini")
 
 
-def test_results_without_data_are_refused(folder):
-    evaluation = folder.parent / "evaluation-photos" / "results.json"
-    evaluation.parent.mkdir()
-    evaluation.write_text('{"data": {"source": "a/b.csv"}, "metrics": {}}')
+@pytest.fixture
+def evaluate(folder):
+    """Leave results beside the model."""
+
+    def write(name, model, **facts):
+        file = folder.parent / name / "results.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"model": model, "data": {"source": "a/b.csv"}, **facts}))
+        return file
+
+    return write
+
+
+def test_results_without_data_are_refused(folder, evaluate):
+    own = {"weights_sha256": weights_sha256(folder)}
+    evaluation = evaluate("evaluation-photos", own)
     assert "evaluation-photos/results.json" in contents(prepare_push(folder, "org/clipmini"))
-    for bad in ('{"metrics": {}}', '{"data": {"source": ""}}', "[1]", "{"):
-        evaluation.write_text(bad)
+    for bad in (None, {"source": ""}):
+        evaluate("evaluation-photos", own, data=bad)
         with pytest.raises(ValueError, match=r"evaluation-photos/results\.json does not say of which data it is"):
             prepare_push(folder, "org/clipmini")
     evaluation.unlink()
@@ -171,6 +184,21 @@ def test_results_without_data_are_refused(folder):
     file.write_text(file.read_text().replace("library_name:", f"{index}library_name:", 1))
     with pytest.raises(ValueError, match="results without a named data set"):
         prepare_push(folder, "org/clipmini")
+
+
+def test_figures_of_other_weights_stay_behind(folder, evaluate, caplog):
+    evaluate("evaluation-own", {"weights_sha256": weights_sha256(folder)})
+    evaluate("evaluation-other", {"weights_sha256": "0" * 64})
+    evaluate("evaluation-old", {"name": "run"})
+    evaluate("evaluation-broken", {}).write_text("{")
+    evaluation = folder / "evaluation-inside" / "results.json"  # as in a repository that was downloaded
+    evaluation.parent.mkdir()
+    evaluation.write_text('{"model": {"weights_sha256": "0"}, "data": {"source": "org/pairs"}}')
+    files = contents(prepare_push(folder, "org/clipmini"))
+    assert [name for name in files if "evaluation" in name] == ["evaluation-own/results.json"]
+    assert caplog.text.count("is left out: it does not say that it is of these weights") == 4
+    other = folder.rename(folder.with_name("other"))
+    assert {"results.json", "curves.png"}.isdisjoint(contents(prepare_push(other, "org/clipmini")))
 
 
 @pytest.mark.parametrize("name", ["clipmini", "a/b/c", "org/", "org/a b", "org/-x"])
