@@ -156,11 +156,15 @@ def render_card(facts: CardFacts) -> ModelCard:
         made_of=[part for part in facts.parts if part.role != DATA],
         stages=[_describe_stage(stage, args) for stage, args in facts.stages.items()],
         has_frozen_vision=all(args.freeze_vision for args in facts.stages.values()),
+        is_cached=all(
+            args.freeze_vision and args.freeze_text and args.cache_features for args in facts.stages.values()
+        ),
         is_chosen=any(args.load_best_model_at_end for args in facts.stages.values()),
         seed=next(iter(facts.stages.values())).seed,
         results=facts.results,
         headline=_headline(shown, splits[shown]) if shown else None,
         tables={split: _rows(measured, goes_on) for split, measured in splits.items()},
+        widths={split: list(_width_rows(measured)) for split, measured in splits.items()},
         num_resamples=NUM_RESAMPLES,
         hardware=_hardware(facts.results.get("versions", {})),
         time=_duration(facts.results.get("train_s")),
@@ -263,6 +267,19 @@ def _rows(measured: Mapping[str, Any], goes_on: bool) -> list[tuple[str, list[st
                 cells = [format_figure(key, figures[key]) for key in keys]
                 rows.append((f"{direction.replace('_', ' ')}, {label}", cells))
     return rows
+
+
+def _width_rows(measured: Mapping[str, Any]) -> Iterable[tuple[str, list[str]]]:
+    """Lay out what embeddings reach at the widths that they were trained for, the widest first."""
+    after, intervals = measured.get("after", {}), measured.get("intervals", {})
+    widths = {int(key.rpartition("_")[2]) for key in intervals if key.startswith("mean_recall_at_")}
+    for width in sorted(widths, reverse=True):
+        keys = {name: f"{name}_at_{width}" for name in ("text_to_image_r1", "image_to_text_r1", "mean_recall")}
+        figures = {name: Interval(after[key], *intervals[key]) for name, key in keys.items()}
+        yield (
+            str(width),
+            [f"{format_figure(name, one.value)} ({format_interval(name, one)})" for name, one in figures.items()],
+        )
 
 
 def _headline(split: str, measured: Mapping[str, Any]) -> dict[str, Any]:
