@@ -142,14 +142,15 @@ def prepare_push(
 
 
 def _example_path(picture: Path) -> str:
-    return f"{EXAMPLES}/{re.sub(r'[^A-Za-z0-9_.-]+', '-', picture.name)}"
+    name = picture.stem + picture.suffix.lower()
+    return f"{EXAMPLES}/{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}"
 
 
 def _check_example(picture: Path, labels: Sequence[str]) -> None:
     if fault := find_fault(picture):
         raise ValueError(f"{picture} {fault}; name another example.")
     if not matches(_example_path(picture), KNOWN_FILES):
-        raise ValueError(f"{picture} cannot be an example; save it as .jpg, .jpeg, .png or .webp, in small letters.")
+        raise ValueError(f"{picture} cannot be an example; save it as .jpg, .jpeg, .png or .webp.")
     with Image.open(picture) as image:
         if image.getexif().get_ifd(ExifTags.IFD.GPSInfo):
             raise ValueError(

@@ -84,7 +84,7 @@ def test_what_a_person_wrote_into_the_card_stays(folder):
 
 
 def test_example_pictures_become_a_widget(folder, tmp_path):
-    picture = tmp_path / "my cat.png"
+    picture = tmp_path / "my cat.PNG"
     Image.new("RGB", (20, 20)).save(picture)
     examples = [(picture, ["cat", "a dog"])]
     files = contents(prepare_push(folder, "org/clipmini", examples=examples, revision="v2"))
@@ -97,7 +97,7 @@ def test_example_pictures_become_a_widget(folder, tmp_path):
     with pytest.raises(ValueError, match="empty label"):
         prepare_push(folder, "org/clipmini", examples=[(picture, ["cat", ""])])
     picture.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"my cat\.png is not an image"):
+    with pytest.raises(ValueError, match=r"my cat\.PNG is not an image"):
         prepare_push(folder, "org/clipmini", examples=examples)
 
 

@@ -174,9 +174,9 @@ def test_a_recipe_can_end_with_a_push(recipe, preset, hub, tmp_path):
     assert repository.titles() == ["Upload model with clipmini", "initial commit"]
     assert repository.is_private
     files = repository.at("main").files
-    assert {"results.json", "curves.png", "README.md"} <= set(files)
+    assert {"results.json", "curves.png", "README.md", "NOTICE"} <= set(files)
     assert b'"org/clipmini"' in files["README.md"].content
-    texts = [file.content for path, file in files.items() if path.endswith((".md", ".json", ".py"))]
+    texts = [file.content for path, file in files.items() if path.endswith((".md", ".json", ".py", "NOTICE"))]
     assert not any(str(tmp_path).encode() in text for text in texts)
 
 
