@@ -12,7 +12,7 @@ from clipmini.inference.images import Skipped
 from clipmini.inference.zero_shot import DEFAULT_TEMPLATE, load_templates
 from clipmini.training.data import choose_split
 from clipmini.training.intervals import LEVEL, NUM_RESAMPLES, Difference, Interval, paired_shares
-from clipmini.training.model_index import METRIC_LABELS, format_figure, format_interval, model_index
+from clipmini.training.model_index import METRIC_LABELS, format_figure, format_interval, model_index, public_name
 from clipmini.training.runlog import versions
 
 from .classification import ClassificationMetrics
@@ -179,7 +179,12 @@ def _facts(
     return {
         "task": task,
         "model": encoder.about(),
-        "data": {"source": source, "split": split, "num_images": metrics.num_images, "num_classes": len(names)},
+        "data": {
+            "source": public_name(source),
+            "split": split,
+            "num_images": metrics.num_images,
+            "num_classes": len(names),
+        },
         "metrics": _shares(metrics),
         "chance": {"top1": metrics.chance},
         "calibration_error": metrics.calibration_error,

@@ -6,8 +6,8 @@ from pathlib import Path
 from clipmini.inference.images import Skipped
 from clipmini.inference.zero_shot import DEFAULT_TEMPLATE
 from clipmini.training.arguments import DataArguments
+from clipmini.training.folder import RECIPE_FILE
 from clipmini.training.recipes import load_data_arguments
-from clipmini.training.train import RECIPE_FILE
 
 from .classification_report import report_probe, report_zero_shot
 from .results import Evaluation

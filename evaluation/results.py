@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-RESULTS_FILE, TABLE_FILE, INDEX_FILE, PAGE_FILE = "results.json", "results.md", "model-index.yaml", "report.html"
+from clipmini.training.folder import RESULTS_FILE
+
+TABLE_FILE, INDEX_FILE, PAGE_FILE = "results.md", "model-index.yaml", "report.html"
 
 
 @dataclass(frozen=True)

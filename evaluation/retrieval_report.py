@@ -12,7 +12,7 @@ from clipmini.training.data import choose_split, load_data
 from clipmini.training.duplicates import find_duplicates, share_ids
 from clipmini.training.intervals import NUM_RESAMPLES, Difference, Interval, bootstrap_intervals, paired_bootstrap
 from clipmini.training.metrics import RECALL_AT, retrieval_scores
-from clipmini.training.model_index import METRIC_LABELS, format_figure, format_interval, model_index
+from clipmini.training.model_index import METRIC_LABELS, format_figure, format_interval, model_index, public_name
 from clipmini.training.runlog import versions
 
 from .compression import PRECISIONS
@@ -73,7 +73,7 @@ def report_retrieval(
         "task": "retrieval",
         "model": encoder.about(),
         "data": {
-            "source": data.source,
+            "source": public_name(data.source),
             "split": name,
             "num_images": result.num_images,
             "num_captions": result.num_texts,

@@ -221,8 +221,10 @@ def push(
     from clipmini.training.publish import push as upload
 
     with working():
-        pictures = dict(read_example(example) for example in examples or [])
-        prepared = prepare_push(folder, repo_id, allow_code_drift=allow_code_drift, examples=pictures)
+        pictures = [read_example(example) for example in examples or []]
+        prepared = prepare_push(
+            folder, repo_id, revision=revision, allow_code_drift=allow_code_drift, examples=pictures
+        )
         pushed = None
         if not dry_run:
             pushed = upload(prepared, private=private or None, revision=revision, message=message)

@@ -1,6 +1,7 @@
 """Any model that puts pictures and captions into one space, behind one interface: to compare with, to learn from."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 from abc import ABC, abstractmethod
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from modeling_clipmini import ClipMiniConfig
 from modeling_clipmini.processing_clipmini import DEFAULT_MAX_TOKENS
@@ -48,7 +49,7 @@ class DualEncoder(ABC):
         self.kind, self.logit_scale = kind, logit_scale
 
     def about(self) -> dict[str, str]:
-        """Give name and kind, as results name a model."""
+        """Give name and kind, as results name a model, and of a clipmini folder the digest of its weights."""
         return {"name": self.name, "kind": self.kind}
 
     @abstractmethod
@@ -116,12 +117,25 @@ def load_encoders(*names: str | Path) -> list[DualEncoder]:
     return encoders
 
 
+def weights_sha256(folder: Path) -> str | None:
+    """Give the SHA-256 of a folder's `model.safetensors`, by which results tell whose they are; None without it."""
+    file = folder / SAFE_WEIGHTS_NAME
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 class _ClipMini(DualEncoder):
     """A model of this package."""
 
     def __init__(self, name: str) -> None:
         self.model, self.processor = load_model(name)
         super().__init__(name, type(self.model).__name__, self.model.get_logit_scale().item())
+        self.weights_sha256 = weights_sha256(Path(name))
+
+    def about(self) -> dict[str, str]:
+        return {**super().about(), **({"weights_sha256": self.weights_sha256} if self.weights_sha256 else {})}
 
     def encode_images(self, images: Iterable[Any], batch_size: int = 16) -> Tensor:
         return encode_images(self.model, self.processor, images, batch_size)

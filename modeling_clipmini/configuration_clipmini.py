@@ -1,6 +1,8 @@
 """ClipMiniConfig: two tower configs and what joins them."""
 
+import copy
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -77,8 +79,8 @@ class ClipMiniConfig(PreTrainedConfig):
         vision_embed_dim: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.vision_config = _tower_vision_config(vision_config)
-        self.text_config = _tower_text_config(text_config)
+        self.vision_config = _without_place(_tower_vision_config(vision_config))
+        self.text_config = _without_place(_tower_text_config(text_config))
         self.projection_dim = _at_least_one("projection_dim", projection_dim)
         self.projection = _one_of("projection", projection, PROJECTIONS)
         self.projection_dropout = _in_range("projection_dropout", projection_dropout, 0.0, 1.0, include_high=False)
@@ -148,6 +150,15 @@ def _tower_text_config(config: Any) -> PreTrainedConfig:
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise ValueError(f"text_config is a {type(config).__name__} without a hidden_size; pass a text encoder's.")
     return config
+
+
+def _without_place(tower: Any) -> Any:
+    """Take out of which folder a tower was loaded: config.json would tell it to everybody. A Hub id stays."""
+    name = tower.name_or_path or ""
+    if os.path.isabs(name) or os.path.isdir(name):
+        tower = copy.deepcopy(tower)  # the caller's own is left alone
+        tower.name_or_path = ""
+    return tower
 
 
 def _levels(levels: Any) -> list[int]:

@@ -15,7 +15,7 @@ from modeling_clipmini.processing_clipmini import image_processor_for
 from .arguments import ClipMiniTrainingArguments
 from .build import ModelPreset
 from .intervals import NUM_RESAMPLES, Interval
-from .licences import strictest
+from .licences import UNKNOWN, strictest
 from .metrics import DIRECTIONS, RECALL_AT
 from .model_index import eval_results, format_figure, format_interval, hub_id, public_name
 from .recipes import Recipe
@@ -94,7 +94,7 @@ def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[
 
     Returns:
         The card, with metadata that the Hub reads. The licence is the strictest of the towers' and the data's, and
-        absent where one of them is not stated.
+        absent where one of them is not stated, or they cannot be compared.
     """
     parts = recipe_parts(recipe)
     wanted = results.get("stages") or list(recipe.stages)
@@ -150,16 +150,21 @@ def render_card(facts: CardFacts) -> ModelCard:
         is_cropped="shortest_edge" in pixels.size,
         source=public_name(facts.source),
         licence=facts.licence,
+        are_stated=not any(part.licence in (None, UNKNOWN) for part in facts.parts),
         is_strictest=facts.licence == strictest(part.licence for part in facts.parts),
         parts=facts.parts,
         made_of=[part for part in facts.parts if part.role != DATA],
         stages=[_describe_stage(stage, args) for stage, args in facts.stages.items()],
         has_frozen_vision=all(args.freeze_vision for args in facts.stages.values()),
+        is_cached=all(
+            args.freeze_vision and args.freeze_text and args.cache_features for args in facts.stages.values()
+        ),
         is_chosen=any(args.load_best_model_at_end for args in facts.stages.values()),
         seed=next(iter(facts.stages.values())).seed,
         results=facts.results,
         headline=_headline(shown, splits[shown]) if shown else None,
         tables={split: _rows(measured, goes_on) for split, measured in splits.items()},
+        widths={split: list(_width_rows(measured)) for split, measured in splits.items()},
         num_resamples=NUM_RESAMPLES,
         hardware=_hardware(facts.results.get("versions", {})),
         time=_duration(facts.results.get("train_s")),
@@ -206,8 +211,8 @@ def _from_card(name_or_path: str) -> tuple[str | None, tuple[str, ...]]:
         data = ModelCard.load(path / "README.md" if path.is_dir() else name_or_path, ignore_metadata_errors=True).data
     except (OSError, ValueError, yaml.YAMLError):
         return None, ()
-    bases = data.get("base_model") or []
-    return data.get("license"), (bases,) if isinstance(bases, str) else tuple(bases)
+    bases, licence = data.get("base_model") or [], data.get("license")
+    return licence if isinstance(licence, str) else None, (bases,) if isinstance(bases, str) else tuple(bases)
 
 
 def _describe_stage(name: str, args: ClipMiniTrainingArguments) -> dict[str, str]:
@@ -262,6 +267,19 @@ def _rows(measured: Mapping[str, Any], goes_on: bool) -> list[tuple[str, list[st
                 cells = [format_figure(key, figures[key]) for key in keys]
                 rows.append((f"{direction.replace('_', ' ')}, {label}", cells))
     return rows
+
+
+def _width_rows(measured: Mapping[str, Any]) -> Iterable[tuple[str, list[str]]]:
+    """Lay out what embeddings reach at the widths that they were trained for, the widest first."""
+    after, intervals = measured.get("after", {}), measured.get("intervals", {})
+    widths = {int(key.rpartition("_")[2]) for key in intervals if key.startswith("mean_recall_at_")}
+    for width in sorted(widths, reverse=True):
+        keys = {name: f"{name}_at_{width}" for name in ("text_to_image_r1", "image_to_text_r1", "mean_recall")}
+        figures = {name: Interval(after[key], *intervals[key]) for name, key in keys.items()}
+        yield (
+            str(width),
+            [f"{format_figure(name, one.value)} ({format_interval(name, one)})" for name, one in figures.items()],
+        )
 
 
 def _headline(split: str, measured: Mapping[str, Any]) -> dict[str, Any]:

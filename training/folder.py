@@ -1,10 +1,10 @@
-"""A trained model's folder, complete and never half written."""
+"""What a run's folder holds, and the trained model's in it, complete and never half written."""
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import requires
 from pathlib import Path
@@ -15,8 +15,14 @@ from torch import Tensor
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
+RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "curves.png", "model"
 HANDLER = Path(__file__).parent.parent / "inference" / "handler.py"  # Inference Endpoints look for it beside the model
-REQUIREMENTS_FILE = "requirements.txt"
+REQUIREMENTS_FILE, NOTICE_FILE = "requirements.txt", "NOTICE"
+CODE_NOTICE = """\
+The code in this folder, the files *_clipmini.py and handler.py, is clipmini's.
+Licence of the code: Apache-2.0, http://www.apache.org/licenses/LICENSE-2.0
+"""
+RULE = "\n" + 72 * "-" + "\n\n"  # between the parts of a NOTICE
 NEEDED_BY_THE_MODEL = ("torch", "torchvision", "transformers", "timm", "numpy", "pillow")
 # How sentence-transformers, from 5.4 on, reads the same weights: its stock modules call the model's own methods.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
@@ -42,11 +48,12 @@ def save_model_folder(
     folder: Path,
     card: ModelCard | None = None,
     state_dict: dict[str, Tensor] | None = None,
+    made_of: Iterable[str] = (),
 ) -> None:
     """Save a complete model folder: code, config, weights, processor, tokenizer and card.
 
     Beside what transformers reads there are the files that make it a model of sentence-transformers, the packages that
-    it needs, and the handler of Inference Endpoints.
+    it needs, a NOTICE, and the handler of Inference Endpoints.
 
     It is written beside and renamed, so that no half of it is ever found under its name; a folder that stood there
     before is replaced.
@@ -57,6 +64,7 @@ def save_model_folder(
         folder: where.
         card: what becomes its README.md.
         state_dict: weights to save in place of the model's own.
+        made_of: folders of the towers, or of the model that it goes on from; what their NOTICE files say stays.
     """
     with written_beside(folder) as beside:
         model.save_pretrained(beside, state_dict=state_dict)
@@ -65,10 +73,20 @@ def save_model_folder(
         for name, content in SENTENCE_TRANSFORMERS_FILES.items():
             (beside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (beside / REQUIREMENTS_FILE).write_text(_requirements(), encoding="utf-8")
+        (beside / NOTICE_FILE).write_text(_notice(made_of), encoding="utf-8")
         if HANDLER.is_file():
             shutil.copyfile(HANDLER, beside / HANDLER.name)
         if card is not None:
             card.save(beside / "README.md")
+
+
+def _notice(made_of: Iterable[str]) -> str:
+    """Say whose the code is, and what the NOTICE files of all that the model is made of say, each part once."""
+    files = [Path(folder) / NOTICE_FILE for folder in made_of]
+    parts = [CODE_NOTICE]
+    for file in files:
+        parts += file.read_text(encoding="utf-8").split(RULE) if file.is_file() else []
+    return RULE.join(dict.fromkeys(part.strip() + "\n" for part in parts))
 
 
 def _requirements() -> str:

@@ -8,8 +8,9 @@ import difflib
 from collections.abc import Iterable
 
 OTHER = "other"  # terms that have no name on the Hub
+UNKNOWN = "unknown"  # the Hub's word for a licence that is not stated
 # From nothing asked to nothing allowed; of two in one line the later counts as the stricter.
-_LICENCES = (
+_ORDERED_LINES = (
     ("unlicense", "wtfpl", "pddl", "cc0-1.0"),  # no conditions
     ("isc", "zlib", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cdla-permissive-2.0", "odc-by", "etalab-2.0"),
     ("apache-2.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0"),  # authors named, and changes told
@@ -21,7 +22,17 @@ _LICENCES = (
     ("cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"),  # nothing derived
     (OTHER,),
 )
-LICENCES = tuple(name for line in _LICENCES for name in line)
+_ORDERED = tuple(name for line in _ORDERED_LINES for name in line)
+# What else the Hub lists: families, and terms of their own that neither forbid more nor less than others.
+_NOT_ORDERED = (
+    *("afl-3.0", "apple-amlr", "apple-ascl", "artistic-2.0", "bigcode-openrail-m", "bigscience-bloom-rail-1.0"),
+    *("bsd-3-clause-clear", "bsl-1.0", "c-uda", "cc", "cdla-permissive-1.0", "deepfloyd-if-license", "ecl-2.0"),
+    *("epl-1.0", "epl-2.0", "eupl-1.1", "eupl-1.2", "fair-noncommercial-research-license", "gemma", "gfdl", "gpl"),
+    *("grok2-community", "h-research", "intel-research", "lgpl", "lgpl-lr", "llama2", "llama3", "llama3.1"),
+    *("llama3.2", "llama3.3", "llama4", "lppl-1.3c", "ms-pl", "ncsa", "ofl-1.1", "openmdw-1.0", "openmdw-1.1"),
+    *("openrail++", "osl-3.0", "postgresql", UNKNOWN),
+)
+LICENCES = (*_ORDERED, *_NOT_ORDERED)  # all that the Hub lists
 
 
 def check_licence(name: str) -> str:
@@ -40,8 +51,8 @@ def check_licence(name: str) -> str:
     if small not in LICENCES:
         nearest = difflib.get_close_matches(small, LICENCES, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"license={name!r} is not allowed; the nearest is {nearest!r}. There are {', '.join(LICENCES)}, the last "
-            "for other terms."
+            f"license={name!r} is not allowed; the nearest is {nearest!r}. There are {', '.join(LICENCES)}; "
+            f"{OTHER!r} is for other terms."
         )
     return small
 
@@ -50,13 +61,15 @@ def strictest(licences: Iterable[str | None]) -> str | None:
     """Give the strictest of several licences.
 
     Args:
-        licences: as the Hub writes them; None for what has none that is known.
+        licences: as the Hub writes them; None, or "unknown", for what has none that is known.
 
     Returns:
-        The strictest; None where one is not known, or there are none. A name that is not known here counts as stricter
-        than all that are.
+        The strictest; None where one is not known, where there are none, and where several differ of which one has no
+        place in the order, so that nobody can tell.
     """
-    names = list(licences)
-    if not names or None in names:
+    names = set(licences)
+    if not names or names & {None, UNKNOWN}:
         return None
-    return max(filter(None, names), key=lambda name: LICENCES.index(name) if name in LICENCES else len(LICENCES))
+    if len(names) == 1:
+        return names.pop()
+    return max(filter(None, names), key=_ORDERED.index) if names <= set(_ORDERED) else None

@@ -1,20 +1,35 @@
 """A trained model to the Hub: checked, and then in one commit or not at all."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, hf_hub_url
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from PIL import ExifTags, Image
 
+from clipmini.inference.encode import first_sentence
 from clipmini.inference.images import find_fault
 
-from .pushed_files import RESULTS, check_weights, drifted_code, list_files, results_for_others, run_files
+from .folder import RESULTS_FILE
+from .pushed_files import (
+    EVALUATIONS,
+    EXAMPLES,
+    KNOWN_FILES,
+    check_weights,
+    drifted_code,
+    evaluation_files,
+    is_replaced,
+    list_files,
+    matches,
+    results_for_others,
+    run_files,
+)
 
 CARD = "README.md"
 MAIN = "main"
@@ -78,14 +93,16 @@ def prepare_push(
     folder: Path,
     repo_id: str,
     *,
+    revision: str | None = None,
     allow_code_drift: bool = False,
-    examples: Mapping[Path, Sequence[str]] | None = None,
+    examples: Sequence[tuple[Path, Sequence[str]]] = (),
 ) -> PreparedPush:
     """Check a model's folder, and gather what is to be pushed.
 
     Args:
         folder: the model's, as training saved it. Figures and curves that a run left beside it come along.
         repo_id: where to, as owner/name; the card's code and title will name it.
+        revision: the branch that it will be pushed to; `main` by default.
         allow_code_drift: take a folder whose code is not this package's. It is not loaded then, to see whether it can
             be.
         examples: pictures that may be published, each with the labels to choose from, for the Hub's widget.
@@ -99,7 +116,8 @@ def prepare_push(
     if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id!r} is no repository of the Hub; name one as owner/name.")
     validate_repo_id(repo_id)
-    files: dict[str, Path | bytes] = {**run_files(folder), **list_files(folder)}
+    own = {name: file for name, file in list_files(folder).items() if not matches(name, [EVALUATIONS])}
+    files: dict[str, Path | bytes] = {**run_files(folder), **evaluation_files(folder), **own}
     drifted = drifted_code(folder)
     if drifted and not allow_code_drift:
         raise ValueError(
@@ -109,27 +127,45 @@ def prepare_push(
     card = _load_card(folder)
     address_card(card, repo_id)
     for name, content in files.items():
-        if Path(name).name == RESULTS and isinstance(content, Path):
+        if Path(name).name == RESULTS_FILE and isinstance(content, Path):
             files[name] = results_for_others(content)
-    for picture, labels in (examples or {}).items():
-        _add_example(card, files, repo_id, picture, labels)
+    pictures = {_example_path(picture): picture for picture, _ in examples}
+    if len(pictures) < len(examples):
+        raise ValueError("two examples have the same name in the repository; rename one of the pictures.")
+    for picture, labels in examples:
+        _check_example(picture, labels)
+        _show_example(card, hf_hub_url(repo_id, _example_path(picture), revision=revision), picture, labels)
+    files |= pictures
     files[CARD] = str(card).encode()
     check_weights(folder, loads=not drifted)
     return PreparedPush(repo_id, tuple(PushedFile(path, files[path]) for path in sorted(files)))
 
 
-def _add_example(
-    card: ModelCard, files: dict[str, Path | bytes], repo_id: str, picture: Path, labels: Sequence[str]
-) -> None:
-    """Put a picture into the repository, and into what the Hub's widget offers."""
+def _example_path(picture: Path) -> str:
+    name = picture.stem + picture.suffix.lower()
+    return f"{EXAMPLES}/{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}"
+
+
+def _check_example(picture: Path, labels: Sequence[str]) -> None:
     if fault := find_fault(picture):
         raise ValueError(f"{picture} {fault}; name another example.")
+    if not matches(_example_path(picture), KNOWN_FILES):
+        raise ValueError(f"{picture} cannot be an example; save it as .jpg, .jpeg, .png or .webp.")
+    with Image.open(picture) as image:
+        if image.getexif().get_ifd(ExifTags.IFD.GPSInfo):
+            raise ValueError(
+                f"{picture} tells in its EXIF data where it was taken; save it again without them, or name another "
+                "example."
+            )
     if not all(label.strip() for label in labels):
         raise ValueError(f"{picture} has an empty label; give it as PICTURE=LABEL,LABEL.")
-    path = f"examples/{re.sub(r'[^A-Za-z0-9_.-]+', '-', picture.name)}"
-    files[path] = picture
+
+
+def _show_example(card: ModelCard, url: str, picture: Path, labels: Sequence[str]) -> None:
+    """Put a picture into what the Hub's widget offers, in the place of one of the same name."""
+    path = _example_path(picture)
     shown = [example for example in card.data.get("widget", []) if not example.get("src", "").endswith(path)]
-    example = {"src": hf_hub_url(repo_id, path), "candidate_labels": ", ".join(labels), "example_title": picture.stem}
+    example = {"src": url, "candidate_labels": ", ".join(labels), "example_title": picture.stem}
     card.data["widget"] = [*shown, example]
 
 
@@ -146,6 +182,9 @@ def push(
     Whatever stops it, every branch is as it was before, and the same push can be repeated: what has been uploaded is
     not uploaded again, and where nothing has changed no commit is made. A repository or branch that had to be made
     stays, with nothing of the model in it.
+
+    What an earlier push left on the branch and this one does not hold, such as old shards, code and results, goes in
+    the same commit, and so do pickles. Examples, licence texts and files that no push makes stay.
 
     Args:
         prepared: what `prepare_push` gives.
@@ -165,20 +204,41 @@ def push(
     (readme,) = [file.content for file in prepared.files if file.path == CARD and isinstance(file.content, bytes)]
     with explain_refusals(repo_id):
         ModelCard(readme.decode()).validate()  # by the Hub's own rules
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
-            raise ValueError(f"{repo_id} exists and is public; make it private on the Hub, or name another.")
+        make_repository(api, repo_id, private)
         heads = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).branches}
-        operations = [CommitOperationAdd(file.path, file.content) for file in prepared.files]
+        start = branch if branch in heads else MAIN
+        additions = [CommitOperationAdd(file.path, file.content) for file in prepared.files]
+        left = set(api.list_repo_files(repo_id, revision=start)) - {file.path for file in prepared.files}
+        removals = [CommitOperationDelete(path) for path in sorted(left) if is_replaced(path)]
         # What takes long comes before anything that shows: a branch, and then the commit.
-        api.preupload_lfs_files(repo_id, operations, revision=branch if branch in heads else MAIN, free_memory=False)
+        api.preupload_lfs_files(repo_id, additions, revision=start, free_memory=False)
         if branch not in heads:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         commit = api.create_commit(
-            repo_id, operations, commit_message=message or "Upload model with clipmini", revision=branch
+            repo_id, [*additions, *removals], commit_message=message or "Upload model with clipmini", revision=branch
         )
     url = f"{api.endpoint}/{repo_id}" + ("" if branch == MAIN else f"/tree/{branch}")
     return Pushed(commit, commit.oid != heads.get(branch, heads.get(MAIN)), url)
+
+
+def make_repository(api: HfApi, name: str, private: bool | None) -> str:
+    """Make a repository unless it is there.
+
+    Args:
+        api: with a token that may write.
+        name: owner/name, or a name alone, of the token's owner.
+        private: let only the owner see it.
+
+    Returns:
+        Its id, owner/name.
+
+    Raises:
+        ValueError: it is there and public, and was to be private.
+    """
+    repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public; make it private on the Hub, or name another.")
+    return repo_id
 
 
 def read_example(text: str) -> tuple[Path, list[str]]:
@@ -200,17 +260,20 @@ def read_example(text: str) -> tuple[Path, list[str]]:
 
 
 def address_card(card: ModelCard, repo_id: str) -> None:
-    """Let a card name the repository that it goes to, wherever it named another as its own.
+    """Let a card's code and title name the repository that it goes to, where they named another as its own.
 
     Args:
-        card: changed in place.
+        card: changed in place. What is written outside of code is left alone, but for the title.
         repo_id: owner/name.
     """
-    named = re.search(r'from_pretrained\("([\w.-]+/[\w.-]+)"', card.text)
+    named = re.search(r'pipeline\("zero-shot-image-classification", model="([\w.-]+/[\w.-]+)"', card.text)
     if named is None:
         return
     old_name, name = named[1].split("/")[1], repo_id.split("/")[1]
-    card.text = card.text.replace(named[1], repo_id)
+    own_id = re.compile(rf"(?<![\w./-]){re.escape(named[1])}(?![\w./-])")
+    card.text = re.sub(
+        r"^```.*?^```", lambda block: own_id.sub(repo_id, block[0]), card.text, flags=re.DOTALL | re.MULTILINE
+    )
     card.text = re.sub(rf"\A\s*# {re.escape(old_name)}\n", f"\n# {name}\n", card.text)
     if card.data.get("eval_results"):
         card.data["model_name"] = name
@@ -219,7 +282,10 @@ def address_card(card: ModelCard, repo_id: str) -> None:
 def _load_card(folder: Path) -> ModelCard:
     file = folder / CARD
     if not file.is_file():
-        raise ValueError(f"{folder} has no model card, {CARD}; `clipmini train` writes one.")
+        raise ValueError(
+            f"{folder} has no model card, {CARD}: write one that at least begins with the three lines `---`, "
+            "`license: ...` and `---`; `clipmini train` writes a whole one."
+        )
     try:
         card = ModelCard.load(file)
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
@@ -250,12 +316,14 @@ def explain_refusals(repo_id: str) -> Iterator[None]:
         raise ValueError("HF_HUB_OFFLINE is set, so nothing is pushed; unset it.") from None
     except LocalTokenNotFoundError:
         raise ValueError(f"{repo_id}: {REMEDIES[401]}.") from None
-    except (HTTPError, RuntimeError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:
         # Of a file that did not go up the client says only that; the cause says why.
         cause: Any = error if isinstance(error, HTTPError) else error.__cause__
-        if not isinstance(cause, HTTPError):
-            raise
-        raise ValueError(f"{repo_id}: {_reason(cause)}.") from error
+        if isinstance(cause, HTTPError):
+            reason = _reason(cause)
+        else:
+            reason = f"the upload broke ({first_sentence(error)}); the branch is as it was, so push again"
+        raise ValueError(f"{repo_id}: {reason}.") from error
 
 
 def _reason(error: HTTPError) -> str:

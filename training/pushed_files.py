@@ -2,19 +2,28 @@
 
 import fnmatch
 import json
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 import modeling_clipmini
-from clipmini.inference.encode import load_model
+from clipmini.inference.encode import first_sentence, load_model
+from clipmini.inference.encoders import weights_sha256
+from modeling_clipmini import ClipMiniTextModel, ClipMiniVisionModel
 
+from .folder import CURVES_FILE, HANDLER, MODEL_FOLDER, RECIPE_FILE, RESULTS_FILE
 from .model_index import public_name
 
+logger = logging.getLogger(__name__)
+
+EXAMPLES = "examples"
+EVALUATIONS = f"evaluation*/{RESULTS_FILE}"
 # All that is known by its name goes along; anything else is refused rather than left out, lest somebody misses it.
 KNOWN_FILES = (
     *("README.md", "LICENSE*", "NOTICE*", ".gitattributes"),
@@ -24,15 +33,17 @@ KNOWN_FILES = (
     *("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("*_clipmini.py", "handler.py", "requirements.txt"),
-    *("results.json", "curves.png", "evaluation*/results.json"),
-    *("examples/*.jpg", "examples/*.jpeg", "examples/*.png", "examples/*.webp"),
+    *(RESULTS_FILE, CURVES_FILE, EVALUATIONS),
+    *(f"{EXAMPLES}/*{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".webp")),
 )
+# Of a run or a tool, and so neither pushed nor a reason to refuse.
+SKIPPED_FOLDERS = (".git", ".cache", "checkpoint-*", "runs")
+SKIPPED_FILES = (".git", ".DS_Store", "training_args.bin")
+SINGLE_TOWERS: Mapping[str, Any] = {tower.__name__: tower for tower in (ClipMiniVisionModel, ClipMiniTextModel)}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 SECRET_NAMES = (".env*", "*token", "*.pem", "*.key", "*secret*", "*credential*", ".netrc", "id_rsa*")
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 TEXTS = (".md", ".json", ".py", ".txt")
-RESULTS = "results.json"
-RUN_RECIPE, RUN_CURVES = "recipe_as_run.yaml", "curves.png"
 # What results hold of single pictures and captions: other people's, and nothing that a figure needs.
 OF_SINGLE_INPUTS = ("skipped", "examples", "alike_examples", "rows", "misses")
 
@@ -41,10 +52,10 @@ def list_files(folder: Path) -> dict[str, Path]:
     """List the files of a model's folder by their path in the repository.
 
     Args:
-        folder: as `clipmini train` leaves it.
+        folder: as `clipmini train` leaves it, or as the Hub's cache holds it.
 
     Returns:
-        The files, sorted by path.
+        The files, sorted by path, without those of a run or a tool that stand among them.
 
     Raises:
         ValueError: there is no model, or a file that must not be published: a pickle, what looks like a secret, what
@@ -53,29 +64,56 @@ def list_files(folder: Path) -> dict[str, Path]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json. Name one that training saved.")
     root = folder.resolve()
-    files = {}
+    roots = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    files, unknown = {}, []
     for path in sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()):
         name = path.relative_to(folder).as_posix()
+        if _is_skipped(name):
+            continue
         _check_name(folder, name)
-        if not path.resolve().is_relative_to(root):
+        if not matches(name, KNOWN_FILES):
+            unknown.append(name)
+            continue
+        if not any(path.resolve().is_relative_to(one) for one in roots):
             raise ValueError(f"{folder} holds a link that leads out of it, {name}; put the file in its place.")
         if path.suffix in TEXTS and TOKEN.search(path.read_bytes()):
             raise ValueError(f"{path} holds what looks like a token of the Hub; take it out, and revoke the token.")
         files[name] = path
+    if unknown:
+        raise ValueError(
+            f"{folder} holds what is no file of a model: {', '.join(unknown)}; take it out of the folder."
+        )
     return files
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a path fits one of some patterns, in which `*` stands for anything but a slash."""
+    parts = name.split("/")
+    wanted = [pattern.split("/") for pattern in patterns]
+    return any(len(one) == len(parts) and all(map(fnmatch.fnmatchcase, parts, one)) for one in wanted)
+
+
+def is_replaced(path: str) -> bool:
+    """Tell whether a push that does not hold a file of the repository takes it out: what pushes make, and pickles."""
+    if matches(path, (".gitattributes", "LICENSE*")) or path.startswith(f"{EXAMPLES}/"):
+        return False  # a person may have put them there
+    return matches(path, KNOWN_FILES) or PurePosixPath(path).suffix.lower() in PICKLES
+
+
+def _is_skipped(name: str) -> bool:
+    *folders, own = name.split("/")
+    return matches(own, SKIPPED_FILES) or any(matches(folder, SKIPPED_FOLDERS) for folder in folders)
 
 
 def _check_name(folder: Path, name: str) -> None:
     own = PurePosixPath(name)
-    if any(fnmatch.fnmatch(own.name.lower(), pattern) for pattern in SECRET_NAMES):
+    if matches(own.name.lower(), SECRET_NAMES):
         raise ValueError(f"{folder} holds {name}, which looks like a secret; take it out of the folder.")
     if own.suffix.lower() in PICKLES:
         raise ValueError(
             f"{folder} holds {name}, which may be a pickle, and a pickle runs code when it is loaded; take it out. "
             "Weights belong in model.safetensors."
         )
-    if not any(fnmatch.fnmatch(name, pattern) for pattern in KNOWN_FILES):
-        raise ValueError(f"{folder} holds {name}, which is no file of a model; take it out of the folder.")
 
 
 def drifted_code(folder: Path) -> list[str]:
@@ -90,9 +128,8 @@ def drifted_code(folder: Path) -> list[str]:
     package = Path(modeling_clipmini.__file__).parent
     installed = {path.name: path for path in package.glob("*_clipmini.py")}
     wanted = set(installed)
-    handler = Path(__file__).parent.parent / "inference" / "handler.py"
-    if handler.is_file():
-        installed[handler.name] = handler  # it may be missing in a folder, but not differ
+    if HANDLER.is_file():
+        installed[HANDLER.name] = HANDLER  # it may be missing in a folder, but not differ
     own = {path.name: path for path in folder.glob("*.py")}
     return sorted(
         name
@@ -121,10 +158,27 @@ def check_weights(folder: Path, *, loads: bool = True) -> None:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} is damaged ({error}); save the model again.") from error
     if loads:
-        model, _ = load_model(folder, device="cpu")
-        for name, weight in model.state_dict().items():
+        for name, weight in _load_any(folder).state_dict().items():
             if not weight.isfinite().all():
                 raise ValueError(f"{folder} has a weight that is not finite ({name}); train it again.")
+
+
+def _load_any(folder: Path) -> PreTrainedModel:
+    """Load the model or the single tower that a folder holds."""
+    try:
+        kind = json.loads((folder / "config.json").read_bytes())["architectures"][0]
+    except (ValueError, KeyError, TypeError, IndexError):
+        kind = None  # whatever is wrong, the whole model's loader says it
+    if kind not in SINGLE_TOWERS:
+        return load_model(folder, device="cpu")[0]
+    try:
+        loaded: Any = SINGLE_TOWERS[kind].from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # libraries raise nearly anything for a damaged file
+        raise ValueError(f"{folder} is incomplete or damaged: {first_sentence(error)}.") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ValueError(f"{folder} lacks weights, among them {sorted(info['missing_keys'])[0]!r}.")
+    return model
 
 
 def run_files(folder: Path) -> dict[str, Path]:
@@ -134,13 +188,37 @@ def run_files(folder: Path) -> dict[str, Path]:
         folder: a model's.
 
     Returns:
-        The files by their path in the repository; none where the folder does not lie in a run's.
+        The files by their path in the repository; none where the folder is not the one in which a run left its model.
     """
-    run = folder.absolute().parent
-    if not (run / RUN_RECIPE).is_file():
+    folder = folder.absolute()
+    run = folder.parent
+    if folder.name != MODEL_FOLDER or not (run / RECIPE_FILE).is_file():
         return {}
-    found = [run / RUN_CURVES, run / RESULTS, *sorted(run.glob(f"evaluation*/{RESULTS}"))]
-    return {file.relative_to(run).as_posix(): file for file in found if file.is_file()}
+    return {name: run / name for name in (CURVES_FILE, RESULTS_FILE) if (run / name).is_file()}
+
+
+def evaluation_files(folder: Path) -> dict[str, Path]:
+    """Gather the results of evaluations of these very weights, from beside the folder and from inside it.
+
+    Args:
+        folder: a model's.
+
+    Returns:
+        The files by their path in the repository. Those of other weights are left out, with a warning.
+    """
+    digest, found = weights_sha256(folder), {}
+    for place in (folder.absolute().parent, folder):
+        for file in sorted(place.glob(EVALUATIONS)):
+            try:
+                model = json.loads(file.read_bytes())["model"]
+                is_own = digest is not None and model["weights_sha256"] == digest
+            except (ValueError, KeyError, TypeError):
+                is_own = False
+            if is_own:
+                found[file.relative_to(place).as_posix()] = file
+            else:
+                logger.warning("%s is left out: it does not say that it is of these weights; evaluate again", file)
+    return found
 
 
 def results_for_others(file: Path) -> bytes:

@@ -1,7 +1,9 @@
 """What a trainer leaves: checkpoints that hold all of a run, and the model on the Hub."""
 
+import logging
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from .licences import check_licence
 from .lora import load_lora_state, lora_state, merged_state_dict
 from .model_index import public_name
 from .pairs import CachedPairs, EpochPairs
-from .publish import CARD, explain_refusals, prepare_push, push
+from .publish import CARD, explain_refusals, make_repository, prepare_push, push
 from .runlog import versions
+
+logger = logging.getLogger(__name__)
 
 LORA_FILE = "lora.safetensors"  # in a checkpoint, beside the merged weights
 
@@ -37,7 +41,12 @@ class SavingTrainer(Trainer):
     model: ClipMiniModel
     processing_class: ClipMiniProcessor
     weight_average: WeightAverage | None
+    is_resumed = False  # its time is not known then
     hub_model_id: Any  # a text, once the repository is made
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; it is pushed by `push_to_hub` alone, which is told what a card needs."""
+        super().save_model(output_dir, _internal_call=True)
 
     # What a checkpoint holds beyond Trainer's. It is all written before `trainer_state.json`, which marks a checkpoint
     # as whole.
@@ -64,6 +73,7 @@ class SavingTrainer(Trainer):
             self.weight_average.load(Path(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.is_resumed = True
         if self.args.lora_towers:
             self._load_adapters(Path(resume_from_checkpoint))
         else:
@@ -87,7 +97,7 @@ class SavingTrainer(Trainer):
 
         Args:
             token: one that may write; by default `hub_token`, else the one that is logged in.
-            private: let only the owner see it; by default `hub_private_repo`.
+            private: let only the owner see it; by default `hub_private_repo`. A public one that is there is refused.
 
         Raises:
             ValueError: the Hub refused, or cannot be reached; the message says what to do.
@@ -98,9 +108,7 @@ class SavingTrainer(Trainer):
         name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
         private = args.hub_private_repo if private is None else private
         with explain_refusals(name):
-            self.hub_model_id = (
-                HfApi(token=token or args.hub_token).create_repo(name, private=private, exist_ok=True).repo_id
-            )
+            self.hub_model_id = make_repository(HfApi(token=token or args.hub_token), name, private)
         self.push_in_progress = None
 
     def push_to_hub(
@@ -134,19 +142,27 @@ class SavingTrainer(Trainer):
         args, token = self.args, token or self.args.hub_token
         private = args.hub_private_repo if private is None else private
         card = self._make_card(**about)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        workshop = tempfile.TemporaryDirectory(prefix="clipmini-")
-        folder = Path(workshop.name) / "model"
-        save_model_folder(self.model, self.processing_class, folder, card, state_dict=self._plain_state_dict())
+        repo_id = self._repository_name(token)
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clipmini-"))) / "model"
+            save_model_folder(self.model, self.processing_class, folder, card, state_dict=self._plain_state_dict())
+            prepared = prepare_push(folder, repo_id)  # before anything is made on the Hub
+            workshop = stack.pop_all()
+        branch = revision or args.hub_revision
 
         def upload() -> CommitInfo:
             with workshop:
-                prepared = prepare_push(folder, str(self.hub_model_id))
-                branch = revision or args.hub_revision
                 return push(prepared, private=private, revision=branch, message=commit_message, token=token).commit
 
         return upload() if blocking else HfApi().run_as_future(upload)
+
+    def _repository_name(self, token: str | None) -> str:
+        """Give the repository's name with its owner, who is asked for only where no name tells."""
+        name = str(self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name)
+        if "/" in name:
+            return name
+        with explain_refusals(name):
+            return f"{HfApi(token=token).whoami()['name']}/{name}"
 
     def create_model_card(self, **about: Any) -> None:  # type: ignore[override]  # by keyword alone
         """Write the card into the output folder.
@@ -155,7 +171,7 @@ class SavingTrainer(Trainer):
             **about: `license`, the model's, as the Hub writes it; `dataset`, the data that it was trained on, by Hub
                 id or any name; `finetuned_from`, Hub ids of towers or of the model that it goes on from; `tags`;
                 `language`, of the captions; `model_name`, by default that of the repository, else of the output
-                folder.
+                folder. Trainer's `tasks`, `dataset_tags` and `dataset_args` have no effect.
 
         Raises:
             ValueError: licence or data are not named.
@@ -172,7 +188,12 @@ class SavingTrainer(Trainer):
         tags: str | Sequence[str] = (),
         language: str | list[str] | None = None,
         model_name: str | None = None,
+        tasks: Any = None,
+        dataset_tags: Any = None,
+        dataset_args: Any = None,
     ) -> ModelCard:
+        if tasks or dataset_tags or dataset_args:
+            logger.warning("tasks, dataset_tags and dataset_args have no effect: the card tells task and data itself")
         if license is None or dataset is None:
             raise ValueError(
                 "a card must tell under which licence the model may be used and what it was trained on: pass "
@@ -196,7 +217,7 @@ class SavingTrainer(Trainer):
                     Part(DATA, public_name(dataset)),
                 ],
                 stages={"": args},
-                results=results | {"train_s": logged[-1] if logged else None},
+                results=results | {"train_s": logged[-1] if logged and not self.is_resumed else None},
                 tags=[tags] if isinstance(tags, str) else tags,
                 language=language,
             )

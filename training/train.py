@@ -2,8 +2,10 @@
 
 import json
 import logging
+import shlex
 import shutil
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,19 @@ from .curves import draw_curves
 from .data import load_data
 from .duplicates import DuplicateReport, find_duplicates, share_ids
 from .evaluate import chance_level, evaluate_with_intervals
-from .folder import save_model_folder, written_beside
+from .folder import CURVES_FILE, MODEL_FOLDER, RECIPE_FILE, RESULTS_FILE, save_model_folder, written_beside
+from .licences import UNKNOWN, strictest
 from .lora import merge_lora
 from .memory import keep_freed_memory
 from .model_index import public_name
 from .publish import prepare_push, push
 from .recipes import Recipe
 from .runlog import MetricsLog, versions
+from .towers import resolve_tower
 from .trainer import ClipMiniTrainer
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "curves.png", "model"
 HELD_OUT = ("validation", "test")
 METRICS_FILE, STAGE_FILE = "metrics.jsonl", "stage.json"
 
@@ -60,7 +63,7 @@ class TrainResult:
 
 @dataclass
 class _StageRun:
-    """A trained stage: its model, and what was logged."""
+    """A trained stage: its model, what was logged, and how long it took, where it was not cut off in between."""
 
     model: ClipMiniModel
     processor: ClipMiniProcessor
@@ -121,7 +124,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     }
 
     skipped.log_summary()
-    times = [run.train_s for run in runs.values()]
+    first = names.index(wanted[0]) if wanted else 0
+    times = [*_times_before(output_dir, names[:first]), *(run.train_s for run in runs.values())]
     results = {
         "data": {"source": public_name(recipe.data.source), "license": recipe.data.license},
         "num_train_images": len(pairs["train"]),
@@ -147,19 +151,29 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     }
     model_dir = output_dir / MODEL_FOLDER
     if args.process_index == 0:
-        save_model_folder(model, processor, model_dir, card=render_recipe_card(recipe, model.config, results))
+        card = render_recipe_card(recipe, model.config, results)
+        save_model_folder(model, processor, model_dir, card=card, made_of=_folders_of_origin(recipe))
         draw_curves({name or "training": run.log_history for name, run in runs.items()}, output_dir / CURVES_FILE)
         # Last: a run without results is one that was cut off.
         with written_beside(output_dir / RESULTS_FILE) as file:
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if args.push_to_hub:
-            pushed = push(
-                prepare_push(model_dir, str(args.hub_model_id)),
-                private=args.hub_private_repo,
-                revision=args.hub_revision,
-            )
-            logger.warning("the model is pushed: %s", pushed.url)
+            _push_model(model_dir, args)
     return TrainResult(output_dir=output_dir, model_dir=model_dir, results=results)
+
+
+def _push_model(folder: Path, args: ClipMiniTrainingArguments) -> None:
+    repo_id, branch = str(args.hub_model_id), args.hub_revision
+    try:
+        prepared = prepare_push(folder, repo_id, revision=branch)
+        pushed = push(prepared, private=args.hub_private_repo, revision=branch)
+    except ValueError as error:
+        again = ["clipmini", "push", str(folder), repo_id]
+        again += ["--private"] * bool(args.hub_private_repo) + (["--revision", branch] if branch else [])
+        raise ValueError(
+            f"the model is trained and saved, but not pushed: {error} The push alone: {shlex.join(again)}"
+        ) from error
+    logger.warning("the model is pushed: %s", pushed.url)
 
 
 def load_recipe_pairs(recipe: Recipe, skipped: Skipped) -> DatasetDict:
@@ -213,6 +227,13 @@ def _start_model(
     return load_for_fine_tuning(recipe.model, recipe.model_config)
 
 
+def _folders_of_origin(recipe: Recipe) -> list[str]:
+    """Name what the recipe's model is made of; of what is not in a folder here, the id on the Hub."""
+    if not isinstance(recipe.model, ModelPreset):
+        return [recipe.model]
+    return [resolve_tower(str(name)) for name in (recipe.model.vision, recipe.model.text) if recipe.model.pretrained]
+
+
 def _make_trainer(
     model: ClipMiniModel, processor: ClipMiniProcessor, args: ClipMiniTrainingArguments, pairs: DatasetDict
 ) -> ClipMiniTrainer:
@@ -244,7 +265,8 @@ def _run_stage(trainer: ClipMiniTrainer, folder: Path, *, is_one_of_many: bool) 
     trainer.train(resume_from_checkpoint=checkpoint)
     merge_lora(trainer.model)
     history = trainer.state.log_history
-    run = _StageRun(trainer.model, trainer.processing_class, history, _logged(history, "train_runtime"))
+    train_s = None if checkpoint else _logged(history, "train_runtime")
+    run = _StageRun(trainer.model, trainer.processing_class, history, train_s)
     if is_one_of_many:
         if args.process_index == 0:
             save_model_folder(run.model, run.processor, folder / MODEL_FOLDER)
@@ -255,6 +277,12 @@ def _run_stage(trainer: ClipMiniTrainer, folder: Path, *, is_one_of_many: bool) 
         run.model, run.processor = load_model(str(folder / MODEL_FOLDER))
         nn.Module.to(run.model, args.device)
     return run
+
+
+def _times_before(output_dir: Path, names: list[str]) -> list[float | None]:
+    """Tell how long the stages took that the first of this call goes on from; None for what is not known."""
+    files = (output_dir / name / STAGE_FILE for name in reversed(names))
+    return [json.loads(file.read_text(encoding="utf-8"))["train_s"] for file in takewhile(Path.exists, files)]
 
 
 def _recipe_text(recipe: Recipe) -> str:
@@ -270,12 +298,19 @@ def _check_push(recipe: Recipe) -> None:
         return
     if "/" not in (args.hub_model_id or ""):
         raise ValueError(f"push_to_hub with hub_model_id={args.hub_model_id!r}: name the repository as owner/name.")
-    for part in recipe_parts(recipe):
-        if part.licence is None:
+    parts = recipe_parts(recipe)
+    for part in parts:
+        if part.licence in (None, UNKNOWN):
             raise ValueError(
                 f"push_to_hub needs a licence, and that of the {part.role}, {part.name}, is not stated; set "
                 "data.license, and for a model or tower write it into its card."
             )
+    if strictest(part.licence for part in parts) is None:
+        raise ValueError(
+            f"push_to_hub needs a licence, and nobody can say which is the strictest of "
+            f"{', '.join(sorted({str(part.licence) for part in parts}))}: change data.license, or train without "
+            "push_to_hub, write `license: ...` into the card, and push with `clipmini push`."
+        )
 
 
 def _check_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str]) -> None:

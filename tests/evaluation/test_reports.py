@@ -1,5 +1,6 @@
 """The command, from a model folder and data to the four files."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -47,7 +48,9 @@ def test_retrieval_with_a_baseline(tiny_folder, clip_folder, pair_folder, tmp_pa
     assert result.exit_code == 0, result.output
     assert sorted(file.name for file in out.iterdir()) == FILES
     results = json.loads((out / "results.json").read_text())
-    assert results["data"] == {"source": str(pair_folder), "split": "test", "num_images": 6, "num_captions": 12}
+    assert results["data"] == {"source": "pairs", "split": "test", "num_images": 6, "num_captions": 12}
+    weights = (tiny_folder / "model.safetensors").read_bytes()
+    assert results["model"]["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     recall = results["metrics"]["text_to_image_r5"]
     assert 0 <= recall["low"] <= recall["value"] <= recall["high"] <= 1
     assert results["baseline"]["model"] == {"name": clip_folder.name, "kind": "CLIPModel"}
@@ -186,7 +189,7 @@ def test_zero_shot_with_a_baseline(tiny_folder, clip_folder, class_folder, tmp_p
     result = run(tiny_folder, class_folder, "--task", "zero-shot", "--baseline", clip_folder, "--out", out)
     assert result.exit_code == 0, result.output
     results = json.loads((out / "results.json").read_text())
-    assert results["data"] == {"source": str(class_folder), "split": "train", "num_images": 30, "num_classes": 3}
+    assert results["data"] == {"source": "classes", "split": "train", "num_images": 30, "num_classes": 3}
     assert set(results["metrics"]) == {"top1", "mean_per_class"}
     assert set(results["per_class"]) == {"red fox", "sea", "tree"}
     assert sum(number for _, _, number in results["confusion"]) == 30

@@ -41,6 +41,17 @@ def test_the_classifier_of_a_timm_config_is_dropped():
     assert labelled.num_labels == 1000  # the caller's own is left alone
 
 
+def test_no_folder_is_told_and_a_hub_id_stays(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "towers" / "text").mkdir(parents=True)
+    towers = [BertConfig(name_or_path=name) for name in (str(tmp_path / "gone"), "towers/text", "org/text")]
+    configs = [tiny_config(text_config=tower) for tower in towers]
+    assert [config.text_config.name_or_path for config in configs] == ["", "", "org/text"]
+    assert towers[1].name_or_path == "towers/text"  # the caller's own is left alone
+    vision = [{"architecture": "resnet18", "_name_or_path": name} for name in (str(tmp_path), "org/vision")]
+    assert [tiny_config(vision_config=tower).vision_config.name_or_path for tower in vision] == ["", "org/vision"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

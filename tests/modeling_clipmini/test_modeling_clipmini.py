@@ -224,6 +224,9 @@ def test_pretrained_towers_keep_every_weight(tower_folders, tmp_path):
     assert (model.config.projection_dim, model.config.loss) == (8, "sigmoid")
     assert not model.training
     model.save_pretrained(tmp_path)
+    saved = (tmp_path / "config.json").read_text()
+    assert vision not in saved
+    assert text not in saved
     for candidate in (model, ClipMiniModel.from_pretrained(tmp_path)):
         vision_state, text_state = candidate.vision_model.timm_model.state_dict(), candidate.text_model.state_dict()
         kept = {name: tensor for name, tensor in timm_model.state_dict().items() if not name.startswith("fc.")}

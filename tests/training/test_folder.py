@@ -36,6 +36,18 @@ def test_a_link_to_a_folder_is_replaced_and_the_folder_left_alone(tiny_model, ti
     assert list(elsewhere.iterdir()) == []
 
 
+def test_a_notice_says_whose_the_parts_are_each_once(tiny_model, tiny_processor, tmp_path):
+    tower, folder, second = tmp_path / "tower", tmp_path / "model", tmp_path / "second"
+    tower.mkdir()
+    (tower / "NOTICE").write_text("The tower is theirs.\n")
+    save_model_folder(tiny_model, tiny_processor, folder, made_of=[str(tower), "org/of-the-hub"])
+    save_model_folder(tiny_model, tiny_processor, second, made_of=[str(folder), str(tower)])
+    notice = (folder / "NOTICE").read_text()
+    assert notice.startswith("The code in this folder")
+    assert notice.endswith("\n\nThe tower is theirs.\n")
+    assert (second / "NOTICE").read_text() == notice
+
+
 def test_it_says_which_packages_it_needs(tiny_model, tiny_processor, tmp_path):
     save_model_folder(tiny_model, tiny_processor, tmp_path / "model")
     lines = (tmp_path / "model" / "requirements.txt").read_text().splitlines()

@@ -66,6 +66,33 @@ def test_a_revision_is_made_and_main_stays(hub, folder, prepared):
     assert set(hub.models["org/clipmini"].branches) == {"main"}
 
 
+def test_what_an_earlier_push_left_goes_in_the_same_commit_and_what_people_put_there_stays(hub, folder, prepared):
+    push(prepared, message="First")
+    repository = hub.models["org/clipmini"]
+    gone = ["model-00001-of-00002.safetensors", "old_clipmini.py", "training_args.bin", "evaluation-a/results.json"]
+    kept = ["examples/cat.jpg", "notes.txt", "LICENSE", "onnx/model.onnx"]
+    more = {path: File(b"x", is_lfs=False) for path in (*gone, *kept)}
+    repository.add_commit(
+        "main", Commit("By hand", {**repository.at("main").files, **more}, repository.branches["main"])
+    )
+    expected = set(files_at(hub)) - set(gone)
+    assert push(prepare_push(folder, "org/clipmini"), message="Second").is_new
+    assert set(files_at(hub)) == expected
+    assert expected >= set(kept)
+    assert repository.titles() == ["Second", "By hand", "First", "initial commit"]
+    assert not push(prepare_push(folder, "org/clipmini")).is_new
+
+
+@pytest.mark.parametrize("error", [RuntimeError("xet: data processing error"), OSError("broken pipe")])
+def test_an_upload_that_breaks_is_told_in_a_sentence(hub, prepared, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", fail)
+    with pytest.raises(ValueError, match=rf"the upload broke \({error}\); the branch is as it was, so push again"):
+        push(prepared)
+
+
 def test_private_is_private(hub, folder, prepared):
     push(prepared, private=True)
     assert hub.models["org/clipmini"].is_private

@@ -5,9 +5,11 @@ import torch
 from huggingface_hub import ModelCard, constants
 
 from clipmini.training.arguments import ClipMiniTrainingArguments
+from clipmini.training.build import character_tokenizer
 from clipmini.training.recipes import load_recipe
 from clipmini.training.train import train
 from clipmini.training.trainer import ClipMiniTrainer
+from hub_repositories import Repository
 from modeling_clipmini import ClipMiniModel
 from pair_files import write_pictures
 
@@ -79,6 +81,43 @@ def test_push_to_hub_need_not_be_waited_for(make_trainer, hub):
     assert promise.result().oid == hub.models["org/mine"].at("main").sha  # named after the output folder
 
 
+def test_saving_pushes_nothing(make_trainer, hub, tmp_path):
+    trainer = make_trainer(push_to_hub=True, hub_model_id="org/clipmini")
+    trainer.save_model()
+    assert (tmp_path / "mine" / "model.safetensors").exists()
+    assert hub.models["org/clipmini"].titles() == ["initial commit"]
+
+
+def test_what_trainers_own_cards_take_is_taken(make_trainer, hub, caplog):
+    trainer = make_trainer(hub_model_id="org/clipmini")
+    trainer.push_to_hub(**ABOUT, tasks="image-classification", dataset_tags="pairs", dataset_args="en")
+    assert len(hub.models["org/clipmini"].titles()) == 2
+    assert "have no effect" in caplog.text
+
+
+def test_nothing_is_made_on_the_hub_for_a_model_that_cannot_be_pushed(make_trainer, hub):
+    trainer = make_trainer()
+    torch.nn.init.constant_(trainer.model.visual_projection.weight, float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        trainer.push_to_hub(**ABOUT)
+    assert hub.models == {}
+
+
+def test_a_public_repository_stops_a_private_run_before_it_begins(recipe, hub, tmp_path):
+    hub.models["org/clipmini"] = Repository("org/clipmini")
+    with pytest.raises(ValueError, match="org/clipmini exists and is public"):
+        train(recipe("hub_model_id=org/clipmini", "license=cc0-1.0", "hub_private_repo=true"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_push_that_fails_after_training_says_how_to_repeat_it(recipe, hub, tmp_path):
+    hub.fail("POST /api/models/org/clipmini/commit", status=500)
+    with pytest.raises(ValueError, match=r"trouble.* clipmini push \S+/run/model org/clipmini --private") as error:
+        train(recipe("hub_model_id=org/clipmini", "license=cc0-1.0", "hub_private_repo=true"))
+    assert "the model is trained and saved" in str(error.value)
+    assert (tmp_path / "run" / "results.json").exists()
+
+
 def test_push_to_hub_asks_for_licence_and_data(make_trainer, hub):
     trainer = make_trainer()
     for about in ({}, {"license": "mit"}, {"dataset": "org/pairs"}):
@@ -115,15 +154,29 @@ def recipe(tmp_path):
     return make
 
 
-def test_a_recipe_can_end_with_a_push(recipe, hub, tmp_path):
-    train(recipe("hub_model_id=org/clipmini", "license=cc0-1.0", "hub_private_repo=true"))
+@pytest.fixture
+def preset(tiny_model, tmp_path):
+    """A preset of towers that lie in folders here."""
+    vision, text = tmp_path / "vision", tmp_path / "text"
+    tiny_model.vision_model.save_pretrained(vision)
+    tiny_model.text_model.save_pretrained(text)
+    character_tokenizer().save_pretrained(text)
+    for tower in (vision, text):
+        (tower / "README.md").write_text("---\nlicense: mit\n---\n")
+    file = tmp_path / "preset.yaml"
+    file.write_text(f"vision: {vision}\ntext: {text}\nconfig: {{projection_dim: 16}}\n")
+    return file
+
+
+def test_a_recipe_can_end_with_a_push(recipe, preset, hub, tmp_path):
+    train(recipe("hub_model_id=org/clipmini", "license=cc0-1.0", "hub_private_repo=true", f"model={preset}"))
     repository = hub.models["org/clipmini"]
     assert repository.titles() == ["Upload model with clipmini", "initial commit"]
     assert repository.is_private
     files = repository.at("main").files
-    assert {"results.json", "curves.png", "README.md"} <= set(files)
+    assert {"results.json", "curves.png", "README.md", "NOTICE"} <= set(files)
     assert b'"org/clipmini"' in files["README.md"].content
-    texts = [file.content for path, file in files.items() if path.endswith((".md", ".json", ".py"))]
+    texts = [file.content for path, file in files.items() if path.endswith((".md", ".json", ".py", "NOTICE"))]
     assert not any(str(tmp_path).encode() in text for text in texts)
 
 
@@ -131,6 +184,7 @@ def test_a_recipe_can_end_with_a_push(recipe, hub, tmp_path):
     ("overrides", "message"),
     [
         (["license=cc0-1.0"], "hub_model_id=None: name the repository as owner/name"),
+        (["hub_model_id=org/clipmini", "license=unknown"], "licence, and that of the training data, pictures, is not"),
         (["hub_model_id=org/clipmini"], "licence, and that of the training data, pictures, is not stated"),
     ],
 )

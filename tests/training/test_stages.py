@@ -75,6 +75,10 @@ def test_both_stages_run_and_leave_one_model(make, tmp_path):
     assert tower
     with pytest.raises(ValueError, match="holds a finished run"):
         train(make("run"))
+    assert result.results["train_s"] > 0
+    (run / "results.json").unlink()
+    (run / "towers" / "stage.json").unlink()
+    assert train(make("run")).results["train_s"] is None  # it went on from a checkpoint
 
 
 def test_stages_run_one_at_a_time_end_where_one_run_ends(make, tmp_path):
@@ -83,6 +87,10 @@ def test_stages_run_one_at_a_time_end_where_one_run_ends(make, tmp_path):
     assert first.results["stages"] == ["heads"]
     second = train(make("parts"), stage="towers")
     assert second.results["stages"] == ["heads", "towers"]
+    times = [
+        json.loads((tmp_path / "parts" / name / "stage.json").read_text())["train_s"] for name in ("heads", "towers")
+    ]
+    assert second.results["train_s"] == pytest.approx(sum(times))
     whole = load_file(tmp_path / "whole" / "model" / "model.safetensors")
     parts = load_file(tmp_path / "parts" / "model" / "model.safetensors")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
