@@ -74,8 +74,7 @@ def save_model_folder(
             (beside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (beside / REQUIREMENTS_FILE).write_text(_requirements(), encoding="utf-8")
         (beside / NOTICE_FILE).write_text(_notice(made_of), encoding="utf-8")
-        if HANDLER.is_file():
-            shutil.copyfile(HANDLER, beside / HANDLER.name)
+        shutil.copyfile(HANDLER, beside / HANDLER.name)
         if card is not None:
             card.save(beside / "README.md")
 

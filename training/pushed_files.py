@@ -128,8 +128,7 @@ def drifted_code(folder: Path) -> list[str]:
     package = Path(modeling_clipmini.__file__).parent
     installed = {path.name: path for path in package.glob("*_clipmini.py")}
     wanted = set(installed)
-    if HANDLER.is_file():
-        installed[HANDLER.name] = HANDLER  # it may be missing in a folder, but not differ
+    installed[HANDLER.name] = HANDLER  # it may be missing in a folder, but not differ
     own = {path.name: path for path in folder.glob("*.py")}
     return sorted(
         name
