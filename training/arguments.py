@@ -26,6 +26,7 @@ AT_LEAST_ONE = (
     "lora_rank",
 )
 SHARES = ("word_dropout", "hard_negative_start", "distillation_weight")
+TOWERS = ("vision", "text")
 
 
 @dataclass
@@ -112,11 +113,6 @@ class ClipMiniTrainingArguments(TrainingArguments):
         default=0.5, metadata={"help": "Share of the teacher's term in the loss, from 0 to 1."}
     )
 
-    # Which weights are kept
-    weight_average_decay: float | None = field(
-        default=None, metadata={"help": "Decay of an exponential moving average of the weights, such as 0.999."}
-    )
-
     # Changed defaults of TrainingArguments
     # The collator needs image and captions, which `forward` does not take.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this off: the collator needs all."})
@@ -168,6 +164,10 @@ class ClipMiniTrainingArguments(TrainingArguments):
             raise ValueError(f"num_train_epochs={self.num_train_epochs:g} is not allowed; use a number above 0.")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay:g} is not allowed; use a number above 0, at most 1.")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor:g} is not allowed; use 0 or more, below 1."
+            )
         if self.hard_negative_weight < 0:
             raise ValueError(f"hard_negative_weight={self.hard_negative_weight:g} is not allowed; use at least 0.")
 
@@ -176,6 +176,8 @@ class ClipMiniTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns=True would take pictures and captions away; leave it out.")
         if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
             raise ValueError("hub_strategy other than 'end' would push checkpoints, which hold pickles; leave it out.")
+        if self.save_only_model:
+            raise ValueError("save_only_model=True would leave checkpoints that no run can go on from; leave it out.")
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.load_best_model_at_end = False  # nothing is measured to choose by
         best = self.metric_for_best_model
@@ -184,14 +186,26 @@ class ClipMiniTrainingArguments(TrainingArguments):
             raise ValueError(f"metric_for_best_model={best!r} is not allowed; use one of {', '.join(allowed)}.")
 
     def _check_towers(self) -> None:
-        for tower in ("vision", "text"):
-            is_frozen, has_lora = getattr(self, f"freeze_{tower}"), tower in self.lora_towers
-            if is_frozen and has_lora:
+        for tower in self.lora_towers:
+            if tower not in TOWERS:
+                raise ValueError(f"lora={self.lora!r} is not allowed; use vision, text or vision,text.")
+        for tower in TOWERS:
+            if getattr(self, f"freeze_{tower}") and tower in self.lora_towers:
                 raise ValueError(f"freeze_{tower} and lora={self.lora!r} contradict each other; leave one out.")
-            if is_frozen and getattr(self, f"{tower}_learning_rate") is not None:
-                logger.warning("%s_learning_rate has no effect: freeze_%s is on", tower, tower)
         if self.vision_stages is not None and (self.freeze_vision or "vision" in self.lora_towers):
             raise ValueError("vision_stages contradicts freeze_vision and LoRA on the vision tower; leave one out.")
+        self._name_options_without_effect()
+
+    def _name_options_without_effect(self) -> None:
+        for tower in TOWERS:
+            if getattr(self, f"freeze_{tower}") and getattr(self, f"{tower}_learning_rate") is not None:
+                logger.warning("%s_learning_rate has no effect: freeze_%s is on", tower, tower)
+        if self.cache_features and self.freeze_text:
+            for name, default in (("word_dropout", 0), ("length_groups", 1)):
+                if getattr(self, name) != default:
+                    logger.warning("%s has no effect: what the frozen text tower gives is cached", name)
+        if self.cache_features and self.freeze_vision and self.augment is not None and self.num_views == 1:
+            logger.warning("augment makes one view of each picture, the same in every epoch: set num_views higher")
 
     @property
     def lora_towers(self) -> list[str]:
@@ -242,6 +256,8 @@ class DataArguments:
         strict: stop at the first picture or caption that cannot be used, rather than leave it out.
         share_duplicate_ids: let copies of one picture share its image id, so that they are never negatives of each
             other.
+        share_duplicate_captions: in training, let also pictures share an id that share a caption, word by word, with
+            all else that is linked to one of them; read the counts in a run's `results.json` first.
         license: under which the pairs may be used, as the Hub writes it: "cc-by-4.0". The model card names it, and
             the strictest of it and the towers' as the model's own.
     """
@@ -256,6 +272,7 @@ class DataArguments:
     check_images: bool = True
     strict: bool = False
     share_duplicate_ids: bool = False
+    share_duplicate_captions: bool = False
     license: str | None = None
 
     def __post_init__(self) -> None:

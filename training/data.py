@@ -21,7 +21,7 @@ from .sources import RawPairs, SourceReader
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-NOT_OF_LOAD_PAIRS = ("strict", "split_seed", "share_duplicate_ids", "license")
+NOT_OF_LOAD_PAIRS = ("strict", "split_seed", "share_duplicate_ids", "share_duplicate_captions", "license")
 
 
 def load_pairs(

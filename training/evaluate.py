@@ -105,17 +105,24 @@ def _score_split(
         image_embeds, text_embeds = embed_pairs(model, processor, pairs, batch_size)
     finally:
         model.train(was_training)
-    image_of_text = _cached(pairs).image_of_captions()
-    scored = {"": retrieval_scores(image_embeds, text_embeds, image_of_text)}
+    ids = _ids(pairs)
+    scored = {"": retrieval_scores(image_embeds, text_embeds, *ids)}
     for width in widths:
         image, text = (normalise(embeds[:, :width]) for embeds in (image_embeds, text_embeds))
-        scored[f"_at_{width}"] = retrieval_scores(image, text, image_of_text)
+        scored[f"_at_{width}"] = retrieval_scores(image, text, *ids)
     return scored
 
 
 def chance_level(pairs: Dataset | CachedPairs) -> dict[str, float]:
     """Give what a random order reaches on the same split, under the same keys."""
-    return chance_metrics(_cached(pairs).image_of_captions(), torch.arange(len(pairs)))
+    return chance_metrics(*_ids(pairs))
+
+
+def _ids(pairs: Dataset | CachedPairs) -> tuple[Tensor, Tensor]:
+    """Give the image ids of all captions and of all rows; copies of a picture may share theirs."""
+    cached = _cached(pairs)
+    image_ids = torch.tensor(cached.image_ids)
+    return image_ids[cached.image_of_captions()], image_ids
 
 
 def _cached(pairs: Dataset | CachedPairs) -> CachedPairs:

@@ -67,6 +67,8 @@ class TowerFeatures:
                         levels,
                     )
                     self.front = None
+        if args.num_views > 1 and not (args.cache_features and (args.freeze_vision or self.front is not None)):
+            logger.warning("num_views=%d has no effect: no part of the vision tower is cached", args.num_views)
 
     @torch.no_grad()
     def _resumes(self, front: FrozenFront, example: Tensor) -> bool:
@@ -175,8 +177,8 @@ def cache_image_features(
     key = {
         "what": what if front is None else f"activations entering {front.entry}",
         "data": hash_rows(pairs, ("image", "captions") if augment is not None else ("image",)),
-        # The weights alone do not tell strides.
-        "weights": f"{model.config.vision_config.architecture} {hash_weights(tower)}",
+        # The weights alone tell neither strides nor pooling.
+        "weights": f"{model.config.vision_config.to_json_string()} {hash_weights(tower)}",
         "pixels": augment.describe() if augment is not None else str(processor.image_processor),
     }
     with torch.no_grad():
@@ -222,7 +224,7 @@ def cache_text_features(
     key = {
         "what": f"{model.config.text_pooling}-pooled outputs",
         "tokens": _hash_tokens(processor, captions),
-        "weights": hash_weights(model.text_model),
+        "weights": f"{model.config.text_config.to_json_string()} {hash_weights(model.text_model)}",
     }
 
     def compute(start: int, stop: int) -> np.ndarray:

@@ -124,6 +124,8 @@ def paired_shares(
 
 
 def _difference(value: float, drawn: np.ndarray) -> Difference:
+    if np.isnan(value):  # there was nothing to compare
+        return Difference(*[float("nan")] * 4)
     smaller = min((drawn <= 0).sum(), (drawn >= 0).sum())
     p_value = min(1.0, 2 * int(smaller + 1) / (len(drawn) + 1))  # the set itself counts as one of the resamples
     return Difference(float(value), *percentiles(drawn), p_value)

@@ -52,6 +52,11 @@ def format_interval(name: str, interval: Interval) -> str:
     return f"{format_figure(name, interval.low)} to {format_figure(name, interval.high)}"
 
 
+def format_with_interval(name: str, interval: Interval) -> str:
+    """Write a figure and its interval: "30.3 (29.1 to 31.5)"."""
+    return f"{format_figure(name, interval.value)} ({format_interval(name, interval)})"
+
+
 def hub_id(name: str) -> str | None:
     """Give a name back if it is an id on the Hub, and None if it is a path, or something that lies here."""
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None

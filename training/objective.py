@@ -53,8 +53,8 @@ class ContrastiveObjective:
             2022); the loss is the mean over D and all of them.
         distillation: weight of the teacher's affinity term in [0, 1]; the contrastive term weighs the rest.
         teacher_scale: the teacher's inverse temperature.
-        chunk_size: rows of logits alive at once. They are computed again in the backward pass, so that memory grows
-            with chunk_size x N and not with N x N.
+        chunk_size: rows of logits alive at once. Where there are more rows, or several terms, they are computed again
+            in the backward pass, so that memory grows with chunk_size x N and not with N x N or the number of terms.
     """
 
     label_smoothing: float = 0.0
@@ -120,7 +120,8 @@ class ContrastiveObjective:
         return self._sum_in_chunks(affinity, len(own.image)) / 2
 
     def _sum_in_chunks(self, rows_loss: Callable[[slice], Tensor], num_rows: int) -> Tensor:
-        if num_rows <= self.chunk_size:
+        is_only_term = not self.matryoshka_dims and self.distillation in (0, 1)
+        if num_rows <= self.chunk_size and is_only_term:
             return rows_loss(slice(None)).sum()
         total = torch.zeros(())
         for start in range(0, num_rows, self.chunk_size):

@@ -81,10 +81,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: the file, a key or a value is wrong; the message says what is allowed.
     """
-    values = _read_yaml(_find("recipes", name_or_path))
-    for override in overrides:
-        _apply_override(values, override)
-    _check_keys(values, TOP_LEVEL, name_or_path)
+    values = _read_recipe(name_or_path, overrides)
     values.setdefault("training", {})
     _mapping(values["training"], "training").setdefault("output_dir", f"runs/{Path(name_or_path).stem}")
     if not values["training"]["output_dir"]:
@@ -105,6 +102,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     )
 
 
+def _read_recipe(name_or_path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    values = _read_yaml(_find("recipes", name_or_path))
+    for override in overrides:
+        _apply_override(values, override)
+    _check_keys(values, TOP_LEVEL, name_or_path)
+    return values
+
+
 def load_data_arguments(name_or_source: str, overrides: Sequence[str] = ()) -> DataArguments:
     """Read which pairs are meant.
 
@@ -119,7 +124,9 @@ def load_data_arguments(name_or_source: str, overrides: Sequence[str] = ()) -> D
         ValueError: a file, a key or a value is wrong.
     """
     if name_or_source in preset_names("recipes") or name_or_source.endswith((".yaml", ".yml")):
-        return load_recipe(name_or_source, overrides).data
+        # Not the whole recipe: its training may need a GPU that is not here.
+        values = _read_recipe(name_or_source, overrides)
+        return _build(DataArguments, _mapping(values.get("data", {}), "data"), "data")
     data: dict[str, Any] = {"source": name_or_source, "validation_fraction": 0.0, "test_fraction": 0.0}
     for override in overrides:
         values = {"data": data}

@@ -18,7 +18,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
-from .averaging import WeightAverage
 from .card import DATA, CardFacts, Part, model_parts, render_card
 from .evaluate import chance_level, evaluate_with_intervals
 from .folder import save_model_folder
@@ -40,7 +39,6 @@ class SavingTrainer(Trainer):
     args: ClipMiniTrainingArguments
     model: ClipMiniModel
     processing_class: ClipMiniProcessor
-    weight_average: WeightAverage | None
     is_resumed = False  # its time is not known then
     hub_model_id: Any  # a text, once the repository is made
 
@@ -64,13 +62,6 @@ class SavingTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and self.args.lora_towers:
             save_file(lora_state(self.model), Path(output_dir) / LORA_FILE)
-        if self.args.should_save and self.weight_average is not None:
-            self.weight_average.save(Path(output_dir))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.weight_average is not None:
-            self.weight_average.load(Path(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.is_resumed = True

@@ -114,6 +114,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
             # Only now, when everything works: a mistyped value must not cost an earlier run.
             if args.process_index == 0:
                 _claim_output_dir(output_dir, recipe, wanted, overwrite)
+            trainer.accelerator.wait_for_everyone()  # what the others look for may be gone now
         runs[name] = run = _run_stage(trainer, output_dir / name, is_one_of_many=bool(name))
         model, processor = run.model, run.processor
     after = {
@@ -124,7 +125,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     }
 
     skipped.log_summary()
-    first = names.index(wanted[0]) if wanted else 0
+    first, end = (names.index(wanted[0]), names.index(wanted[-1]) + 1) if wanted else (0, 0)
     times = [*_times_before(output_dir, names[:first]), *(run.train_s for run in runs.values())]
     results = {
         "data": {"source": public_name(recipe.data.source), "license": recipe.data.license},
@@ -135,7 +136,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         "duplicates": duplicates.as_dict(),
         "num_parameters": model.num_parameters(),
         "train_s": None if None in times else sum(filter(None, times)),
-        "stages": [name for name in names if name in runs or (output_dir / name / STAGE_FILE).exists()],
+        "stages": [name for name in names[:end] if name in runs or (output_dir / name / STAGE_FILE).exists()],
         "versions": versions(),
         "splits": {
             name: {
@@ -199,10 +200,15 @@ def _prepare_data(recipe: Recipe, skipped: Skipped) -> tuple[DatasetDict, Duplic
     """Load the pairs, and look for pictures and captions that come up twice."""
     pairs = load_recipe_pairs(recipe, skipped)
     duplicates = find_duplicates(pairs)
-    if duplicates.pictures:
+    if duplicates.pictures or duplicates.captions:
         logger.warning("%s", duplicates.summary())
-    if recipe.data.share_duplicate_ids:
+    if recipe.data.share_duplicate_ids or recipe.data.share_duplicate_captions:
         pairs = share_ids(pairs, duplicates)
+    if (
+        recipe.data.share_duplicate_captions
+    ):  # in training alone: with linked pictures as answers, figures would flatter
+        train_pairs = DatasetDict(train=pairs["train"])
+        pairs["train"] = share_ids(train_pairs, duplicates, captions=True)["train"]
     if "validation" not in pairs:
         for args in (recipe.training, *recipe.stages.values()):
             if args.eval_strategy != "no":
@@ -237,6 +243,7 @@ def _folders_of_origin(recipe: Recipe) -> list[str]:
 def _make_trainer(
     model: ClipMiniModel, processor: ClipMiniProcessor, args: ClipMiniTrainingArguments, pairs: DatasetDict
 ) -> ClipMiniTrainer:
+    set_seed(args.seed)  # LoRA draws weights; a stage that is run alone, or again, must draw the same
     try:
         return ClipMiniTrainer(
             model=model,
@@ -331,7 +338,8 @@ def _claim_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str], overw
     """Make the output folder this run's. Of an earlier run the model stays until the new one takes its place."""
     if overwrite:
         (output_dir / RESULTS_FILE).unlink(missing_ok=True)
-        for folder in [output_dir / name for name in wanted or [""]]:
+        later = list(recipe.stages)[list(recipe.stages).index(wanted[0]) :] if wanted else [""]
+        for folder in [output_dir / name for name in later]:  # each goes on from the one before it
             (folder / STAGE_FILE).unlink(missing_ok=True)
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
@@ -17,7 +18,6 @@ from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
 from .augment import normalise_pixels
-from .averaging import WeightAverage
 from .collator import ClipMiniCollator
 from .distributed import world_size
 from .evaluate import evaluate_retrieval
@@ -45,7 +45,8 @@ class ClipMiniTrainer(SavingTrainer):
     split depends on the batch size and cannot.
 
     Which pairs make up a batch, and how they are augmented, depends on `seed` (`data_seed` if given), epoch and image
-    alone: not on the number of data workers, nor on whether the run was cut off and resumed.
+    alone: not on the number of data workers, nor on whether the run was cut off and resumed. Views that are cached are
+    made once, the same for every seed; the seed says which of them an epoch meets.
 
     Args:
         model: the dual encoder.
@@ -86,6 +87,7 @@ class ClipMiniTrainer(SavingTrainer):
             raise ValueError("ClipMiniTrainer needs the model's processor: pass processing_class=processor.")
         _check_options(model, args)
         _choose_what_trains(model, args)
+        _check_batch_norm(model, args)
         super().__init__(
             model=model,
             args=args,
@@ -98,10 +100,6 @@ class ClipMiniTrainer(SavingTrainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LiveTable)
         self.features = TowerFeatures(self.model, processing_class, args)
-        self.weight_average = None
-        if args.weight_average_decay is not None:
-            self.weight_average = WeightAverage(self.model, args.weight_average_decay)
-            self.add_callback(self.weight_average)
         self.last_logged: tuple[float, int] | None = None
         self.objective = ContrastiveObjective(
             label_smoothing=args.label_smoothing_factor,
@@ -158,6 +156,14 @@ class ClipMiniTrainer(SavingTrainer):
                 if isinstance(callback, LiveTable):
                     callback.close()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from a checkpoint of the last step amid an epoch, Trainer would take one step more. (Before
+        # transformers 5.4 it does, since there is no such method.)
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler | None:
         return self.sampler
 
@@ -196,8 +202,9 @@ class ClipMiniTrainer(SavingTrainer):
         def loss_of(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
             loss = factor * self._current_objective()(Embeddings(image, text, image_ids, *teacher), scale, bias)
             if not loss.isfinite():
-                names = self.train_dataset.names(rows.tolist())
-                check_finite(loss, self.state.global_step + 1, names)
+                is_broken = ~(image.isfinite().all(dim=1) & text.isfinite().all(dim=1))
+                names = self.train_dataset.names(rows[is_broken if is_broken.any() else ...].tolist())
+                check_finite(loss.detach(), self.state.global_step + 1, names)
             return loss
 
         embed = functools.partial(self._embed, model)
@@ -234,7 +241,7 @@ class ClipMiniTrainer(SavingTrainer):
             rest_of_tower = self.features.front.resuming()
         if "pixels" in inputs:
             inputs["pixel_values"] = normalise_pixels(self.processing_class.image_processor, inputs.pop("pixels"))
-        if "pixel_values" in inputs:
+        if "pixel_values" in inputs and inputs["pixel_values"].ndim == 4:  # some towers pass tokens on
             inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
         if "input_ids" in inputs and self.args.length_groups > 1:
             captions = (inputs.pop("input_ids"), inputs.pop("attention_mask"))
@@ -268,7 +275,7 @@ class ClipMiniTrainer(SavingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Measure retrieval over the whole split, with the averaged weights where there is an average.
+        """Measure retrieval over the whole split.
 
         Args:
             eval_dataset: by default the one given to the constructor; of a dict, each is measured in turn.
@@ -291,10 +298,7 @@ class ClipMiniTrainer(SavingTrainer):
                 metrics.update(self.evaluate(split, metric_key_prefix=f"{metric_key_prefix}_{name}"))
             return metrics
         start_s = time.time()
-        average = self.weight_average
-        with average.applied() if average is not None else nullcontext():
-            recalls = self.measure(pairs)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in recalls.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(pairs).items()}
         metrics.update(speed_metrics(metric_key_prefix, start_s))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -334,6 +338,18 @@ def _check_options(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> Non
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor:g} has no meaning for the sigmoid loss, which makes "
             "no distribution over captions. Leave it out, or set loss: infonce."
+        )
+
+
+def _check_batch_norm(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> None:
+    was_training = model.training
+    model.train()
+    moving = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
+    model.train(was_training)
+    if moving and args.world_size > 1:
+        raise ValueError(
+            f"freeze_batch_norm=False with {args.world_size} processes: each would take the statistics of {moving[0]} "
+            "from its own share of a batch, and keep others than the rest. Leave it out, or use one process."
         )
 
 

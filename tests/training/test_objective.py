@@ -47,8 +47,11 @@ def test_chunks_change_neither_loss_nor_gradient(bias, chunk_size):
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_never_more_than_a_chunk_of_logits_is_alive(monkeypatch):
-    """Counts what autograd keeps for the backward pass, and the largest tensor that is ever made."""
+@pytest.mark.parametrize(
+    "options", [{"chunk_size": 2}, {"matryoshka_dims": (3, 2)}, {"distillation": 0.5}], ids=["rows", "widths", "terms"]
+)
+def test_no_logits_are_kept_for_the_backward_pass(monkeypatch, options):
+    """Counts what autograd keeps, and the most rows that are ever made at once."""
     largest = []
 
     def watched(queries, *args):
@@ -58,12 +61,13 @@ def test_never_more_than_a_chunk_of_logits_is_alive(monkeypatch):
 
     objective_infonce = objective_module.infonce_rows
     monkeypatch.setattr(objective_module, "infonce_rows", watched)
-    pairs = make_embeddings()
+    pairs = make_embeddings(teacher_width=4)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
-        ContrastiveObjective(chunk_size=2)(pairs, SCALE).backward()
-    assert max(largest) == 2
-    assert (7, 7) not in [tuple(shape) for shape in kept]
+        loss = ContrastiveObjective(**options)(pairs, SCALE)
+    loss.backward()
+    assert max(largest) == options.get("chunk_size", len(IDS))
+    assert not [shape for shape in kept if len(shape) == 2 and shape[1] == len(IDS)]  # chunk by chunk, (*, 7)
 
 
 def test_matryoshka_is_the_mean_over_widths_of_cut_and_normalised_embeddings():

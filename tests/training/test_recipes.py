@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from clipmini.training.build import ModelPreset, build_model
-from clipmini.training.recipes import load_recipe, preset_names
+from clipmini.training.recipes import load_data_arguments, load_recipe, preset_names
 
 TINY_TEXT = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
 TINY = ModelPreset(vision="resnet18", text=TINY_TEXT, pretrained=False)
@@ -86,6 +86,9 @@ def test_overrides(overrides, read, expected, tmp_path):
         (GOOD, ["gradient_accumulation_steps=0"], "gradient_accumulation_steps=0"),
         (GOOD, ["num_train_epochs=-1"], "num_train_epochs=-1 is not allowed"),
         (GOOD, ["remove_unused_columns=true"], "remove_unused_columns=True would take"),
+        (GOOD, ["save_only_model=true"], "save_only_model=True would leave checkpoints that no run can go on from"),
+        (GOOD, ["label_smoothing_factor=1"], "label_smoothing_factor=1 is not allowed; use 0 or more, below 1"),
+        (GOOD, ["lora=audio"], "lora='audio' is not allowed; use vision, text or vision,text"),
         (GOOD, ["model=tinny"], r"model='tinny' is neither a preset \(.*tiny.*\)"),
         (GOOD, ["lr_scheduler_type=cosin"], "cosin"),
         (GOOD.replace("data:", "dta:"), [], "there is no 'dta'; the nearest name is 'data'"),
@@ -178,3 +181,9 @@ def test_a_preset_can_change_how_pictures_are_prepared():
     assert processor.image_processor.size["shortest_edge"] == processor.image_processor.crop_size["height"]
     assert processor.image_processor.image_mean == plain.image_processor.image_mean
     assert model.config.vision_config.pretrained_cfg["crop_pct"] == 1.0
+
+
+def test_of_a_recipe_whose_training_is_for_another_machine_the_data_can_be_read(tmp_path):
+    text = GOOD.replace("training:", "training:\n  bf16: maybe")
+    data = load_data_arguments(str(write(tmp_path, text)), ["split_seed=4"])
+    assert (data.source, data.split_seed) == ("photos", 4)

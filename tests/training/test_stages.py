@@ -27,7 +27,6 @@ stages:
   towers:
     vision_stages: 3
     num_train_epochs: 3
-    weight_average_decay: 0.5
     save_strategy: steps
     eval_strategy: steps
     save_steps: 2
@@ -93,6 +92,25 @@ def test_stages_run_one_at_a_time_end_where_one_run_ends(make, tmp_path):
     assert second.results["train_s"] == pytest.approx(sum(times))
     whole = load_file(tmp_path / "whole" / "model" / "model.safetensors")
     parts = load_file(tmp_path / "parts" / "model" / "model.safetensors")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_to_overwrite_a_stage_takes_those_after_it_away(make, tmp_path):
+    train(make("run"))
+    again = train(make("run"), stage="heads", overwrite=True)
+    assert again.results["stages"] == ["heads"]
+    assert not (tmp_path / "run" / "towers" / "stage.json").exists()
+    assert not list((tmp_path / "run" / "towers").glob("checkpoint-*"))
+
+
+def test_a_stage_with_lora_begins_alike_alone_and_in_a_whole_run(make, tmp_path):
+    pytest.importorskip("peft")
+    lora = ["stages.towers.vision_stages=null", "stages.towers.lora=text"]
+    train(make("whole", *lora))
+    train(make("parts", *lora), stage="heads")
+    torch.rand(3)  # what came before must not matter
+    train(make("parts", *lora), stage="towers")
+    whole, parts = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -162,6 +180,8 @@ def test_two_processes_run_a_recipe_and_leave_one_model(make, tmp_path, photos):
     command = [*launch, "clipmini.inference.cli", "train", str(tmp_path / "staged.yaml"), *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CLIPMINI_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([*command, "--overwrite"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["stages"] == ["heads", "towers"]

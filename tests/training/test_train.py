@@ -5,10 +5,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from clipmini.inference.encode import load_model
+from clipmini.inference.images import Skipped
 from clipmini.training.data import load_pairs
 from clipmini.training.evaluate import evaluate_retrieval
 from clipmini.training.recipes import load_recipe
-from clipmini.training.train import train
+from clipmini.training.train import _prepare_data, train
 from modeling_clipmini import ClipMiniModel
 
 RECIPE = """
@@ -175,3 +176,31 @@ def test_without_a_validation_split_the_last_weights_are_kept(recipe, caplog):
 def test_strict_stops_at_the_first_broken_picture(recipe):
     with pytest.raises(ValueError, match=r"(7|8)\.png"):
         train(recipe("strict=true"))
+
+
+def test_copies_and_pictures_with_one_caption_share_ids_on_request(tmp_path, caplog):
+    captions = {"a": ["A dog."], "copy_of_a": ["a cat"], "b": ["a  DOG"], "c": ["a hen"]}
+    lines = ["file_name,caption,split"]
+    for number, (name, texts) in enumerate(captions.items()):
+        Image.new("RGB", (8, 8), (0, 0, 0) if "a" in name else (9 * number, 0, 0)).save(tmp_path / f"{name}.png")
+        lines += [f"{name}.png,{text},train" for text in texts]
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "held_out.png")
+    lines += ["held_out.png,a dog,validation"]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    recipe_file = tmp_path / "mine.yaml"
+    recipe_file.write_text(RECIPE, encoding="utf-8")
+
+    def ids(*overrides):
+        recipe = load_recipe(str(recipe_file), [f"source={tmp_path}", *overrides])
+        pairs, _ = _prepare_data(recipe, Skipped())
+        return {split: rows["image_id"][:] for split, rows in pairs.items()}
+
+    plain = ids()
+    assert "1 picture comes up under more than one image id" in caplog.text
+    assert len({*plain["train"], *plain["validation"]}) == 5
+    first, copy, dog, hen = plain["train"]
+    copies = ids("share_duplicate_ids=true")
+    assert copies["train"] == [min(first, copy), min(first, copy), dog, hen]
+    captions_too = ids("share_duplicate_captions=true")
+    assert captions_too["train"][0] == captions_too["train"][1] == captions_too["train"][2] != hen
+    assert captions_too["validation"] == copies["validation"] == plain["validation"]

@@ -4,7 +4,7 @@ from transformers import Trainer, TrainingArguments
 
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.collator import ClipMiniCollator
-from clipmini.training.evaluate import chance_level, embed_pairs
+from clipmini.training.evaluate import chance_level, embed_pairs, evaluate_retrieval
 from clipmini.training.metrics import retrieval_metrics
 from clipmini.training.optimizer import parameter_groups
 from clipmini.training.pairs import CachedPairs
@@ -97,6 +97,15 @@ def test_evaluate_is_retrieval_over_the_whole_split(make_trainer, toy_pairs, tin
     assert several["eval_a_mean_recall"] == several["eval_b_mean_recall"]
 
 
+def test_copies_of_a_picture_that_share_an_id_are_right_answers(tiny_model, tiny_processor, toy_pairs):
+    together = toy_pairs.select([0, 0])
+    rows = [{**row, "image_id": number} for number, row in enumerate(together)]
+    apart = type(toy_pairs).from_list(rows, toy_pairs.features)
+    for pairs, recall, by_chance in ((together, 1, 1), (apart, 0, 0.5)):  # ties count against the model
+        assert evaluate_retrieval(tiny_model, tiny_processor, pairs)["text_to_image_r1"] == recall
+        assert chance_level(pairs)["text_to_image_r1"] == by_chance
+
+
 def test_evaluation_leaves_the_model_in_its_mode(make_trainer):
     trainer = make_trainer()
     trainer.model.train()
@@ -132,6 +141,17 @@ def test_a_run_goes_on_from_its_checkpoint(make_trainer, tmp_path):
     assert_same_weights(whole.model, resumed.model, 1e-6)
 
 
+def test_a_run_killed_after_its_last_step_takes_no_more(make_trainer, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    whole = make_trainer("whole", **options)
+    whole.train()
+    assert 0 < whole.state.epoch % 1 < 1  # amid an epoch
+    resumed = make_trainer("resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert resumed.state.global_step == 4
+    assert_same_weights(whole.model, resumed.model, 0)
+
+
 def test_each_part_has_its_learning_rate_and_only_matrices_decay(tiny_model, tmp_path):
     args = make_arguments(
         tmp_path, learning_rate=3.0, vision_learning_rate=1.0, text_learning_rate=2.0, weight_decay=0.1
@@ -158,6 +178,12 @@ def test_data_parallel_is_refused_with_the_remedy(make_trainer, monkeypatch):
     monkeypatch.setattr(ClipMiniTrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match=r"2 GPUs .* DataParallel.*CUDA_VISIBLE_DEVICES"):
         make_trainer()
+
+
+def test_moving_batch_norm_statistics_are_refused_in_several_processes(make_trainer, monkeypatch):
+    monkeypatch.setattr(ClipMiniTrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"freeze_batch_norm=False with 2 processes: .*conv1\.1"):
+        make_trainer(freeze_batch_norm=False)
 
 
 def test_a_batch_larger_than_the_data_still_trains(make_trainer):

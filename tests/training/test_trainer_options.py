@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.evaluate import evaluate_retrieval
@@ -72,6 +71,16 @@ def test_a_gradient_cache_trains_the_same(make_trainer, loss):
     assert_same(plain, cached)
 
 
+@pytest.mark.parametrize("length_groups", [1, 3])
+def test_a_gradient_cache_trains_the_same_under_bf16(make_trainer, length_groups):
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "bf16": True, "length_groups": length_groups}
+    exact = weights_after(make_trainer(config=NO_DROPOUT, **{**options, "bf16": False}))
+    plain = weights_after(make_trainer(config=NO_DROPOUT, **options))
+    cached = weights_after(make_trainer(config=NO_DROPOUT, **options, gradient_cache_chunk=4))
+    assert any(not torch.equal(exact[name], plain[name]) for name in plain)  # autocast was on
+    assert_same(plain, cached, 1e-3)  # bf16 keeps three digits
+
+
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_groups_of_like_length_train_the_same(make_trainer, chunk):
     options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "gradient_cache_chunk": chunk}
@@ -108,6 +117,18 @@ def test_training_the_last_stages_from_cached_activations_is_training_them_from_
     )
     from_pictures = evaluate_retrieval(cached.model, tiny_processor, toy_pairs)
     assert cached.evaluate()["eval_mean_recall"] == pytest.approx(from_pictures["mean_recall"], abs=0.05)
+
+
+def test_a_tower_of_tokens_trains_its_last_stages_from_cached_ones(make_trainer, tiny_processor):
+    side = tiny_processor.image_processor.crop_size["height"]
+    vision = {"architecture": "mixer_s32_224", "model_args": {"img_size": side}}
+    config = {**NO_DROPOUT, "vision_config": vision}
+    options = {"vision_stages": 2, "optim": "sgd", "max_steps": 2}
+    split = make_trainer(config=config, **options)
+    assert split.features.front is not None
+    assert split.train_dataset[0, 0]["vision_hidden"].ndim == 2
+    whole = make_trainer(config=config, **options, cache_features=False)
+    assert_same(weights_after(split), weights_after(whole), 1e-3)
 
 
 def test_activations_serve_where_no_level_lies_before_them(make_trainer):
@@ -154,15 +175,6 @@ def test_matryoshka_widths_are_trained_and_measured(make_trainer):
         make_trainer(matryoshka_dims=[16, 8])
 
 
-def test_an_average_of_the_weights_is_measured_saved_and_left_in_the_model(make_trainer, tmp_path):
-    plain = weights_after(make_trainer("plain"))
-    averaged = weights_after(make_trainer(weight_average_decay=0.9, save_strategy="steps", save_steps=2))
-    assert (tmp_path / "run" / "checkpoint-4" / "weight_average.safetensors").exists()
-    assert any(not torch.equal(plain[name], averaged[name]) for name in plain)
-    checkpoint = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
-    assert_same({name: plain[name] for name in checkpoint}, checkpoint, 1e-6)
-
-
 def test_lora_leaves_plain_checkpoints_and_goes_on_from_them(make_trainer, tmp_path):
     pytest.importorskip("peft")
     options = {"lora": "text", "save_strategy": "steps", "save_steps": 2}
@@ -195,6 +207,34 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_pictures(make_traine
         trainer.model.text_projection.weight.fill_(math.nan)
     with pytest.raises(NonFiniteLossError, match=r"nan at step 1.*image_id \d"):
         trainer.train()
+
+
+def test_of_a_broken_batch_the_offending_pictures_are_named(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    embed = trainer._embed
+
+    def broken(model, batch):
+        image, text = embed(model, batch)
+        is_third = torch.arange(len(image)) == 2
+        return image.masked_fill(is_third[:, None], math.nan), text
+
+    monkeypatch.setattr(trainer, "_embed", broken)
+    with pytest.raises(NonFiniteLossError, match=r"on the pictures image_id \d+;"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ({"freeze_text": True, "word_dropout": 0.1}, "word_dropout has no effect"),
+        ({"freeze_text": True, "length_groups": 2}, "length_groups has no effect"),
+        ({"freeze_vision": True, "augment": {}}, "augment makes one view of each picture"),
+        ({"num_views": 2, "augment": {}}, "num_views=2 has no effect"),
+    ],
+)
+def test_an_option_without_effect_is_named(make_trainer, caplog, options, warning):
+    make_trainer(**options)
+    assert warning in caplog.text
 
 
 def test_hard_negatives_begin_after_their_share_of_the_steps(make_trainer):
