@@ -5,19 +5,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, List, Value
 
 from clipmini.inference.encoders import DualEncoder, load_encoder, load_encoders
 from clipmini.inference.images import Skipped
 from clipmini.inference.zero_shot import DEFAULT_TEMPLATE, load_templates
 from clipmini.training.data import choose_split
 from clipmini.training.intervals import LEVEL, NUM_RESAMPLES, Difference, Interval, paired_shares
-from clipmini.training.model_index import METRIC_LABELS, format_figure, format_interval, model_index, public_name
+from clipmini.training.model_index import (
+    METRIC_LABELS,
+    format_figure,
+    format_interval,
+    format_with_interval,
+    model_index,
+    public_name,
+)
 from clipmini.training.runlog import versions
 
 from .classification import ClassificationMetrics
 from .figures import draw_confusion
-from .labelled import load_labelled
+from .labelled import keep_readable, load_labelled
+from .leaks import LeakReport, find_leaks
 from .page import render_page
 from .probe import NEIGHBOUR_TEMPERATURE, ProbeResult, probe
 from .results import Evaluation, Table, as_json
@@ -57,9 +65,9 @@ def report_zero_shot(
         ValueError: a model, the data, the split or the template cannot be used.
     """
     templates = load_templates(template)
-    pictures = load_labelled(source, **(columns or {}), skipped=skipped)
+    pictures = load_labelled(source, **(columns or {}))
     name = choose_split(pictures.splits, split, source)
-    rows, names = pictures.splits[name], pictures.names
+    rows, names = _readable(pictures.splits, [name], skipped)[name], pictures.names
     encoder, *others = load_encoders(*filter(None, (model, baseline)))
     result = measure_zero_shot(encoder, rows, names, templates, batch_size)
     metrics = result.metrics
@@ -91,6 +99,7 @@ def report_probe(
     source: str,
     *,
     split: str | None = None,
+    check_leaks: bool = True,
     batch_size: int = 16,
     skipped: Skipped | None = None,
     columns: Mapping[str, str] | None = None,
@@ -101,6 +110,7 @@ def report_probe(
         model: whatever `load_encoder` takes.
         source: whatever `load_labelled` takes; where it has one split alone, a fifth of each class is held out.
         split: which split to measure on; by default test, else validation.
+        check_leaks: look for measured pictures that stand in the train split too.
         batch_size: pictures per forward.
         skipped: takes what cannot be read.
         columns: `image_column`, `label_column` and `config_name` of `load_labelled`.
@@ -111,20 +121,25 @@ def report_probe(
     Raises:
         ValueError: the model, the data or the split cannot be used.
     """
-    pictures = load_labelled(source, **(columns or {}), skipped=skipped)
+    pictures = load_labelled(source, **(columns or {}))
     splits = pictures.splits
-    if len(splits) == 1:
-        splits = _hold_out(next(iter(splits.values())))
+    only = next(iter(splits)) if len(splits) == 1 else None
+    if only is not None:
+        splits = _hold_out(_readable(splits, [only], skipped)[only])
     if "train" not in splits:
         raise ValueError(f"{source} has no train split to fit a probe on; it has {', '.join(splits)}.")
     name = choose_split(splits, split, source)
     if name == "train":
         raise ValueError("A probe is fitted on the train split; name another split to measure on.")
+    if only is None:
+        splits = _readable(splits, ["train", name], skipped)
     encoder = load_encoder(model)
+    leaks = find_leaks(*(_as_pairs(splits[one]) for one in ("train", name))) if check_leaks else None
     embeds = {one: encoder.encode_images(splits[one]["image"], batch_size) for one in ("train", name)}
     labels = {one: torch.tensor(splits[one]["label"][:]) for one in embeds}
     result = probe(embeds["train"], labels["train"], embeds[name], labels[name], len(pictures.names))
-    facts = _facts("probe", encoder, source, name, result.linear, pictures.names)
+    measured = name if only is None else f"a held-out fifth of {only}"
+    facts = _facts("probe", encoder, source, measured, result.linear, pictures.names)
     facts |= {
         "num_train_images": result.num_train_images,
         "inverse_penalty": result.inverse_penalty,
@@ -135,8 +150,19 @@ def report_probe(
         _metrics_table(f"{result.num_neighbours} nearest neighbours", result.neighbours),
         _class_table(pictures.names, result.linear),
     ]
+    leak_table = None
+    if leaks is not None:
+        rest = np.setdiff1d(np.arange(len(labels[name])), leaks.rows)
+        without = None
+        if 0 < len(rest) < len(labels[name]):
+            without = probe(
+                embeds["train"], labels["train"], embeds[name][rest], labels[name][rest], len(pictures.names)
+            )
+        facts["leaks"] = _leak_facts(leaks, without)
+        leak_table = _leak_table(leaks, result, without)
     facts["model_index"] = model_index(encoder.name, "image-classification", facts["data"], _shares(result.linear))
-    return _finish(facts, "Linear probe", result.linear, tables, pictures.names, _probe_method(result))
+    method = _probe_method(result, only, check_leaks)
+    return _finish(facts, "Linear probe", result.linear, tables, pictures.names, method, leak_table)
 
 
 _INTERVALS = (
@@ -145,13 +171,59 @@ _INTERVALS = (
 )
 
 
-def _probe_method(result: ProbeResult) -> list[str]:
+def _readable(splits: Mapping[str, Dataset], names: Sequence[str], skipped: Skipped | None) -> dict[str, Dataset]:
+    found = Skipped() if skipped is None else skipped
+    kept = {name: keep_readable(splits[name], name, found) for name in names}
+    if skipped is None:
+        found.log_summary()
+    return kept
+
+
+def _as_pairs(rows: Dataset) -> Dataset:
+    """Give labelled pictures the columns of pairs without captions."""
+    rows = rows.select_columns(["image"]).add_column("image_id", list(range(len(rows))))
+    return rows.add_column("captions", [[] for _ in range(len(rows))], feature=List(Value("string")))
+
+
+def _leak_facts(leaks: LeakReport, without: ProbeResult | None) -> dict[str, Any]:
+    facts = leaks.as_dict()
+    if without is not None:
+        facts["without"] = {
+            "num_images": without.linear.num_images,
+            "metrics": _shares(without.linear),
+            "neighbours": _shares(without.neighbours),
+        }
+    return facts
+
+
+def _leak_table(leaks: LeakReport, result: ProbeResult, without: ProbeResult | None) -> Table:
+    title = "Seen in training"
+    if not leaks.rows:
+        return Table(title, [], [], leaks.summary())
+    rest = "nothing is left" if without is None else f"{without.linear.num_images:,} pictures"
+    rows = [
+        [
+            f"{name}, {METRIC_LABELS['top1']}",
+            *(
+                "-" if one is None else format_with_interval("top1", getattr(one, part).top1)
+                for one in (result, without)
+            ),
+        ]
+        for name, part in (("linear probe", "linear"), ("nearest neighbours", "neighbours"))
+    ]
+    return Table(title, ["in percent", "all", f"without these: {rest}"], rows, leaks.summary())
+
+
+def _probe_method(result: ProbeResult, only: str | None, check_leaks: bool) -> list[str]:
+    held_out = f"The data has no split but {only}: a fifth of each class was held out, and the rest is for training. "
     return [
-        f"Image embeddings are frozen. Linear probe: logistic regression on {result.num_train_images:,} training "
+        ("" if only is None else held_out)
+        + f"Image embeddings are frozen. Linear probe: logistic regression on {result.num_train_images:,} training "
         f"pictures, its L2 penalty (C = {result.inverse_penalty:g}) chosen by {result.num_folds}-fold cross-validation"
         f" on them. Nearest neighbours: {result.num_neighbours} training pictures vote, weighed by exp(cosine / "
         f"{NEIGHBOUR_TEMPERATURE}).",
         _INTERVALS,
+        *([] if check_leaks else ["Whether these pictures stand in the train split too was not checked."]),
     ]
 
 
@@ -253,6 +325,7 @@ def _finish(
     tables: list[Table],
     names: Sequence[str],
     method: list[str],
+    leak_table: Table | None = None,
 ) -> Evaluation:
     data = facts["data"]
     headline = [
@@ -277,7 +350,7 @@ def _finish(
         baseline=facts.get("baseline"),
         headline=headline,
         warnings=warnings,
-        leaks=None,
+        leaks=leak_table,
         tables=tables,
         drawings=[
             {
@@ -290,4 +363,8 @@ def _finish(
         method=method,
         versions=facts["versions"],
     )
+    if leak_table is not None:
+        tables.append(leak_table)
+        if leak_table.rows:
+            warnings.append(leak_table.note)
     return Evaluation(as_json(facts), tables, page, tuple(warnings))

@@ -110,7 +110,8 @@ def draw_similarities(own: np.ndarray, others: np.ndarray) -> str:
     Returns:
         The SVG element.
     """
-    own, others = (values[np.isfinite(values)] for values in (own, others))
+    # float64, since of a collapsed model all are alike, and float32 has no 60 numbers between them.
+    own, others = (values[np.isfinite(values)].astype(float) for values in (own, others))
     both = np.concatenate([own, others, [0.0]] if not len(own) + len(others) else [own, others])
     bins = np.linspace(both.min(), both.max() + 1e-6, 61)
     with rc_context(STYLE):

@@ -39,9 +39,8 @@ def load_labelled(
     image_column: str | None = None,
     label_column: str | None = None,
     config_name: str | None = None,
-    skipped: Skipped | None = None,
 ) -> LabelledPictures:
-    """Load pictures with labels.
+    """Find pictures with labels; none is opened yet. Splits without any label, as some test splits are, are left out.
 
     Args:
         source: a folder with a sub-folder for each class, or with "train", "validation" and "test" above these; or the
@@ -49,18 +48,20 @@ def load_labelled(
         image_column: the column of pictures, of a data set from the Hub; None to find it by type.
         label_column: its column of labels; None to find it by type and usual names.
         config_name: its configuration, where it has several.
-        skipped: takes pictures that cannot be read; None to warn, and to sum up at the end.
 
     Returns:
-        The pictures that can be read.
+        The pictures; see `keep_readable`.
 
     Raises:
-        ValueError: the source, its columns or its classes cannot be found, or no picture can be read.
+        ValueError: the source, its columns or its classes cannot be found, two classes have one name, or an option has
+            no meaning for a folder.
     """
-    own_summary = skipped is None
-    skipped = Skipped() if skipped is None else skipped
     path = Path(source).expanduser()
     if path.is_dir():
+        given = {"image_column": image_column, "label_column": label_column, "config_name": config_name}
+        for key, value in given.items():
+            if value is not None:
+                raise ValueError(f"{key}={value!r} has no meaning for the folder {source}; leave it out.")
         names, loaded = _read_folder(path)
     elif path.exists():
         raise ValueError(f"{source} is a file; name a folder with a sub-folder for each class.")
@@ -68,24 +69,55 @@ def load_labelled(
         raise ValueError(f"{source} does not exist; name a folder, or a Hub id like org/name.")
     else:
         names, loaded = _read_hub(str(source), image_column, label_column, config_name)
-    splits = {}
-    for split, rows in loaded.items():
-        kept = _find_readable(rows, split, skipped)
-        if kept:
-            splits[split] = rows.select(kept)
+    splits = {split: rows for split, rows in loaded.items() if max(rows["label"], default=-1) >= 0}
     if not splits:
-        raise ValueError(f"{source} has no picture that can be read and has a label.")
-    if own_summary:
-        skipped.log_summary()
-    return LabelledPictures([name.replace("_", " ") for name in names], splits)
+        raise ValueError(f"{source} has no picture with a label.")
+    return LabelledPictures(_spell(names, source), splits)
+
+
+def keep_readable(rows: Dataset, split: str, skipped: Skipped) -> Dataset:
+    """Keep the pictures of a split that can be read and have a label; every one is opened.
+
+    Args:
+        rows: as `load_labelled` gives.
+        split: what they are called in messages.
+        skipped: takes the others.
+
+    Returns:
+        The rest.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    kept = _find_readable(rows, split, skipped)
+    if not kept:
+        raise ValueError(f"The split {split} has no picture that can be read and has a label.")
+    return rows.select(kept)
+
+
+def _spell(names: Sequence[str], source: str | Path) -> list[str]:
+    """Write the names of classes with blanks."""
+    spelled: dict[str, str] = {}
+    for name in names:
+        other = spelled.setdefault(name.replace("_", " "), name)
+        if other != name:
+            raise ValueError(f"{source} has two classes of one name, {other!r} and {name!r}; rename or join them.")
+    return list(spelled)
 
 
 def _read_folder(folder: Path) -> tuple[list[str], dict[str, Dataset]]:
     """Take sub-folders for classes; or, where all of them are called like splits and hold folders, for splits."""
     below = _folders(folder)
-    are_splits = below and all(path.name.lower() in SPLITS and _folders(path) for path in below)
-    roots = {SPLITS[path.name.lower()]: path for path in below} if are_splits else {"train": folder}
-    if are_splits and len(roots) < len(below):
+    are_splits = [path.name.lower() in SPLITS and bool(_folders(path)) for path in below]
+    if any(are_splits) and not all(are_splits):
+        odd = ", ".join(path.name for path, fits in zip(below, are_splits, strict=True) if not fits)
+        raise ValueError(
+            f"{folder} has sub-folders that hold classes like splits, and others that do not ({odd}); take these out, "
+            "or name the folder of one split."
+        )
+    is_split = bool(below) and all(are_splits)
+    roots = {SPLITS[path.name.lower()]: path for path in below} if is_split else {"train": folder}
+    if is_split and len(roots) < len(below):
         raise ValueError(f"{folder} has several folders for one split: {', '.join(path.name for path in below)}.")
     found = {split: list(_find_labelled(root)) for split, root in roots.items()}
     names = sorted({name for pictures in found.values() for name, _ in pictures})

@@ -18,6 +18,7 @@ from clipmini.inference.encode import read_named
 from clipmini.training.duplicates import hash_picture, normalise_caption
 
 MAX_BITS = 4  # of 64 in which the hashes of alike pictures may differ
+MAX_EXAMPLES = 20  # of pictures that look like one of training, to be judged by eye
 MAX_DIFFERENCES = 20_000_000  # in memory at once
 
 
@@ -44,6 +45,24 @@ class LeakReport:
     def rows(self) -> list[int]:
         """Pictures that training has seen, in either way."""
         return sorted({*self.exact, *self.alike})
+
+    def summary(self) -> str:
+        """Say in plain words how many pictures were found."""
+        return (
+            f"{len(self.exact):,} of these pictures are among {self.num_train_images:,} training pictures, pixel by "
+            f"pixel; {len(self.alike):,} more look nearly like one (perceptual hash; some may be chance)."
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give counts, rows, and the first few that look like a training picture, with the row of that."""
+        return {
+            "num_train_images": self.num_train_images,
+            "exact_pictures": len(self.exact),
+            "alike_pictures": len(self.alike),
+            "captions": len(self.captions),
+            "rows": self.rows,
+            "alike_examples": self.examples[:MAX_EXAMPLES],
+        }
 
 
 def find_leaks(train: Dataset, held_out: Dataset) -> LeakReport:

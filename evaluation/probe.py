@@ -72,10 +72,15 @@ def probe(
         raise ValueError("Embeddings hold NaN or infinity: training diverged, or the weights are damaged.")
     num_folds = min(NUM_FOLDS, largest)
     folds = StratifiedKFold(num_folds, shuffle=True, random_state=0)
-    search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": PENALTIES}, cv=folds)
+    search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": PENALTIES}, cv=folds, error_score="raise")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")  # it is in some of the folds alone
-        search.fit(train_embeds.numpy(), train_labels.numpy())
+        try:
+            search.fit(train_embeds.numpy(), train_labels.numpy())
+        except ValueError as error:  # a fold that leaves one class
+            raise ValueError(
+                f"The penalty cannot be chosen by cross-validation: {error} Give every class two training pictures."
+            ) from error
     # Logarithms, since of many classes some probabilities are too small for float32, and would tie.
     scores = np.full((len(test_embeds), num_classes), -np.inf, dtype=np.float32)
     scores[:, search.classes_] = search.predict_log_proba(test_embeds.numpy())

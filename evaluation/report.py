@@ -36,13 +36,14 @@ def evaluate(
     Args:
         model: whatever `load_encoder` takes.
         data: for retrieval, a recipe, whose data section is taken, or a source of pairs; of the source that the model
-            was trained on, splits are those of its training. For the other tasks, whatever `load_labelled` takes.
+            was trained on, splits are those of its training, whichever names it. For the other tasks, whatever
+            `load_labelled` takes.
         task: "retrieval", "zero-shot" or "probe".
         split: which split; by default test, else validation, else train.
         baseline: another model to compare with; not for a probe.
         template: of zero-shot classification alone; see `load_templates`.
         train_data: of retrieval alone: what the model was trained on, as in `data`, to look for leaks.
-        check_leaks: of retrieval alone.
+        check_leaks: of retrieval, and of a probe between its own train split and the measured one.
         overrides: "key=value" strings: keys of the data section, or for labelled pictures `image_column`,
             `label_column` and `config_name`.
         skipped: takes what cannot be read.
@@ -59,6 +60,10 @@ def evaluate(
     for name, value in given.items():
         if value is not None and name not in OPTIONS[task]:
             raise ValueError(f"{name}={value!r} has no meaning for the task {task}; leave it out.")
+    if task == ZERO_SHOT and not check_leaks:
+        raise ValueError(
+            "check_leaks=False has no meaning for the task zero-shot, which looks for none; leave it out."
+        )
     if task == RETRIEVAL:
         return report_retrieval(
             model,
@@ -75,17 +80,19 @@ def evaluate(
         return report_zero_shot(
             model, data, split=split, baseline=baseline, template=template, skipped=skipped, columns=columns
         )
-    return report_probe(model, data, split=split, skipped=skipped, columns=columns)
+    return report_probe(model, data, split=split, check_leaks=check_leaks, skipped=skipped, columns=columns)
 
 
 def _pairs_of(model: str, data: str, overrides: Sequence[str]) -> DataArguments:
     """Read which pairs are meant; of what the model was trained on, split as it was then."""
+    wanted = load_data_arguments(data, overrides)
     recipe_file = Path(model).absolute().parent / RECIPE_FILE
-    if Path(data).exists() and recipe_file.is_file():
-        source = Path(load_data_arguments(str(recipe_file)).source)
-        if source.exists() and source.samefile(data):
+    if recipe_file.is_file():
+        source = load_data_arguments(str(recipe_file)).source
+        is_file = Path(source).exists() and Path(wanted.source).exists()
+        if source == wanted.source or (is_file and Path(source).samefile(wanted.source)):
             return load_data_arguments(str(recipe_file), overrides)
-    return load_data_arguments(data, overrides)
+    return wanted
 
 
 def _labelled_key(override: str) -> tuple[str, str]:

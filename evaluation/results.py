@@ -2,8 +2,7 @@
 
 import json
 import math
-import os
-import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from clipmini.training.folder import RESULTS_FILE
+from clipmini.training.folder import RECIPE_FILE, RESULTS_FILE
 
 TABLE_FILE, INDEX_FILE, PAGE_FILE = "results.md", "model-index.yaml", "report.html"
 
@@ -67,10 +66,9 @@ class Evaluation:
             ValueError: the folder holds an evaluation.
         """
         check_folder(folder, overwrite)
-        folder = folder.absolute()
-        beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        beside.mkdir(parents=True)
-        try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Within the folder, which may be a file system of its own, so that every file can be renamed into place.
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as beside:
             index = {"model-index": self.results["model_index"]}
             contents = {
                 TABLE_FILE: "\n".join(table.markdown() for table in self.tables),
@@ -79,23 +77,31 @@ class Evaluation:
                 RESULTS_FILE: json.dumps(self.results, indent=2) + "\n",  # last: it says that all is there
             }
             for name, content in contents.items():
-                (beside / name).write_text(content, encoding="utf-8")
-            folder.mkdir(parents=True, exist_ok=True)
+                Path(beside, name).write_text(content, encoding="utf-8")
             (folder / RESULTS_FILE).unlink(missing_ok=True)
             for name in contents:
-                os.replace(beside / name, folder / name)
-        finally:
-            shutil.rmtree(beside)
+                Path(beside, name).replace(folder / name)
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that cannot be written to, before hours are spent on what goes there.
 
     Raises:
-        ValueError: it is no folder; or it holds an evaluation, and `overwrite` is not set.
+        ValueError: it is no folder, or one that cannot be written to; it is a training run's; or it holds an
+            evaluation, and `overwrite` is not set.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder with --out.")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest} is a file; name a folder with --out.")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"{nearest} cannot be written to ({error.strerror}); name another with --out.") from error
+    if (folder / RECIPE_FILE).exists():
+        raise ValueError(
+            f"{folder} holds a training run, whose {RESULTS_FILE} would be lost; name another with --out."
+        )
     if (folder / RESULTS_FILE).exists() and not overwrite:
         raise ValueError(f"{folder} holds an evaluation; pass --overwrite, or --out another folder.")
 

@@ -1,5 +1,6 @@
 """Retrieval of a model on data, from names to all that is written."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,14 @@ from clipmini.training.data import choose_split, load_data
 from clipmini.training.duplicates import find_duplicates, share_ids
 from clipmini.training.intervals import NUM_RESAMPLES, Difference, Interval, bootstrap_intervals, paired_bootstrap
 from clipmini.training.metrics import RECALL_AT, retrieval_scores
-from clipmini.training.model_index import METRIC_LABELS, format_figure, format_interval, model_index, public_name
+from clipmini.training.model_index import (
+    METRIC_LABELS,
+    format_figure,
+    format_interval,
+    format_with_interval,
+    model_index,
+    public_name,
+)
 from clipmini.training.runlog import versions
 
 from .compression import PRECISIONS
@@ -24,7 +32,6 @@ from .retrieval import Embeddings, RetrievalResult, embed_split, measure_retriev
 
 MIN_WIDTH = 32  # down to which widths are halved
 MAX_SIMILARITIES = 200_000_000  # of larger sets, embeddings are not measured again at other sizes unless asked for
-MAX_EXAMPLES = 20  # of pictures that look like one of training, to be judged by eye
 HEADLINES = ("text_to_image_r1", "image_to_text_r1", "mean_recall")
 
 
@@ -63,10 +70,11 @@ def report_retrieval(
     pairs = load_data(data, skipped)
     name = choose_split(pairs, split, data.source)
     train = _training_pairs(pairs, name, train_data, skipped) if check_leaks else None
-    if data.share_duplicate_ids:
+    if data.share_duplicate_ids or data.share_duplicate_captions:  # as in training
         pairs = share_ids(pairs, find_duplicates(pairs))
     rows = pairs[name]
     encoder, *others = load_encoders(*filter(None, (model, baseline)))
+    leaks = None if train is None else find_leaks(train, rows)  # before the hours: it may meet a broken picture
     embeds = embed_split(encoder, rows, batch_size)
     result = _measure(encoder, embeds, widths)
     facts: dict[str, Any] = {
@@ -104,9 +112,9 @@ def report_retrieval(
     warnings, leak_table = list(result.diagnostics.faults), None
     if name == "train":
         warnings.append("This is the train split: a model that was trained on it looks better than it is.")
-    if train is not None:
-        facts["leaks"] = _leak_facts(find_leaks(train, rows), embeds)
-        leak_table = _leak_table(facts["leaks"], result.metrics)
+    if leaks is not None:
+        facts["leaks"] = _leak_facts(leaks, embeds)
+        leak_table = _leak_table(leaks, facts["leaks"], result.metrics)
     facts |= {
         "num_resamples": NUM_RESAMPLES,
         "model_index": model_index(encoder.name, "image-text-retrieval", facts["data"], result.metrics),
@@ -132,7 +140,7 @@ def report_retrieval(
         tables=tables,
         drawings=_drawings(result, curves),
         misses=show_misses(result.misses, rows),
-        method=_method(result, _leak_sentence(check_leaks, train is not None)),
+        method=_method(result, _leak_sentence(check_leaks, leaks is not None)),
         versions=facts["versions"],
     )
     if leak_table is not None:
@@ -184,14 +192,7 @@ def _leak_sentence(is_wanted: bool, is_known: bool) -> str:
 
 
 def _leak_facts(leaks: LeakReport, embeds: Embeddings) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "num_train_images": leaks.num_train_images,
-        "exact_pictures": len(leaks.exact),
-        "alike_pictures": len(leaks.alike),
-        "captions": len(leaks.captions),
-        "rows": leaks.rows,
-        "alike_examples": leaks.examples[:MAX_EXAMPLES],  # the row, and the training row that it is like
-    }
+    facts = leaks.as_dict()
     if leaks.rows or leaks.captions:
         rest = embeds.without(leaks.rows, leaks.captions)
         if len(rest.images) and len(rest.texts):
@@ -205,29 +206,21 @@ def _leak_facts(leaks: LeakReport, embeds: Embeddings) -> dict[str, Any]:
     return facts
 
 
-def _leak_table(facts: Mapping[str, Any], metrics: Mapping[str, Interval]) -> Table:
-    note = (
-        f"{facts['exact_pictures']:,} of these pictures are among {facts['num_train_images']:,} training pictures, "
-        f"pixel by pixel; {facts['alike_pictures']:,} more look nearly like one (perceptual hash; some may be "
-        f"chance). {facts['captions']:,} captions also describe a training picture, in the same words."
-    )
+def _leak_table(leaks: LeakReport, facts: Mapping[str, Any], metrics: Mapping[str, Interval]) -> Table:
+    note = f"{leaks.summary()} {len(leaks.captions):,} captions also describe a training picture, in the same words."
     title = "Seen in training"
-    if not facts["rows"] and not facts["captions"]:
+    if not leaks.rows and not leaks.captions:
         return Table(title, [], [], note)
     if "without" not in facts:
-        rows = [[METRIC_LABELS[name], _with_interval(name, metrics[name]), "-"] for name in HEADLINES]
+        rows = [[METRIC_LABELS[name], format_with_interval(name, metrics[name]), "-"] for name in HEADLINES]
         return Table(title, ["in percent", "all", "without these: nothing is left"], rows, note)
     rest = facts["without"]
     rows = [
-        [METRIC_LABELS[name], *(_with_interval(name, one[name]) for one in (metrics, rest["metrics"]))]
+        [METRIC_LABELS[name], *(format_with_interval(name, one[name]) for one in (metrics, rest["metrics"]))]
         for name in HEADLINES
     ]
     without = f"without these: {rest['num_images']:,} pictures, {rest['num_captions']:,} captions"
     return Table(title, ["in percent", "all", without], rows, note)
-
-
-def _with_interval(name: str, interval: Interval) -> str:
-    return f"{format_figure(name, interval.value)} ({format_interval(name, interval)})"
 
 
 def _metrics_table(result: RetrievalResult) -> Table:
@@ -258,7 +251,7 @@ def _comparison(
             format_figure(metric, others[metric].value),
             format_figure(metric, difference.value),
             format_interval(metric, difference),
-            f"{difference.p_value:.3f}",
+            _plain(difference.p_value, 3),
         ]
         for metric, difference in differences.items()
     ]
@@ -272,23 +265,37 @@ def _comparison(
 def _diagnostics_table(result: RetrievalResult) -> Table:
     shape = result.diagnostics
     rows = [
-        ["modality gap", f"{shape.modality_gap:.3f}", "0 to 2", "distance of the mean picture from the mean caption"],
-        ["alignment", f"{shape.alignment:.3f}", "0 to 4", "mean squared distance of a caption from its picture"],
-        ["uniformity of pictures", f"{shape.image_uniformity:.2f}", "-8 to 0", "less is more evenly spread"],
-        ["uniformity of captions", f"{shape.text_uniformity:.2f}", "-8 to 0", "likewise"],
+        [
+            "modality gap",
+            _plain(shape.modality_gap, 3),
+            "0 to 2",
+            "distance of the mean picture from the mean caption",
+        ],
+        ["alignment", _plain(shape.alignment, 3), "0 to 4", "mean squared distance of a caption from its picture"],
+        ["uniformity of pictures", _plain(shape.image_uniformity, 2), "-8 to 0", "less is more evenly spread"],
+        ["uniformity of captions", _plain(shape.text_uniformity, 2), "-8 to 0", "likewise"],
         [
             "effective rank of pictures",
-            f"{shape.image_effective_rank:.1f}",
+            _plain(shape.image_effective_rank, 1),
             f"1 to {result.width}",
             "dimensions filled",
         ],
-        ["effective rank of captions", f"{shape.text_effective_rank:.1f}", f"1 to {result.width}", "likewise"],
-        ["cosine with the own picture", f"{shape.own_similarity:.3f}", "-1 to 1", "mean over captions"],
-        ["cosine with another picture", f"{shape.other_similarity:.3f}", "-1 to 1", "mean over captions and pictures"],
+        ["effective rank of captions", _plain(shape.text_effective_rank, 1), f"1 to {result.width}", "likewise"],
+        ["cosine with the own picture", _plain(shape.own_similarity, 3), "-1 to 1", "mean over captions"],
+        [
+            "cosine with another picture",
+            _plain(shape.other_similarity, 3),
+            "-1 to 1",
+            "mean over captions and pictures",
+        ],
     ]
     if shape.temperature is not None:
-        rows.append(["temperature", f"{shape.temperature:.4f}", "above 0", "similarities are divided by it"])
+        rows.append(["temperature", _plain(shape.temperature, 4), "above 0", "similarities are divided by it"])
     return Table("The shared space", ["figure", "value", "range", "meaning"], rows)
+
+
+def _plain(value: float, num_digits: int) -> str:
+    return f"{value:.{num_digits}f}" if math.isfinite(value) else "-"
 
 
 def _size_tables(result: RetrievalResult) -> list[Table]:

@@ -270,7 +270,11 @@ def evaluate(
     template: Template = None,
     train_data: Annotated[
         str | None,
-        typer.Option("--train-data", help="What the model was trained on, to look for leaks; default: DATA's train."),
+        typer.Option(
+            "--train-data",
+            help="What the model was trained on, to look for leaks; a recipe, if columns must be named. "
+            "Default: DATA's train.",
+        ),
     ] = None,
     check_leaks: Annotated[bool, typer.Option(help="Look for what stands in the training data too.")] = True,
     overrides: Annotated[

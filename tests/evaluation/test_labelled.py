@@ -3,7 +3,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
-from clipmini.evaluation.labelled import load_labelled
+from clipmini.evaluation.labelled import keep_readable, load_labelled
 from clipmini.inference.images import Skipped, read_image
 
 
@@ -38,6 +38,40 @@ def test_a_class_may_be_called_like_a_split(class_folder):
     assert len(pictures.splits["train"]) == 30
 
 
+@pytest.mark.parametrize("name", ["test", "__MACOSX"])
+def test_splits_beside_what_holds_no_classes_are_not_taken_for_classes(class_folder, name):
+    (class_folder / "train" / "tree").mkdir(parents=True)
+    for file in (class_folder / "tree").iterdir():
+        file.rename(class_folder / "train" / "tree" / file.name)
+    (class_folder / "tree").rmdir()
+    (class_folder / "sea").rename(class_folder / "train" / "sea")
+    (class_folder / "red_fox").rename(class_folder / name)  # unlabelled pictures
+    with pytest.raises(ValueError, match=rf"classes like splits, and others that do not \({name}\)"):
+        load_labelled(class_folder)
+
+
+def test_a_split_without_any_label_is_left_out(monkeypatch):
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=["a", "b"])})
+    picture = Image.new("RGB", (8, 8))
+    of = {
+        split: Dataset.from_list([{"image": picture, "label": label}] * 2, features=features)
+        for split, label in (("validation", 1), ("test", -1))
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config_name: DatasetDict(of))
+    assert list(load_labelled("org/name").splits) == ["validation"]
+
+
+def test_two_classes_of_one_name_are_named(class_folder):
+    (class_folder / "sea").rename(class_folder / "red fox")
+    with pytest.raises(ValueError, match="two classes of one name, 'red fox' and 'red_fox'"):
+        load_labelled(class_folder)
+
+
+def test_an_option_without_meaning_for_a_folder_is_named(class_folder):
+    with pytest.raises(ValueError, match="label_column='kind' has no meaning for the folder"):
+        load_labelled(class_folder, label_column="kind")
+
+
 def test_a_folder_without_classes_is_named(class_folder):
     with pytest.raises(ValueError, match="has no sub-folder with pictures"):
         load_labelled(class_folder / "tree")
@@ -46,7 +80,9 @@ def test_a_folder_without_classes_is_named(class_folder):
 def test_what_cannot_be_read_is_left_out_and_named(class_folder):
     (class_folder / "tree" / "3.png").write_bytes(b"no picture")
     skipped = Skipped()
-    assert len(load_labelled(class_folder, skipped=skipped).splits["train"]) == 29
+    rows = load_labelled(class_folder).splits["train"]
+    assert len(rows) == 30  # none is opened before it is needed
+    assert len(keep_readable(rows, "train", skipped)) == 29
     ((name, reason),) = skipped.items
     assert name.endswith("3.png")
     assert reason
@@ -74,9 +110,9 @@ def test_labels_may_be_names_and_some_may_be_missing(monkeypatch):
     rows = [{"image": picture, "label": label} for label in ("wolf", "bear", None)]
     hub_like(monkeypatch, features, rows)
     skipped = Skipped()
-    pictures = load_labelled("org/name", skipped=skipped)
+    pictures = load_labelled("org/name")
     assert pictures.names == ["bear", "wolf"]
-    assert pictures.splits["test"]["label"] == [1, 0]
+    assert keep_readable(pictures.splits["test"], "test", skipped)["label"] == [1, 0]
     assert skipped.items == [("test row 3", "has no label")]
 
 

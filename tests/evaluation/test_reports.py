@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from typer.testing import CliRunner
 
+from clipmini.evaluation.results import check_folder
 from clipmini.inference.cli import app
 from clipmini.training.model_index import format_figure
 
@@ -36,7 +38,8 @@ def pair_folder(toy_pairs, tmp_path):
         pixels = noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((64, 48), Image.Resampling.NEAREST).save(tmp_path / "pairs" / name)
         lines += [{"file_name": name, "caption": caption, "split": split} for caption in row["captions"]]
-    lines[2]["caption"] = "<script>alert(1)</script>"
+    for number, line in enumerate(lines):
+        line["caption"] += " <script>alert(1)</script>" * (number % 4 == 2)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "pairs" / "metadata.jsonl").write_text(text, encoding="utf-8")
     return tmp_path / "pairs"
@@ -78,6 +81,7 @@ def test_the_page_stands_by_itself_and_escapes_what_it_is_given(tiny_folder, pai
     assert page.count("<svg") == 4
     assert "data:image/jpeg;base64," in page
     assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page
     assert "<b>pairs" not in page
     assert "&lt;b&gt;pairs" in page
     links = re.findall(r'(?:src|href)="([^"]*)"', page)
@@ -118,8 +122,10 @@ def test_the_data_a_model_was_trained_on_is_split_as_it_was_then(tiny_folder, pa
     shutil.copytree(tiny_folder, model)
     recipe = {"model": "tiny", "data": {"source": str(pair_folder), "test_fraction": 0.25, "split_seed": 3}}
     (tmp_path / "run" / "recipe_as_run.yaml").write_text(json.dumps(recipe))
-    data = json.loads(run(model, pair_folder, "--json").stdout)["data"]
-    assert (data["split"], data["num_images"]) == ("test", 3)
+    (tmp_path / "mine.yaml").write_text(json.dumps({"model": "tiny", "data": {"source": str(pair_folder)}}))
+    for name in (pair_folder, tmp_path / "mine.yaml"):  # whichever split the recipe would draw
+        data = json.loads(run(model, name, "--json", "--overwrite").stdout)["data"]
+        assert (data["split"], data["num_images"]) == ("test", 3)
     other = shutil.copytree(pair_folder, tmp_path / "other")
     data = json.loads(run(model, other, "--json").stdout)["data"]
     assert (data["split"], data["num_images"]) == ("train", 12)
@@ -158,6 +164,27 @@ def test_an_evaluation_is_replaced_on_request_alone(tiny_folder, pair_folder, tm
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def test_an_evaluation_fits_the_folder_before_it_begins(tiny_folder, pair_folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run(tiny_folder, pair_folder, "--out", tmp_path / "notes.txt" / "report")
+    assert result.exit_code == 2
+    assert "notes.txt is a file; name a folder" in re.sub(r"\s+", " ", result.output)
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    for name in ("recipe_as_run.yaml", "results.json"):
+        (run_folder / name).write_text("{}")
+    result = run(tiny_folder, pair_folder, "--out", run_folder, "--overwrite")
+    assert result.exit_code == 2
+    assert "holds a training run" in result.output
+    assert (run_folder / "results.json").read_text() == "{}"
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_to_is_named():
+    with pytest.raises(ValueError, match=r"/sys/kernel cannot be written to \(.*\); name another with --out"):
+        check_folder(Path("/sys/kernel/report"), overwrite=False)
+
+
 def test_a_recipe_names_its_data(tiny_folder, pair_folder, tmp_path):
     recipe = {"model": "tiny", "data": {"source": str(pair_folder)}}
     (tmp_path / "mine.yaml").write_text(json.dumps(recipe))
@@ -175,6 +202,7 @@ def test_a_recipe_names_its_data(tiny_folder, pair_folder, tmp_path):
         (["--train-data", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--task", "captioning"], "captioning"),
         (["--template", "a {}"], "template='a {}' has no meaning for the task retrieval"),
+        (["--task", "zero-shot", "--no-check-leaks"], "check_leaks=False has no meaning for the task zero-shot"),
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing(tiny_folder, pair_folder, tmp_path, options, message):
@@ -213,6 +241,31 @@ def test_probe_holds_pictures_out(tiny_folder, class_folder, tmp_path):
     assert (results["num_train_images"], results["data"]["num_images"]) == (24, 6)
     assert results["metrics"]["top1"]["value"] == 1  # colours are easy, even at random
     assert results["neighbours"]["num_neighbours"] == 20
+    assert results["data"]["split"] == "a held-out fifth of train"
+    assert results["leaks"]["exact_pictures"] == 0
+    assert "a fifth of each class was held out" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_what_a_probe_has_seen_is_counted_and_the_figure_without_it_given(tiny_folder, class_folder, tmp_path):
+    for name in ("sea", "tree"):
+        (class_folder / "train" / name).mkdir(parents=True)
+        (class_folder / "test" / name).mkdir(parents=True)
+        for number in range(12):
+            split = "train" if number < 8 else "test"
+            source = (class_folder / "train" / name / "7.png") if number == 11 else None
+            pixels = np.random.default_rng(number + 100 * (name == "sea")).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            picture = Image.open(source) if source else Image.fromarray(pixels).resize((64, 48), 0)
+            picture.save(class_folder / split / name / f"{number}.png")
+        shutil.rmtree(class_folder / name)
+    shutil.rmtree(class_folder / "red_fox")
+    result = run(tiny_folder, class_folder, "--task", "probe", "--out", tmp_path / "report", "--json")
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)
+    assert (results["data"]["split"], results["data"]["num_images"]) == ("test", 8)
+    assert results["leaks"]["exact_pictures"] == 2
+    assert results["leaks"]["without"]["num_images"] == 6
+    assert "2 of these pictures are among 16 training pictures" in (tmp_path / "report" / "results.md").read_text()
+    assert any("2 of these pictures" in warning for warning in results["warnings"])
 
 
 def test_a_probe_is_not_measured_on_what_it_was_fitted_on(tiny_folder, class_folder, tmp_path):
