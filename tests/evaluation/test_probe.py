@@ -47,6 +47,13 @@ def test_too_few_pictures_are_refused():
         probe(*clusters(9, num_classes=1), *clusters(3, num_classes=1), 3)
 
 
+def test_a_fold_of_one_class_is_refused_with_the_remedy():
+    embeds, labels = clusters(6, num_classes=2)
+    labels[:] = torch.tensor([0, 0, 0, 0, 0, 1])
+    with pytest.raises(ValueError, match=r"cross-validation.* Give every class two training pictures"):
+        probe(embeds, labels, embeds, labels, 2)
+
+
 def test_a_class_with_one_picture_does_not_stop_the_others():
     embeds, labels = clusters(31)
     labels[30] = 3

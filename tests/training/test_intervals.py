@@ -124,3 +124,8 @@ def test_other_queries_cannot_be_paired():
 def test_a_set_without_queries_has_no_interval():
     scores = retrieval_scores(torch.eye(2), torch.eye(2), torch.tensor([5, 6]))
     assert all(math.isnan(interval.low) for interval in bootstrap_intervals(scores, 5).values())
+
+
+def test_a_set_without_queries_shows_no_difference():
+    scores = retrieval_scores(torch.eye(2), torch.eye(2), torch.tensor([5, 6]))
+    assert all(math.isnan(difference.p_value) for difference in paired_bootstrap(scores, scores, 5).values())

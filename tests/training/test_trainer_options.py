@@ -36,6 +36,7 @@ def make_trainer(tiny_config, tiny_processor, toy_pairs, tmp_path):
     return make
 
 
+MAX_POOL = {"global_pool": "max"}
 NO_DROPOUT = {
     "text_config": {
         "dim": 32,
@@ -137,6 +138,26 @@ def test_activations_serve_where_no_level_lies_before_them(make_trainer):
     split = make_trainer(config=config, **options)
     assert split.features.front is not None
     assert_same(weights_after(split), weights_after(make_trainer(config=config, **options, cache_features=False)))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "name", "changed"),
+    [
+        (
+            "freeze_vision",
+            "image_features",
+            {"vision_config": {"architecture": "test_resnet", "model_args": MAX_POOL}},
+        ),
+        ("freeze_text", "text_features", {"text_config": {**NO_DROPOUT["text_config"], "activation": "relu"}}),
+    ],
+)
+def test_the_same_weights_in_another_architecture_give_other_features(make_trainer, frozen, name, changed):
+    of = [
+        getattr(make_trainer(config={**NO_DROPOUT, **change}, **{frozen: True}).train_dataset.pairs, name)
+        for change in ({}, changed)
+    ]
+    assert of[0].shape == of[1].shape
+    assert not torch.equal(*map(torch.tensor, of))
 
 
 def test_a_level_before_the_first_trained_stage_needs_the_whole_tower(make_trainer, caplog):
