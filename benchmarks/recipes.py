@@ -66,7 +66,8 @@ class Variant:
         warm_heads: whether a stage goes before, in which the heads alone learn on cached features, as in the recipe;
             it takes half a minute, which counts as part of the time.
         max_epochs: stop there, though time is left.
-        steps_as: the row whose number of steps this one takes, since its steps are the same work.
+        change_of: the row that this one changes in one thing. It takes as many steps, since they are the same work,
+            and is compared with that row seed by seed.
         model_config: changes to the model.
     """
 
@@ -74,19 +75,17 @@ class Variant:
     training: dict[str, Any]
     warm_heads: bool = False
     max_epochs: int | None = None
-    steps_as: str | None = None
+    change_of: str | None = None
     model_config: dict[str, Any] = field(default_factory=dict)
 
 
 HEADS, TWO_STAGES = "heads only, cached features", "heads, then both towers"
-LIKE_TWO_STAGES: dict[str, Any] = {"warm_heads": True, "steps_as": TWO_STAGES}
+LIKE_TWO_STAGES: dict[str, Any] = {"warm_heads": True, "change_of": TWO_STAGES}
 VARIANTS = (
     Variant("heads only, towers run at every step", {**FROZEN, "cache_features": False, **SMALL_BATCH}),
-    Variant(
-        "heads only, cached features, no earlier stages", FROZEN, max_epochs=30, model_config={"vision_levels": []}
-    ),
     Variant(HEADS, FROZEN, max_epochs=30),
-    Variant(f"{HEADS}, label smoothing", {**FROZEN, "label_smoothing_factor": 0.2}, steps_as=HEADS),
+    Variant(f"{HEADS}, no earlier stages", FROZEN, change_of=HEADS, model_config={"vision_levels": []}),
+    Variant(f"{HEADS}, label smoothing", {**FROZEN, "label_smoothing_factor": 0.2}, change_of=HEADS),
     Variant("+ text tower, cached vision features", TEXT_TUNED),
     Variant(TWO_STAGES, TUNED, warm_heads=True),
     Variant(f"{TWO_STAGES}, hard negatives", {**TUNED, "hard_negative_weight": 0.3}, **LIKE_TWO_STAGES),
@@ -95,7 +94,7 @@ VARIANTS = (
 )
 # Measured, and removed from clipmini since it gained nothing: an exponential moving average of the weights, with a
 # decay of 0.98. The commit e5e653c can run it.
-REMOVED = (f"{TWO_STAGES}, EMA",)
+REMOVED = {f"{TWO_STAGES}, EMA": TWO_STAGES}
 HEADS_STAGE = {**FROZEN, **COMMON, **UNCHOSEN, "num_train_epochs": 20}
 
 
@@ -127,27 +126,31 @@ def steps_in(variant: Variant, seconds: float, source: str, folder: Path) -> int
     return max(1, int(steps))
 
 
-def interval(values: list[float]) -> str:
+def interval(values: list[float], sign: str = "") -> str:
     """Give mean and half width of the 95 % interval over seeds, in percent."""
     mean = 100 * statistics.mean(values)
     if len(values) < 2:
-        return f"{mean:.1f}"
+        return f"{mean:{sign}.1f}"
     half = T_95[len(values)] * 100 * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.1f} ± {half:.1f}"
+    return f"{mean:{sign}.1f} ± {half:.1f}"
 
 
 def table(entries: list[dict[str, Any]]) -> str:
     """Lay out what has been measured, variant by variant."""
     lines = [
-        "| variant | seeds | steps | minutes | R@1 text to image | R@1 image to text | mean recall |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | seeds | steps | minutes | R@1 text to image | R@1 image to text | mean recall | paired |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name in (*(variant.name for variant in VARIANTS), *REMOVED):
-        runs = [entry for entry in entries if entry["variant"] == name]
+    change_of = {variant.name: variant.change_of for variant in VARIANTS} | REMOVED
+    for name, other in change_of.items():
+        runs = {entry["seed"]: entry for entry in entries if entry["variant"] == name}
         if runs:
-            minutes = min(entry["train_s"] for entry in runs) / 60  # of a run that had the machine to itself
-            cells = [interval([entry[metric] for entry in runs]) for metric in METRICS]
-            steps = runs[0]["steps"]
+            minutes = min(entry["train_s"] for entry in runs.values()) / 60  # of a run that had the machine to itself
+            cells = [interval([entry[metric] for entry in runs.values()]) for metric in METRICS]
+            others = {entry["seed"]: entry for entry in entries if entry["variant"] == other}
+            changes = [runs[seed]["mean_recall"] - others[seed]["mean_recall"] for seed in runs.keys() & others.keys()]
+            cells.append(interval(changes, "+") if changes else "")
+            steps = next(iter(runs.values()))["steps"]
             lines.append(f"| {name} | {len(runs)} | {steps} | {minutes:.1f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -169,7 +172,7 @@ def main(
     entries = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     variants = [variant for variant in VARIANTS if not only or only in variant.name]
     steps = {entry["variant"]: entry["steps"] for entry in entries}
-    measured = {variant.steps_as or variant.name for variant in variants}
+    measured = {variant.change_of or variant.name for variant in variants}
     for variant in VARIANTS:
         if variant.name in measured - steps.keys():
             with tempfile.TemporaryDirectory(prefix="clipmini-recipes-") as folder:
@@ -179,7 +182,7 @@ def main(
     for seed, variant in itertools.product(range(seeds), variants):
         if (variant.name, seed) in done:
             continue
-        max_steps = steps[variant.steps_as or variant.name]
+        max_steps = steps[variant.change_of or variant.name]
         with tempfile.TemporaryDirectory(prefix="clipmini-recipes-") as folder:
             result = run(variant, source, seed, max_steps, Path(folder))
         entry = {"variant": variant.name, "seed": seed, "steps": max_steps}
