@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IMAGE_BLOCK, TEXT_BLOCK = 1024, 1024  # similarities computed at once: 4 MB, which stay in the processor's cache
+IMAGE_BLOCK, TEXT_BLOCK = 768, 768  # similarities computed at once: 2 MB, which stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,9 @@ class _Direction:
         """Count and keep wrong answers of a block, once all right ones are known."""
         # Counted is what is worse than the best right answer: NaN never is, and nothing is worse than -inf.
         others = similarity if is_own is None else similarity.masked_fill(is_own, torch.inf)
-        self.num_worse[queries] += (others < self.own[queries, :1]).sum(dim=1)
+        is_worse = others < self.own[queries, :1]
+        # As whole numbers of 8 and 32 bits they are added up a third faster than torch adds truth values.
+        self.num_worse[queries] += is_worse.view(torch.uint8).sum(dim=1, dtype=torch.int32)
         if not self.num_kept:
             return
         others = similarity if is_own is None else similarity.masked_fill(is_own, -torch.inf)
