@@ -6,6 +6,7 @@ becomes a fixed number of views of each picture.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import BatchEncoding
+from transformers import BatchEncoding, PretrainedConfig
 
 from clipmini.inference.encode import read_named, run_texts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Rows that a killed run may have to compute again, and steps of the progress bar: two or three seconds each.
 IMAGE_CHUNK, CAPTION_CHUNK = 256, 1024
+OF_NO_EFFECT = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 class TowerFeatures:
@@ -178,7 +180,7 @@ def cache_image_features(
         "what": what if front is None else f"activations entering {front.entry}",
         "data": hash_rows(pairs, ("image", "captions") if augment is not None else ("image",)),
         # The weights alone tell neither strides nor pooling.
-        "weights": f"{model.config.vision_config.to_json_string()} {hash_weights(tower)}",
+        "weights": f"{_describe(model.config.vision_config)} {hash_weights(tower)}",
         "pixels": augment.describe() if augment is not None else str(processor.image_processor),
     }
     with torch.no_grad():
@@ -224,7 +226,7 @@ def cache_text_features(
     key = {
         "what": f"{model.config.text_pooling}-pooled outputs",
         "tokens": _hash_tokens(processor, captions),
-        "weights": f"{model.config.text_config.to_json_string()} {hash_weights(model.text_model)}",
+        "weights": f"{_describe(model.config.text_config)} {hash_weights(model.text_model)}",
     }
 
     def compute(start: int, stop: int) -> np.ndarray:
@@ -235,6 +237,12 @@ def cache_text_features(
 
     shape = (len(captions), model.config.text_config.hidden_size)
     return cached_array(cache_root(cache_dir), key, shape, np.float32, compute, CAPTION_CHUNK, "captions")
+
+
+def _describe(config: PretrainedConfig) -> str:
+    """Give a tower's config without what changes no output, such as where and by which version it was saved."""
+    values = {name: value for name, value in config.to_dict().items() if name not in OF_NO_EFFECT}
+    return json.dumps(values, sort_keys=True, default=str)
 
 
 def _hash_tokens(processor: ClipMiniProcessor, captions: list[str]) -> str:

@@ -204,9 +204,8 @@ def _prepare_data(recipe: Recipe, skipped: Skipped) -> tuple[DatasetDict, Duplic
         logger.warning("%s", duplicates.summary())
     if recipe.data.share_duplicate_ids or recipe.data.share_duplicate_captions:
         pairs = share_ids(pairs, duplicates)
-    if (
-        recipe.data.share_duplicate_captions
-    ):  # in training alone: with linked pictures as answers, figures would flatter
+    if recipe.data.share_duplicate_captions:
+        # In training alone: with all that is linked as right answers, figures would flatter.
         train_pairs = DatasetDict(train=pairs["train"])
         pairs["train"] = share_ids(train_pairs, duplicates, captions=True)["train"]
     if "validation" not in pairs:
@@ -338,8 +337,9 @@ def _claim_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str], overw
     """Make the output folder this run's. Of an earlier run the model stays until the new one takes its place."""
     if overwrite:
         (output_dir / RESULTS_FILE).unlink(missing_ok=True)
-        later = list(recipe.stages)[list(recipe.stages).index(wanted[0]) :] if wanted else [""]
-        for folder in [output_dir / name for name in later]:  # each goes on from the one before it
+        names = list(recipe.stages)
+        later = names[names.index(wanted[0]) :] if wanted else [""]  # each goes on from the one before it
+        for folder in [output_dir / name for name in later]:
             (folder / STAGE_FILE).unlink(missing_ok=True)
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)

@@ -87,7 +87,7 @@ class ClipMiniTrainer(SavingTrainer):
             raise ValueError("ClipMiniTrainer needs the model's processor: pass processing_class=processor.")
         _check_options(model, args)
         _choose_what_trains(model, args)
-        _check_batch_norm(model, args)
+        _check_processes(model, args)
         super().__init__(
             model=model,
             args=args,
@@ -341,12 +341,14 @@ def _check_options(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> Non
         )
 
 
-def _check_batch_norm(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> None:
+def _check_processes(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> None:
+    if args.world_size == 1:
+        return
     was_training = model.training
     model.train()
     moving = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
     model.train(was_training)
-    if moving and args.world_size > 1:
+    if moving:
         raise ValueError(
             f"freeze_batch_norm=False with {args.world_size} processes: each would take the statistics of {moving[0]} "
             "from its own share of a batch, and keep others than the rest. Leave it out, or use one process."

@@ -7,6 +7,7 @@ import torch
 
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.evaluate import evaluate_retrieval
+from clipmini.training.features import TowerFeatures
 from clipmini.training.runlog import NonFiniteLossError
 from clipmini.training.trainer import ClipMiniTrainer
 from modeling_clipmini import ClipMiniModel
@@ -158,6 +159,18 @@ def test_the_same_weights_in_another_architecture_give_other_features(make_train
     ]
     assert of[0].shape == of[1].shape
     assert not torch.equal(*map(torch.tensor, of))
+
+
+def test_a_saved_model_finds_the_features_of_the_one_it_was(make_trainer, tmp_path):
+    frozen = {"freeze_vision": True, "freeze_text": True, "feature_cache_dir": str(tmp_path / "cache")}
+    trainer = make_trainer(**frozen)
+    cached = set((tmp_path / "cache").rglob("*"))
+    trainer.model.save_pretrained(tmp_path / "model")
+    TowerFeatures(
+        ClipMiniModel.from_pretrained(tmp_path / "model"), trainer.processing_class, trainer.args
+    ).for_training(trainer.train_dataset.pairs.rows)
+    assert cached
+    assert set((tmp_path / "cache").rglob("*")) == cached
 
 
 def test_a_level_before_the_first_trained_stage_needs_the_whole_tower(make_trainer, caplog):
