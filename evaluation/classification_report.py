@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, List, Value
+from datasets import Dataset
 
 from clipmini.inference.encoders import DualEncoder, load_encoder, load_encoders
 from clipmini.inference.images import Skipped
@@ -134,7 +134,7 @@ def report_probe(
     if only is None:
         splits = _readable(splits, ["train", name], skipped)
     encoder = load_encoder(model)
-    leaks = find_leaks(*(_as_pairs(splits[one]) for one in ("train", name))) if check_leaks else None
+    leaks = find_leaks(splits["train"], splits[name]) if check_leaks else None
     embeds = {one: encoder.encode_images(splits[one]["image"], batch_size) for one in ("train", name)}
     labels = {one: torch.tensor(splits[one]["label"][:]) for one in embeds}
     result = probe(embeds["train"], labels["train"], embeds[name], labels[name], len(pictures.names))
@@ -177,12 +177,6 @@ def _readable(splits: Mapping[str, Dataset], names: Sequence[str], skipped: Skip
     if skipped is None:
         found.log_summary()
     return kept
-
-
-def _as_pairs(rows: Dataset) -> Dataset:
-    """Give labelled pictures the columns of pairs without captions."""
-    rows = rows.select_columns(["image"]).add_column("image_id", list(range(len(rows))))
-    return rows.add_column("captions", [[] for _ in range(len(rows))], feature=List(Value("string")))
 
 
 def _leak_facts(leaks: LeakReport, without: ProbeResult | None) -> dict[str, Any]:

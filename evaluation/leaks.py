@@ -7,6 +7,7 @@ Hash Functions). It errs on both sides: two dark or empty pictures may share a h
 
 import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ def find_leaks(train: Dataset, held_out: Dataset) -> LeakReport:
     """Compare an evaluation split with the training data; every picture is read once.
 
     Args:
-        train: one row per image, as `load_pairs` gives.
+        train: one row per image, as `load_pairs` gives; or pictures alone, in the column `image`.
         held_out: likewise.
 
     Returns:
@@ -85,24 +86,29 @@ def find_leaks(train: Dataset, held_out: Dataset) -> LeakReport:
     closest, bits = _closest(own_looks, looks)
     alike = sorted(set(np.flatnonzero(bits <= MAX_BITS).tolist()) - set(exact))
     examples = [(row, int(closest[row])) for row in sorted(alike, key=lambda row: bits[row])]
-    known = {normalise_caption(caption) for captions in train["captions"] for caption in captions} - {""}
-    captions = itertools.chain.from_iterable(held_out["captions"])
+    known = set(map(normalise_caption, _captions(train))) - {""}
     return LeakReport(
         num_train_images=len(train),
         exact=exact,
         alike=alike,
         examples=examples,
-        captions=[place for place, caption in enumerate(captions) if normalise_caption(caption) in known],
+        captions=[place for place, caption in enumerate(_captions(held_out)) if normalise_caption(caption) in known],
     )
+
+
+def _captions(pairs: Dataset) -> Iterator[str]:
+    return itertools.chain.from_iterable(pairs["captions"] if "captions" in pairs.column_names else ())
 
 
 def _hash(pairs: Dataset, name: str) -> tuple[list[str], np.ndarray]:
     """Give a digest of each picture's pixels, and (N,) its perceptual hash as a whole number of 64 bits."""
     if not len(pairs):
         return [], np.empty(0, dtype=np.uint64)
-    hashed = pairs.select_columns(["image", "image_id"]).map(
+    columns = [column for column in ("image", "image_id") if column in pairs.column_names]
+    hashed = pairs.select_columns(columns).map(
         _hash_row,
-        remove_columns=["image", "image_id"],
+        with_indices=True,
+        remove_columns=columns,
         features=Features({"pixels": Value("string"), "looks": Value("string")}),
         keep_in_memory=True,
         # `datasets` would serve what it once computed from files that have changed since.
@@ -113,8 +119,8 @@ def _hash(pairs: Dataset, name: str) -> tuple[list[str], np.ndarray]:
     return hashed["pixels"][:], np.array([int(digits, 16) for digits in hashed["looks"]], dtype=np.uint64)
 
 
-def _hash_row(row: dict[str, Any]) -> dict[str, Any]:
-    image = read_named(row["image"], f"image_id {row['image_id']}")
+def _hash_row(row: dict[str, Any], number: int) -> dict[str, Any]:
+    image = read_named(row["image"], f"image_id {row['image_id']}" if "image_id" in row else f"row {number + 1}")
     return {"pixels": hash_picture(image), "looks": str(imagehash.phash(image))}
 
 

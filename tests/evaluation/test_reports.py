@@ -1,10 +1,11 @@
 """The command, from a model folder and data to the four files."""
 
+import errno
 import hashlib
 import json
 import re
 import shutil
-from pathlib import Path
+import tempfile
 
 import numpy as np
 import pytest
@@ -179,10 +180,14 @@ def test_an_evaluation_fits_the_folder_before_it_begins(tiny_folder, pair_folder
     assert (run_folder / "results.json").read_text() == "{}"
 
 
-@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that nobody can write to")
-def test_a_folder_that_cannot_be_written_to_is_named():
-    with pytest.raises(ValueError, match=r"/sys/kernel cannot be written to \(.*\); name another with --out"):
-        check_folder(Path("/sys/kernel/report"), overwrite=False)
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"cannot be written to \(Read-only file system\); name another with --out"):
+        check_folder(tmp_path / "report", overwrite=False)
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_recipe_names_its_data(tiny_folder, pair_folder, tmp_path):
