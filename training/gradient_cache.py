@@ -17,18 +17,22 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 Batch = Mapping[str, Tensor]
 
 
+def moving_batch_norms(model: nn.Module) -> list[str]:
+    """Name the BatchNorm layers that take their statistics from their input, as they do in train mode."""
+    return [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
+
+
 def check_batch_norm(model: nn.Module) -> None:
     """Refuse BatchNorm in train mode.
 
     Raises:
         ValueError: a layer would take its statistics from a chunk instead of from the batch.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
-            raise ValueError(
-                f"gradient_cache_chunk cannot be used while {name} takes statistics from its input: those of a chunk "
-                "are not those of the batch, so the gradient would be another. Set freeze_batch_norm: true."
-            )
+    if moving := moving_batch_norms(model):
+        raise ValueError(
+            f"gradient_cache_chunk cannot be used while {moving[0]} takes statistics from its input: those of a chunk "
+            "are not those of the batch, so the gradient would be another. Set freeze_batch_norm: true."
+        )
 
 
 def cached_backward(

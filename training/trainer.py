@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
@@ -22,7 +21,7 @@ from .collator import ClipMiniCollator
 from .distributed import world_size
 from .evaluate import evaluate_retrieval
 from .features import TowerFeatures
-from .gradient_cache import Batch, cached_backward, check_batch_norm
+from .gradient_cache import Batch, cached_backward, check_batch_norm, moving_batch_norms
 from .length_groups import pool_by_length
 from .lora import add_lora
 from .objective import ContrastiveObjective, Embeddings
@@ -346,7 +345,7 @@ def _check_processes(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> N
         return
     was_training = model.training
     model.train()
-    moving = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
+    moving = moving_batch_norms(model)
     model.train(was_training)
     if moving:
         raise ValueError(
