@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from .augment import ImageAugmentation
 from .licences import check_licence
+from .lora import TOWERS
 from .metrics import METRIC_NAMES
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ AT_LEAST_ONE = (
     "lora_rank",
 )
 SHARES = ("word_dropout", "hard_negative_start", "distillation_weight")
-TOWERS = ("vision", "text")
 
 
 @dataclass

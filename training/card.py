@@ -17,7 +17,7 @@ from .build import ModelPreset
 from .intervals import NUM_RESAMPLES, Interval
 from .licences import UNKNOWN, strictest
 from .metrics import DIRECTIONS, RECALL_AT
-from .model_index import eval_results, format_figure, format_interval, hub_id, public_name
+from .model_index import eval_results, format_figure, format_interval, format_with_interval, hub_id, public_name
 from .recipes import Recipe
 from .towers import OFFLINE_PREFIX, OFFLINE_TOWERS
 
@@ -276,10 +276,7 @@ def _width_rows(measured: Mapping[str, Any]) -> Iterable[tuple[str, list[str]]]:
     for width in sorted(widths, reverse=True):
         keys = {name: f"{name}_at_{width}" for name in ("text_to_image_r1", "image_to_text_r1", "mean_recall")}
         figures = {name: Interval(after[key], *intervals[key]) for name, key in keys.items()}
-        yield (
-            str(width),
-            [f"{format_figure(name, one.value)} ({format_interval(name, one)})" for name, one in figures.items()],
-        )
+        yield str(width), [format_with_interval(name, one) for name, one in figures.items()]
 
 
 def _headline(split: str, measured: Mapping[str, Any]) -> dict[str, Any]:
