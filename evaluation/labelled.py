@@ -12,8 +12,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets.exceptions import DatasetsError
 
 from clipmini.inference.encode import first_sentence
-from clipmini.inference.images import Skipped, find_fault, find_images
+from clipmini.inference.images import Skipped, find_images
 from clipmini.training.sources import SPLITS
+from modeling_clipmini.images_clipmini import find_fault
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 IMAGE_COLUMNS = ("image", "img")

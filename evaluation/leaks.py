@@ -15,8 +15,8 @@ import imagehash
 import numpy as np
 from datasets import Dataset, Features, Value
 
-from clipmini.inference.encode import read_named
 from clipmini.training.duplicates import hash_picture, normalise_caption
+from modeling_clipmini.images_clipmini import read_named
 
 MAX_BITS = 4  # of 64 in which the hashes of alike pictures may differ
 MAX_EXAMPLES = 20  # of pictures that look like one of training, to be judged by eye

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from datasets import Dataset
 
-from clipmini.inference.encode import read_named
+from modeling_clipmini.images_clipmini import read_named
 
 from .retrieval import Miss
 

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini.images_clipmini import ImageError, read_image, read_named
 from modeling_clipmini.towers_clipmini import normalise
 
-from .images import ImageError, Skipped, read_image
+from .images import Skipped
 
 MAX_WAITING_PIXELS = 16_000_000  # decoded at once, 48 MB: 32 telephone photographs would be over a gigabyte
 
@@ -200,27 +201,6 @@ def run_texts(
         progress.update(len(batch))
     progress.close()
     return torch.cat(results)[torch.tensor(order).argsort()]
-
-
-def read_named(source: Any, name: str) -> Image.Image:
-    """Read one picture of many, so that an error says which.
-
-    Args:
-        source: whatever `read_image` takes.
-        name: stands for a picture that has no path.
-
-    Returns:
-        The picture, as `read_image` gives it.
-
-    Raises:
-        ImageError: it cannot be read; the message is its path or name, and the reason.
-    """
-    try:
-        return read_image(source)
-    except ImageError as error:
-        path = source.get("path") if isinstance(source, Mapping) else source
-        has_path = isinstance(path, (str, Path)) and str(path)
-        raise ImageError(f"{path if has_path else name}: {error}") from error
 
 
 def first_sentence(error: Exception) -> str:

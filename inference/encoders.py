@@ -19,10 +19,11 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from modeling_clipmini import ClipMiniConfig
+from modeling_clipmini.images_clipmini import read_named
 from modeling_clipmini.processing_clipmini import DEFAULT_MAX_TOKENS
 from modeling_clipmini.towers_clipmini import normalise
 
-from .encode import encode_images, encode_texts, first_sentence, load_model, read_named, run_images, run_texts
+from .encode import encode_images, encode_texts, first_sentence, load_model, run_images, run_texts
 
 OPEN_CLIP_PREFIX = "open_clip:"
 OPEN_CLIP_PLACES = ("hf-hub:", "local-dir:")  # open_clip's own prefixes; what follows them may hold slashes

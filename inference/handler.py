@@ -1,14 +1,15 @@
 """Answers the requests of Hugging Face's clients and widget; in a model's folder, the handler of Inference Endpoints.
 
-A copy of this file lies in every published model folder, so it imports nothing of clipmini. `clipmini serve` answers
-with the same class. Nothing that a request names is ever fetched, opened or run: a picture comes as its own bytes.
+A copy of this file lies in every published model folder, so it imports nothing of clipmini, and opens images by the
+model's own `read_image`. `clipmini serve` answers with the same class. Nothing that a request names is ever fetched,
+opened or run: an image comes as its own bytes.
 """
 
 import base64
 import contextlib
-import io
 import reprlib
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,14 @@ DEFAULT_TEMPLATE = "This is a photo of {}."  # of transformers' pipeline
 
 MAX_IMAGE_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000  # of all pictures of a request together
-MANY_PIXELS = 16_000_000  # pictures of more are decoded one after the other: each takes up to 20 bytes a pixel
-MAX_ASPECT_RATIO = 100  # resizing the shorter edge to 224 makes 5 megapixels of 1:100, and a gigapixel of 1:20,000
+MANY_PIXELS = 16_000_000  # images of more are decoded one after the other: each takes up to 20 bytes a pixel
 MAX_IMAGES = 32
 MAX_TEXTS = 1000
 MAX_CHARACTERS = 500_000  # of all texts of a request together; what a text has beyond the model's tokens is cut
 MAX_TOKENS = 20_000  # of all texts together, once cut: half a minute of a core for a tower of DistilBERT's size
 TEXT_BATCH = 32
 NUM_CACHED = 8  # sets of labels whose embeddings are kept: of 1000 labels 2 MB each, and what the labels take
-# By contents, whatever a request calls it. Some of Pillow's other formats start programs or have no signature, and the
-# tiles of a small TIFF may unpack to gigabytes.
+# By contents, whatever a request calls it. Of what `read_image` takes elsewhere: what strangers send needs no more.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
@@ -144,28 +143,31 @@ class RequestHandler:
         """Embed pictures, before normalisation: to (I, D) float32. One at a time is decoded, whatever their number."""
         if not 1 <= len(sources) <= MAX_IMAGES:
             raise RequestError(f"{len(sources)} pictures are not allowed; send 1 to {MAX_IMAGES} in a request.")
-        images = [open_image(source) for source in sources]
-        megapixels = sum(image.width * image.height for image in images) / 1e6
-        if megapixels > MAX_PIXELS / 1e6:
-            raise RequestError(f"{megapixels:.1f} megapixels are over the limit of {MAX_PIXELS / 1e6:.0f}.", 413)
+        images = [read_content(source) for source in sources]
+        sizes = [self._open(self.model.image_size, image) for image in images]
+        num_pixels = [width * height for width, height in sizes]
+        if sum(num_pixels) > MAX_PIXELS:
+            megapixels = f"{sum(num_pixels) / 1e6:.1f} megapixels"
+            raise RequestError(f"{megapixels} are over the limit of {MAX_PIXELS / 1e6:.0f}.", 413)
         embeds = []
         while images:
-            embeds.append(self._embed_image(images.pop(0)))
+            embeds.append(self._embed_image(images.pop(0), num_pixels.pop(0)))
         return torch.cat(embeds)
 
-    def _embed_image(self, image: Image.Image) -> Tensor:
-        is_large = image.width * image.height > MANY_PIXELS
-        with self._memory_lock if is_large else contextlib.nullcontext():
-            try:
-                image.load()
-            except Exception as error:  # Pillow's plugins raise nearly anything
-                reason = " ".join(str(error).split())
-                raise RequestError(f"The picture is truncated or damaged ({reason}).") from error
-            pixel_values = self.processor(images=[image])["pixel_values"]
-            del image  # before another large one is decoded
+    def _embed_image(self, image: bytes | bytearray | Image.Image, num_pixels: int) -> Tensor:
+        with self._memory_lock if num_pixels > MANY_PIXELS else contextlib.nullcontext():
+            # Nothing holds the decoded image when another large one is decoded.
+            pixel_values = self.processor(images=[self._open(self.model.read_image, image)])["pixel_values"]
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         embeds: Tensor = self.model.get_image_features(pixel_values).pooler_output
         return embeds.float()
+
+    def _open(self, opener: Callable[..., Any], image: bytes | bytearray | Image.Image) -> Any:
+        try:
+            return opener(image, allow_paths=False, formats=FORMATS, max_pixels=MAX_PIXELS)
+        except ValueError as error:  # an ImageError, whose class a lone file cannot import
+            is_too_large = getattr(error, "is_too_large", False)
+            raise RequestError(f"The image {error}.", 413 if is_too_large else 422) from error
 
     def _embed_texts(self, texts: tuple[str, ...]) -> Tensor:
         """Embed texts, before normalisation: to (T, D) float32."""
@@ -208,41 +210,27 @@ class EndpointHandler(RequestHandler):
         super().__init__(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
 
 
-def open_image(source: Any) -> Image.Image:
-    """Open a picture that came with a request, so that its size can be seen before it is decoded.
+def read_content(source: Any) -> bytes | bytearray | Image.Image:
+    """Take an image out of a request.
 
     Args:
-        source: base64, a data URL, bytes, a Pillow picture, or `{"image": ...}` with one of these.
+        source: base64, a data URL, bytes, a Pillow image, or `{"image": ...}` with one of these.
 
     Returns:
-        The picture, not decoded yet; an animation stands at its first frame.
+        The encoded image; a Pillow image as it is.
 
     Raises:
-        RequestError: it is something else, of over `MAX_IMAGE_BYTES`, or longer than `MAX_ASPECT_RATIO`.
+        RequestError: it is something else, or of over `MAX_IMAGE_BYTES`.
     """
     if isinstance(source, dict):
         source = source.get("image")
     if isinstance(source, str):
         source = _decode_base64(source)
-    if isinstance(source, (bytes, bytearray)):
-        source = _open(source)
-    if not isinstance(source, Image.Image):
+    if not isinstance(source, (bytes, bytearray, Image.Image)):
         raise RequestError(f"{reprlib.repr(source)} is no picture; send its bytes, in JSON as base64.")
-    width, height = source.size
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise RequestError(f"The picture has {width}x{height} pixels, longer than 1:{MAX_ASPECT_RATIO}; crop it.")
+    if not isinstance(source, Image.Image) and len(source) > MAX_IMAGE_BYTES:
+        raise RequestError(f"The image has {len(source)} bytes, over the limit of {MAX_IMAGE_BYTES}.", 413)
     return source
-
-
-def _open(content: bytes | bytearray) -> Image.Image:
-    if len(content) > MAX_IMAGE_BYTES:
-        raise RequestError(f"The picture has {len(content)} bytes, over the limit of {MAX_IMAGE_BYTES}.", 413)
-    try:
-        return Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise RequestError(f"The picture is over the limit of {MAX_PIXELS / 1e6:.0f} megapixels.", 413) from error
-    except Exception as error:
-        raise RequestError(f"The picture cannot be read; send one of {', '.join(FORMATS)}.") from error
 
 
 def _decode_base64(text: str) -> bytes:

@@ -20,9 +20,10 @@ from matplotlib.text import Text
 from torch import Tensor
 
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini.images_clipmini import ImageError, read_image
 
 from .encode import check_text, encode_files, encode_texts
-from .images import ImageError, Skipped, find_images, read_image
+from .images import Skipped, find_images
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,9 @@ Shape letters used in the comments:
     I images, T captions, D width of the shared space.
 """
 
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
@@ -28,6 +29,10 @@ AUTO_MAP = {
     "AutoProcessor": "processing_clipmini.ClipMiniProcessor",
 }
 
+
+TOWER_OPTIONS = ("output_hidden_states", "output_attentions", "return_dict")
+# What Trainer and the collators of others send on, which a contrastive model has no use for.
+PASSED_OVER = ("labels", "token_type_ids", "num_items_in_batch")
 
 # Where a model came from besides its name, so that its processor comes from there too. No token: every copy of the
 # model would carry it.
@@ -187,6 +192,16 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
+    def _tower_options(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Pick from further arguments of a call what towers take; without this their errors name methods of theirs."""
+        for name in arguments:
+            if name not in (*TOWER_OPTIONS, *PASSED_OVER):
+                own = [own for own in inspect.signature(self.forward).parameters if own != "kwargs"]
+                raise TypeError(
+                    f"{type(self).__name__} takes no argument {name!r}; it takes {', '.join((*own, *TOWER_OPTIONS))}."
+                )
+        return {name: value for name, value in arguments.items() if name in TOWER_OPTIONS}
+
     def _projection(self, input_dim: int) -> nn.Module:
         config = self.config
         if config.projection == "linear":
@@ -235,22 +250,25 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
         at every step, so the rule has to live here.
         """
         super().train(mode)
-        _keep_frozen_in_eval(self)
+        if not mode:
+            return self
+        for module in _frozen_modules(self):
+            module.training = False  # not `eval()`, which of the model itself would come back here
         if self._batch_norm_is_frozen:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
-                    module.eval()
+                    module.training = False
         return self
 
 
-def _keep_frozen_in_eval(module: nn.Module) -> None:
-    """Put every module that has parameters, but none that is trained, into eval mode."""
+def _frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """List the modules that have parameters of which none is trained, with all that is in them."""
     parameters = list(module.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):
-        module.eval()
+        yield from module.modules()
     else:
         for child in module.children():
-            _keep_frozen_in_eval(child)
+            yield from _frozen_modules(child)
 
 
 def load_safetensors(load: Callable[..., Any], name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,23 @@ LOSSES = ("infonce", "sigmoid")
 # Where each loss starts: CLIP section 2.5 (temperature 0.07) and SigLIP section 3.2 (t' = log 10, b = -10).
 LOGIT_SCALE_STARTS = {"infonce": math.log(1 / 0.07), "sigmoid": math.log(10.0)}
 SIGMOID_LOGIT_BIAS_START = -10.0
+
+# What of timm's `create_model` a tower's config may set: its architecture. What else that takes, or will take one day,
+# may name a file that is unpickled (`checkpoint_path`), an address, pretrained weights or code; a config comes with a
+# model, and a model's files are data.
+TIMM_MODEL_ARGS = (
+    *("img_size", "patch_size", "in_chans", "global_pool", "output_stride", "features_only"),
+    *("drop_rate", "drop_path_rate", "drop_block_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate"),
+    *("patch_drop_rate", "embed_dim", "embed_dims", "depth", "depths", "dims", "layers", "channels", "widths"),
+    *("num_heads", "num_kv_heads", "head_dim", "window_size", "mlp_ratio", "mlp_ratios", "expand_ratio"),
+    *("kernel_size", "cardinality", "base_width", "stem_type", "stem_width", "stem_size", "avg_down"),
+    *("num_features", "out_features", "qkv_bias", "qk_norm", "init_values", "ls_init_value"),
+    *("layer_scale_init_value", "norm_eps", "pre_norm", "final_norm", "fc_norm", "act_layer", "norm_layer"),
+    *("aa_layer", "mlp_layer", "weight_init", "pos_embed", "class_token", "reg_tokens", "no_embed_class"),
+    *("use_abs_pos_emb", "use_rel_pos_bias", "use_rot_pos_emb", "dynamic_img_size", "dynamic_img_pad"),
+    *("strict_img_size", "always_partition", "conv_bias", "pad_type"),
+)
+TIMM_ARCHITECTURE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_.-]+)?")  # no `hf-hub:...`, which fetches another config
 
 # RoBERTa and its kin number positions from the padding token's id on, and so read fewer tokens than they have rows.
 POSITIONS_AFTER_PADDING = (
@@ -60,6 +78,11 @@ class ClipMiniConfig(PreTrainedConfig):
     """
 
     model_type = "clipmini"
+    # `Trainer.predict` keeps the embeddings alone: logits compare one batch, and hidden states would fill the memory.
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers' API, as are the other mutable ones
+        *("logits_per_image", "logits_per_text", "text_model_output", "vision_model_output"),
+        *("last_hidden_state", "hidden_states", "attentions"),
+    ]
     sub_configs = {"vision_config": TimmWrapperConfig, "text_config": AutoConfig}  # noqa: RUF012 - transformers' API
 
     def __init__(
@@ -128,6 +151,7 @@ def _tower_vision_config(config: Any) -> TimmWrapperConfig:
             "TimmWrapperConfig, for example TimmWrapperConfig(architecture='resnet50'), or its dict."
         )
     values = config.to_dict() if isinstance(config, TimmWrapperConfig) else dict(config or {})
+    _refuse_more_than_architecture(values)
     # timm's own save_for_hf writes its arguments there; TimmWrapperModel passes num_classes itself.
     model_args = {key: value for key, value in (values.get("model_args") or {}).items() if key != "num_classes"}
     values = {**values, "num_classes": 0, "label_names": [], "model_args": model_args or None}
@@ -137,6 +161,33 @@ def _tower_vision_config(config: Any) -> TimmWrapperConfig:
             "vision_config must give a pooled output: do_pooling=False and model_args={'features_only': True} do not."
         )
     return tower
+
+
+def _refuse_more_than_architecture(values: dict[str, Any]) -> None:
+    """Refuse a timm config that does more than describe an architecture that timm knows by name."""
+    architecture, model_args = values.get("architecture", ""), values.get("model_args") or {}
+    if not isinstance(architecture, str) or (architecture and not TIMM_ARCHITECTURE.fullmatch(architecture)):
+        raise ValueError(
+            f"vision_config.architecture={architecture!r} is not allowed; use a name of timm's, such as 'resnet50'."
+        )
+    if not isinstance(model_args, dict):
+        raise ValueError(f"vision_config.model_args={model_args!r} is not allowed; use a dict.")
+    for key, value in model_args.items():
+        if key not in (*TIMM_MODEL_ARGS, "num_classes"):
+            raise ValueError(
+                f"vision_config.model_args[{key!r}] is not allowed: it may name a file, an address, weights or code. "
+                f"A tower is described by {', '.join(TIMM_MODEL_ARGS)}."
+            )
+        if not _is_plain(value):
+            raise ValueError(
+                f"vision_config.model_args[{key!r}]={value!r} is not allowed; use numbers, names, or lists of these."
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _tower_text_config(config: Any) -> PreTrainedConfig:

@@ -1,23 +1,16 @@
-"""What `encode_image` and `encode_text` share: single inputs and lists, batches, the bar, and pictures by name.
-
-Nothing is opened but the pictures that a caller names: paths by Pillow, addresses by transformers' `load_image`.
-"""
+"""What `encode_image` and `encode_text` share: single inputs and lists, batches, the bar, and eval mode meanwhile."""
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
-from transformers.image_utils import load_image
+from torch import Tensor, nn
 from transformers.utils import logging
 
-ADDRESSES = ("http://", "https://")
-ADDRESS_TIMEOUT_S = 30.0
 BAR_AFTER_S = 2.0  # a bar that flashes by only disturbs
 
 
@@ -64,54 +57,36 @@ def encode(
     delay = BAR_AFTER_S if show_progress_bar is None else 0
     positions: list[int] = []
     embeds = [torch.empty(0, kept)]
-    was_training = model.training
-    model.eval()
-    try:
-        with logging.tqdm(total=total, delay=delay, disable=show_progress_bar is False) as bar:
-            while batch := list(itertools.islice(numbered, batch_size)):
-                features = embed(batch)
-                embeds.append(F.normalize(features.float()[:, :kept], dim=-1).cpu())
-                positions += [position for position, _ in batch]
-                bar.update(len(batch))
-    finally:
-        model.train(was_training)
+    with eval_mode(model), logging.tqdm(total=total, delay=delay, disable=show_progress_bar is False) as bar:
+        while batch := list(itertools.islice(numbered, batch_size)):
+            features = embed(batch)
+            embeds.append(F.normalize(features.float()[:, :kept], dim=-1).cpu())
+            positions += [position for position, _ in batch]
+            bar.update(len(batch))
     result = torch.empty(len(positions), kept)
     result[positions] = torch.cat(embeds)
     result = result[0] if is_single else result
     return result.to(model.device) if convert_to_tensor else result.numpy()
 
 
-def prepare_picture(source: Any, position: int, prepare: Callable[..., Any]) -> Tensor:
-    """Read a picture and make its pixel values.
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Keep a model in eval mode for a while, and leave the mode of every module as it was found.
+
+    Only the modules that train are touched, one by one: `train()` walks over all of them, and would put what somebody
+    has set to eval mode, such as the BatchNorm of a frozen tower, into train mode.
 
     Args:
-        source: a Pillow picture, path or address.
-        position: which of the inputs it is, from 0; names it where it has no name.
-        prepare: the processor.
-
-    Returns:
-        (1, 3, height, width), normalised.
-
-    Raises:
-        ValueError: it cannot be read; the message names it and says why.
+        model: any module.
     """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
-        pixel_values: Tensor = prepare(images=[_read_picture(source)])["pixel_values"]
-        return pixel_values
-    except Exception as error:  # Pillow's plugins, HTTP clients and processors raise nearly anything
-        name = source.filename if hasattr(source, "filename") else source
-        name = os.fspath(name) if isinstance(name, (str, os.PathLike)) and name else f"number {position + 1}"
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"The picture {name} cannot be read: {reason.rstrip('.')}.") from error
-
-
-def _read_picture(source: Any) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    source = os.fspath(source)
-    if source.startswith(ADDRESSES):
-        return load_image(source, timeout=ADDRESS_TIMEOUT_S)
-    return Image.open(source)  # load_image would drop transparency and 16-bit depth, which the processor understands
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _checked(inputs: Any, kinds: tuple[type, ...]) -> Iterator[Any]:

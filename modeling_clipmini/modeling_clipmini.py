@@ -19,6 +19,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from .base_clipmini import NO_PICKLES, PLACE_OPTIONS, ClipMiniOutput, load_safetensors, normalise
 from .configuration_clipmini import ClipMiniConfig
 from .encoding_clipmini import encode  # noqa: F401 - transformers before 5.12 finds, in a local folder, only
+from .images_clipmini import read_image  # noqa: F401 - likewise
 from .loss_clipmini import infonce_loss, pairwise_logits, sigmoid_loss
 from .processing_clipmini import ClipMiniProcessor  # noqa: F401 - what the file that it loads imports itself
 from .towers_clipmini import ClipMiniTextHalf, ClipMiniVisionHalf
@@ -82,12 +83,14 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
                 (I, T) logits would take more memory than all else.
             pooled_image: (I, V) pooled outputs of the vision tower in place of `pixel_values`.
             pooled_text: (T, W) pooled outputs of the text tower in place of `input_ids`.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. `labels`, `token_type_ids` and
+                `num_items_in_batch`, which Trainer and the collators of others send, are passed over.
 
         Returns:
             ClipMiniOutput; with one side only, that side's embeddings and no logits.
 
         Raises:
+            TypeError: there is no such argument.
             ValueError: neither side is given, or `image_ids` does not name one image per pair.
         """
         has_image = pixel_values is not None or pooled_image is not None

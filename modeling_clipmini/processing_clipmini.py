@@ -5,11 +5,12 @@ from os import PathLike
 from typing import Any
 
 import timm.data
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, TimmWrapperConfig
 from transformers.processing_utils import ProcessingKwargs
 
 from .configuration_clipmini import ClipMiniConfig
+from .images_clipmini import convert_to_rgb
 
 DEFAULT_MAX_TOKENS = 512  # for text towers without a table of positions
 TIMM_INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # to Pillow's
@@ -60,34 +61,6 @@ def image_processor_for(vision_config: TimmWrapperConfig) -> CLIPImageProcessor:
         image_mean=list(data["mean"]),
         image_std=list(data["std"]),
     )
-
-
-def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture as people see it: upright, opaque, three 8-bit channels.
-
-    Pillow's own `convert("RGB")` ignores the EXIF orientation, drops alpha (what was transparent shows whatever colour
-    lies beneath it, mostly black) and clips 16-bit greys to white.
-
-    Args:
-        image: any Pillow picture; of an animation the current frame is taken.
-
-    Returns:
-        A picture of mode "RGB": orientation applied, alpha over white, 16-bit scaled to 8.
-    """
-    image.load()  # a truncated file fails here
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data raises all kinds of errors, and says nothing against the pixels
-        image = image.copy()
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    if image.mode.startswith("I"):  # I;16 and its byte orders, or the 32-bit I that 16-bit PNGs become
-        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")  # Pillow truncates
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
 
 
 class ClipMiniProcessorKwargs(ProcessingKwargs, total=False):

@@ -20,7 +20,8 @@ from transformers.utils import can_return_tuple, logging
 
 from .base_clipmini import ClipMiniPreTrainedModel, ClipMiniTextOutput, ClipMiniVisionOutput, normalise
 from .configuration_clipmini import ClipMiniConfig
-from .encoding_clipmini import encode, prepare_picture
+from .encoding_clipmini import encode
+from .images_clipmini import image_size, read_image, read_named
 from .processing_clipmini import ClipMiniProcessor  # noqa: F401 - as in modeling_clipmini.py
 
 logger = logging.get_logger(__name__)
@@ -28,6 +29,10 @@ logger = logging.get_logger(__name__)
 
 class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
     """The image half: timm model, pooled output, projection."""
+
+    # The one opener, for what has a model but not its package: the handler of Inference Endpoints is a lone file.
+    read_image = staticmethod(read_image)
+    image_size = staticmethod(image_size)
 
     def _add_vision_tower(self) -> None:
         config = self.config
@@ -89,15 +94,20 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         Args:
             pixel_values: (I, 3, height, width), normalised as the processor does.
             pooled_image: (I, V) pooled outputs of the vision tower that were computed earlier; the tower is skipped.
-            **kwargs: `output_hidden_states` and others, passed to the tower.
+            **kwargs: `output_hidden_states` and `return_dict`. `labels`, `token_type_ids` and `num_items_in_batch`,
+                which Trainer and the collators of others send, are passed over.
 
         Returns:
             The tower's output; its `pooler_output` is the projection, (I, D), not yet of length 1.
+
+        Raises:
+            TypeError: there is no such argument.
         """
         outputs = BaseModelOutputWithPooling(pooler_output=pooled_image)
+        options = self._tower_options(kwargs)
         if pooled_image is None:
-            kwargs.pop("output_attentions", None)  # timm models give none
-            outputs = self._run_vision_tower(pixel_values, **kwargs)
+            options.pop("output_attentions", None)  # timm models give none
+            outputs = self._run_vision_tower(pixel_values, **options)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=self.visual_projection(self.vision_dropout(outputs.pooler_output)),
@@ -115,9 +125,8 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         """Embed pictures as they are, with the model's own processor.
 
         Args:
-            images: a Pillow picture, a path or an http(s) address, or any iterable of these, which is read a batch at
-                a time. What is transparent is white; but addresses are read by transformers' `load_image`, which shows
-                what lies beneath.
+            images: a Pillow image, a path or an http(s) address, or any iterable of these, which is read a batch at a
+                time, as `read_image` does: upright, what is transparent white, within limits.
             batch_size: pictures per forward.
             show_progress_bar: draw one, or not; None draws it for what takes over two seconds.
             convert_to_tensor: give a tensor on the model's device rather than an array.
@@ -127,11 +136,16 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
             (I, D) or (I, truncate_dim) float32, rows of length 1; one row alone for one picture that is not in a list.
 
         Raises:
-            ValueError: a picture cannot be read (the message names it), or an argument is out of range.
+            ValueError: an image cannot be read (the message names it), or an argument is out of range.
         """
 
+        def prepare(position: int, source: Any) -> Tensor:
+            image = read_named(source, f"image number {position + 1}", allow_addresses=True)
+            pixel_values: Tensor = self.processor(images=[image])["pixel_values"]
+            return pixel_values
+
         def embed(batch: list[tuple[int, Any]]) -> Tensor:
-            pixel_values = torch.cat([prepare_picture(source, position, self.processor) for position, source in batch])
+            pixel_values = torch.cat([prepare(position, source) for position, source in batch])
             # Convolutions run a quarter to a half faster so.
             pixel_values = pixel_values.to(self.device, self.dtype, memory_format=torch.channels_last)
             return self.get_image_features(pixel_values, return_dict=True).pooler_output
@@ -237,14 +251,19 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
             input_ids: (T, L) token ids; past the tower's last position they are cut.
             attention_mask: (T, L), 1 for tokens and 0 for padding; None means no padding.
             pooled_text: (T, W) pooled outputs of the text tower that were computed earlier; the tower is skipped.
-            **kwargs: `output_hidden_states`, `output_attentions` and others, passed to the tower.
+            **kwargs: `output_hidden_states`, `output_attentions` and `return_dict`; others as in
+                `get_image_features`.
 
         Returns:
             The tower's output; its `pooler_output` is the projection, (T, D), not yet of length 1.
+
+        Raises:
+            TypeError: there is no such argument.
         """
+        options = self._tower_options(kwargs)
         if pooled_text is None and input_ids is not None:
             input_ids, attention_mask = self._cut_to_positions(input_ids, attention_mask)
-            outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **options)
             pooled_text = self._pool_text(outputs.last_hidden_state, attention_mask)  # (T, W)
         else:
             outputs = BaseModelOutputWithPooling()

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipmini.inference.encode import read_named
 from modeling_clipmini import ClipMiniProcessor
+from modeling_clipmini.images_clipmini import read_named
 
 from .augment import raw_pixels
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value
 
-from clipmini.inference.images import Skipped, find_fault
+from clipmini.inference.images import Skipped
+from modeling_clipmini.images_clipmini import find_fault
 
 from .arguments import DataArguments
 from .sources import RawPairs, SourceReader

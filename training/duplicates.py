@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value
 from PIL import Image
 
-from clipmini.inference.encode import read_named
+from modeling_clipmini.images_clipmini import read_named
 
 OWN_ID = "own_image_id"  # the column that keeps what `image_id` was before ids were shared
 MAX_EXAMPLES = 5  # groups in `as_dict`, and ids of each: a grey placeholder can have thousands

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clipmini.inference.encode import encode_images, encode_texts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini.encoding_clipmini import eval_mode
 from modeling_clipmini.towers_clipmini import normalise
 
 from .intervals import Interval, bootstrap_intervals
@@ -99,12 +100,8 @@ def _score_split(
     widths: Sequence[int],
 ) -> dict[str, dict[str, QueryScores]]:
     """Score the queries of a split: of whole embeddings under "", of cut-off ones under "_at_{width}"."""
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         image_embeds, text_embeds = embed_pairs(model, processor, pairs, batch_size)
-    finally:
-        model.train(was_training)
     ids = _ids(pairs)
     scored = {"": retrieval_scores(image_embeds, text_embeds, *ids)}
     for width in widths:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding, PretrainedConfig
 
-from clipmini.inference.encode import read_named, run_texts
+from clipmini.inference.encode import run_texts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini.encoding_clipmini import eval_mode
+from modeling_clipmini.images_clipmini import read_named
 
 from .arguments import ClipMiniTrainingArguments
 from .augment import ImageAugmenter
@@ -75,13 +77,11 @@ class TowerFeatures:
     @torch.no_grad()
     def _resumes(self, front: FrozenFront, example: Tensor) -> bool:
         """Tell whether activations give the pooled features that pictures give, `vision_levels` included."""
-        was_training = self.model.training
-        self.model.eval()
-        whole = self.model.pool_images(example)
-        activation = front.front(example)
-        with front.resuming():
-            resumed = self.model.pool_images(activation)
-        self.model.train(was_training)
+        with eval_mode(self.model):
+            whole = self.model.pool_images(example)
+            activation = front.front(example)
+            with front.resuming():
+                resumed = self.model.pool_images(activation)
         return resumed.shape == whole.shape and torch.allclose(resumed, whole, rtol=1e-5, atol=1e-5)
 
     def for_training(self, pairs: Dataset) -> CachedPairs:
@@ -94,31 +94,29 @@ class TowerFeatures:
 
     def _cached(self, pairs: Dataset, augment: ImageAugmenter | None, num_views: int) -> CachedPairs:
         args = self.args
-        was_training = self.model.training
-        self.model.eval()
         images = texts = None
         cache_dir = None if args.feature_cache_dir is None else Path(args.feature_cache_dir)
-        if args.cache_features and (args.freeze_vision or self.front is not None):
-            images = cache_image_features(
-                self.model,
-                self.processor,
-                pairs,
-                front=self.front,
-                augment=augment,
-                num_views=num_views,
-                batch_size=args.per_device_eval_batch_size,
-                num_workers=args.dataloader_num_workers,
-                cache_dir=cache_dir,
-            )
-        if args.cache_features and args.freeze_text:
-            texts = cache_text_features(
-                self.model,
-                self.processor,
-                pairs,
-                batch_size=8 * args.per_device_eval_batch_size,
-                cache_dir=cache_dir,
-            )
-        self.model.train(was_training)
+        with eval_mode(self.model):
+            if args.cache_features and (args.freeze_vision or self.front is not None):
+                images = cache_image_features(
+                    self.model,
+                    self.processor,
+                    pairs,
+                    front=self.front,
+                    augment=augment,
+                    num_views=num_views,
+                    batch_size=args.per_device_eval_batch_size,
+                    num_workers=args.dataloader_num_workers,
+                    cache_dir=cache_dir,
+                )
+            if args.cache_features and args.freeze_text:
+                texts = cache_text_features(
+                    self.model,
+                    self.processor,
+                    pairs,
+                    batch_size=8 * args.per_device_eval_batch_size,
+                    cache_dir=cache_dir,
+                )
         return CachedPairs(pairs, images, texts, front=None if images is None else self.front)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_clipmini import ClipMiniModel
+from modeling_clipmini.encoding_clipmini import eval_mode
 from modeling_clipmini.processing_clipmini import image_processor_for
 
 logger = logging.getLogger(__name__)
@@ -157,12 +158,10 @@ def _find_layers(model: ClipMiniModel, tower: str) -> list[str]:
         layer.register_forward_pre_hook(lambda layer, _: called.add(candidates[layer]))  # called.add gives None
         for layer in candidates
     ]
-    was_training = model.training
-    model.eval()  # BatchNorm's statistics must not see the blank input
     try:
-        _run_blank(model, tower)
+        with eval_mode(model):  # BatchNorm's statistics must not see the blank input
+            _run_blank(model, tower)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     if not called:

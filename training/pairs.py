@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from clipmini.inference.encode import read_named
+from modeling_clipmini.images_clipmini import read_named
 
 from .augment import ImageAugmenter, drop_words
 from .sampling import draw_index, draw_seed

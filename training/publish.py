@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import ExifTags, Image
 
 from clipmini.inference.encode import first_sentence
-from clipmini.inference.images import find_fault
+from modeling_clipmini.images_clipmini import find_fault
 
 from .folder import RESULTS_FILE
 from .pushed_files import (

@@ -31,8 +31,8 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clipmini.inference.encode import read_named
 from clipmini.inference.encoders import DualEncoder, check_widths, load_encoder
+from modeling_clipmini.images_clipmini import read_named
 
 from .duplicates import OWN_ID
 

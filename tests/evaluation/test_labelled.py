@@ -4,7 +4,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
 from clipmini.evaluation.labelled import keep_readable, load_labelled
-from clipmini.inference.images import Skipped, read_image
+from clipmini.inference.images import Skipped
+from modeling_clipmini.images_clipmini import read_image
 
 
 def test_folders_are_classes(class_folder):

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from clipmini.inference import encode
-from clipmini.inference.encode import check_text, encode_images, load_model, read_named
-from clipmini.inference.images import ImageError
+from clipmini.inference.encode import check_text, encode_images, load_model
+from modeling_clipmini.images_clipmini import ImageError, read_named
 
 
 @pytest.fixture
@@ -35,7 +35,10 @@ class TestLoadModel:
             (lambda config: config | {"text_config": "x"}, "text_config"),
             (lambda config: config | {"text_config": config["text_config"] | {"dim": "wide"}}, "dim"),
             (lambda config: config | {"vision_config": {"architecture": "resnet_of_tomorrow"}}, "resnet_of_tomorrow"),
-            (lambda config: config | {"vision_config": config["vision_config"] | {"model_args": 5}}, "int"),
+            (
+                lambda config: config | {"vision_config": config["vision_config"] | {"model_args": 5}},
+                "model_args=5 is not allowed; use a dict",
+            ),
             (lambda config: config | {"dtype": 7}, "int"),
         ],
     )

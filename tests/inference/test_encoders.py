@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, SiglipIma
 
 from clipmini.inference.encode import encode_images, encode_texts, load_model
 from clipmini.inference.encoders import load_encoder, load_encoders
-from clipmini.inference.images import ImageError, read_image
+from modeling_clipmini.images_clipmini import ImageError, read_image
 from peer_models import letter_tokenizer, save_bert, save_open_clip
 
 CAPTIONS = ["a red square", "disc", "a bar in blue, much longer than the model takes"]

@@ -161,7 +161,7 @@ class TestRequests:
 
 
 MALFORMED = [
-    (b"", 422, "cannot be read"),
+    (b"", 422, "is empty"),
     (b"{", 400, "not JSON"),
     (b'{"inputs": "a",}', 400, "not JSON"),
     (b'{"inputs": "\xff"}', 400, "not JSON"),
@@ -171,8 +171,8 @@ MALFORMED = [
     (b'{"inputs": ' + b"9" * 5000 + b"}", 400, "not JSON"),
     (b'{"parameters": []}', 422, "no inputs"),
     (b"{}", 422, "no inputs"),
-    (b"\x00" * 1000, 422, "cannot be read"),
-    (b"--boundary\r\nContent-Disposition: form-data", 422, "cannot be read"),
+    (b"\x00" * 1000, 422, "is not an image"),
+    (b"--boundary\r\nContent-Disposition: form-data", 422, "is not an image"),
 ]
 
 

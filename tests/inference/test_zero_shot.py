@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import pipeline
 
 from clipmini.inference import zero_shot
-from clipmini.inference.images import ImageError, Skipped
+from clipmini.inference.images import Skipped
 from clipmini.inference.zero_shot import (
     LabelScore,
     classify,
@@ -19,6 +19,7 @@ from clipmini.inference.zero_shot import (
     load_templates,
 )
 from modeling_clipmini import ClipMiniModel
+from modeling_clipmini.images_clipmini import ImageError
 
 LABELS = ["cat", "a very long label", "dog", "fish"]
 

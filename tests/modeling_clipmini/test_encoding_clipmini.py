@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.utils import logging
 
-from modeling_clipmini import ClipMiniModel, ClipMiniProcessor, ClipMiniTextModel, ClipMiniVisionModel
+from modeling_clipmini import ClipMiniModel, ClipMiniProcessor, ClipMiniTextModel, ClipMiniVisionModel, towers_clipmini
 
 TEXTS = ["a cat", "a very long caption about nothing much at all", "", "dog"]
 
@@ -111,8 +111,8 @@ def test_a_half_encodes_its_side(tiny_folder, model, pictures):
 def test_one_batch_of_pictures_is_read_at_a_time(model, pictures, monkeypatch):
     events = []
     features = model.get_image_features
-    read = Image.open
-    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: events.append("read") or read(*args, **kwargs))
+    read = towers_clipmini.read_named
+    monkeypatch.setattr(towers_clipmini, "read_named", lambda *args, **kw: events.append("read") or read(*args, **kw))
     monkeypatch.setattr(model, "get_image_features", lambda *args, **kw: events.append("run") or features(*args, **kw))
     model.encode_image(pictures, batch_size=2)
     assert events == ["read", "read", "run", "read", "read", "run", "read", "run"]
@@ -123,7 +123,7 @@ def test_training_mode_is_left_and_entered_again(model):
     model.train()
     assert np.array_equal(model.encode_text(TEXTS), expected)  # no dropout
     assert model.training
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"nowhere\.png: does not exist"):
         model.encode_image("nowhere.png")
     assert model.training
     assert model.text_model.training
@@ -167,7 +167,7 @@ def address(pictures):
 
 def test_an_address_is_as_good_as_a_path(model, pictures, address):
     assert np.array_equal(model.encode_image(f"{address}/3.png"), model.encode_image(pictures[3]))
-    with pytest.raises(ValueError, match=r"The picture http.*/9\.png cannot be read: cannot identify image"):
+    with pytest.raises(ValueError, match=r"^http.*/9\.png: cannot be fetched \(HTTP Error 404: File not found\)"):
         model.encode_image([f"{address}/9.png"])
 
 
@@ -176,11 +176,11 @@ def test_a_broken_picture_is_named(model, pictures, tmp_path):
     text.write_text("no picture")
     cut.write_bytes(pictures[4].read_bytes()[:200])
     for broken, message in (
-        (tmp_path / "none.png", r"none\.png cannot be read: .*No such file"),
-        (text, r"text\.png cannot be read: cannot identify"),
-        (cut, r"cut\.png cannot be read: .*(truncated|broken)"),
-        (Image.open(cut), r"cut\.png cannot be read: .*(truncated|broken)"),
-        (Image.new("RGB", (0, 5)), r"picture number 3 cannot be read"),
+        (tmp_path / "none.png", r"none\.png: does not exist"),
+        (text, r"text\.png: is not an image"),
+        (cut, r"cut\.png: is truncated"),
+        (Image.open(cut), r"cut\.png: is truncated"),
+        (Image.new("RGB", (0, 5)), r"image number 3: has no pixels"),
     ):
         with pytest.raises(ValueError, match=message):
             model.encode_image([*pictures[:2], broken])

@@ -104,6 +104,7 @@ def test_the_folder_is_complete(tiny_folder):
         "config.json",
         "configuration_clipmini.py",
         "encoding_clipmini.py",
+        "images_clipmini.py",
         "loss_clipmini.py",
         "model.safetensors",
         "modeling_clipmini.py",

@@ -10,6 +10,7 @@ import pytest
 
 from clipmini.inference.images import Skipped
 from clipmini.training.data import load_pairs
+from modeling_clipmini.images_clipmini import FORMATS
 from pair_files import WHOLE, encode, write_csv, write_jsonl, write_pictures
 
 
@@ -44,7 +45,7 @@ class TestBadInput:
         assert [(Path(name).name, reason.split(" (")[0]) for name, reason in skipped.items] == [
             ("1.png", "does not exist"),
             ("2.png", "is empty"),
-            ("3.png", "is not an image that Pillow can read"),
+            ("3.png", f"is not an image of a format that is read here: {', '.join(FORMATS)}"),
             ("4.png", "is truncated or damaged"),
             ("row 7", "has neither bytes nor a path"),
             ("row 8", "has neither bytes nor a path"),

@@ -2,9 +2,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clipmini.inference.images import ImageError
 from clipmini.training.augment import normalise_pixels
 from clipmini.training.collator import ClipMiniCollator
+from modeling_clipmini.images_clipmini import ImageError
 
 
 def make_rows():

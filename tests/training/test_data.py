@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clipmini.inference.images import read_image
 from clipmini.training.data import load_pairs
 from clipmini.training.sources import _split_in
+from modeling_clipmini.images_clipmini import read_image
 from pair_files import WHOLE, colour_of, encode, write_csv, write_jsonl, write_pictures
 
 

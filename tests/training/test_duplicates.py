@@ -9,8 +9,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from clipmini.inference.images import ImageError
 from clipmini.training.duplicates import find_duplicates, normalise_caption, share_ids
+from modeling_clipmini.images_clipmini import ImageError
 
 
 def encode(color, size=(8, 6), note=None, suffix="PNG"):

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from clipmini.inference.images import Skipped, read_image
+from clipmini.inference.images import Skipped
 from clipmini.training.data import load_pairs
+from modeling_clipmini.images_clipmini import read_image
 from pair_files import WHOLE, colour_of, encode, write_csv, write_jsonl, write_pictures
 
 EXAMPLE_PHOTOS = Path(__file__).parents[2] / "examples" / "photos"

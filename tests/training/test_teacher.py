@@ -9,10 +9,10 @@ from datasets import DatasetDict
 from transformers import CLIPModel, CLIPProcessor
 
 from clipmini.inference.encode import encode_images, encode_texts, load_model
-from clipmini.inference.images import ImageError, read_image
 from clipmini.training import teacher
 from clipmini.training.duplicates import find_duplicates, share_ids
 from clipmini.training.teacher import TeacherEmbeddings, embed_with_teacher
+from modeling_clipmini.images_clipmini import ImageError, read_image
 
 HALF = {"rtol": 0, "atol": 2**-11}  # the spacing of float16 below 1
 
