@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from clipmini.training.folder import RECIPE_FILE, RESULTS_FILE
+from clipmini.training.folder import RECIPE_FILE, RESULTS_FILE, RunRecord
 
 TABLE_FILE, INDEX_FILE, PAGE_FILE = "results.md", "model-index.yaml", "report.html"
+FILES = (TABLE_FILE, INDEX_FILE, PAGE_FILE, RESULTS_FILE)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Evaluation:
         """
         check_folder(folder, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
+        RunRecord(folder).add(folder / name for name in FILES)
         # Within the folder, which may be a file system of its own, so that every file can be renamed into place.
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as beside:
             index = {"model-index": self.results["model_index"]}
@@ -88,7 +90,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
     Raises:
         ValueError: it is no folder, or one that cannot be written to; it is a training run's; or it holds an
-            evaluation, and `overwrite` is not set.
+            evaluation, and `overwrite` is not set, or a file that no evaluation wrote.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
@@ -102,6 +104,9 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise ValueError(
             f"{folder} holds a training run, whose {RESULTS_FILE} would be lost; name another with --out."
         )
+    recorded = RunRecord(folder).read()
+    if others := [name for name in FILES if (folder / name).exists() and name not in recorded]:
+        raise ValueError(f"{folder} holds {others[0]}, which no evaluation wrote; name another with --out.")
     if (folder / RESULTS_FILE).exists() and not overwrite:
         raise ValueError(f"{folder} holds an evaluation; pass --overwrite, or --out another folder.")
 

@@ -108,6 +108,10 @@ def teach(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
     ] = None,
+    logit_scale: Annotated[
+        float | None,
+        typer.Option("--logit-scale", help="Scale its similarities by this; by default by what it was trained with."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -121,7 +125,7 @@ def teach(
     with working():
         loaded = load_recipe(recipe, overrides or [])
         pairs = load_recipe_pairs(loaded, Skipped(strict=loaded.data.strict))["train"]
-        embed_with_teacher(model, pairs, out, overwrite=overwrite)
+        embed_with_teacher(model, pairs, out, logit_scale=logit_scale, overwrite=overwrite)
     if as_json:
         print_json({"file": str(out), "num_images": len(pairs)})
     else:

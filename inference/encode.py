@@ -17,6 +17,7 @@ from modeling_clipmini.images_clipmini import ImageError, read_image, read_named
 from modeling_clipmini.towers_clipmini import normalise
 
 from .images import Skipped
+from .trust import UntrustedModelError, refuse_code
 
 MAX_WAITING_PIXELS = 16_000_000  # decoded at once, 48 MB: 32 telephone photographs would be over a gigabyte
 
@@ -34,7 +35,7 @@ def load_model(
         The model in eval mode, and the processor.
 
     Raises:
-        ValueError: it is not a clipmini model, or its files are missing or damaged.
+        ValueError: it is not a clipmini model, its files are missing or damaged, or they name code of their own.
     """
     path = Path(name_or_path)
     if path.exists():
@@ -53,9 +54,12 @@ def load_model(
     expected = Exception if path.exists() else (OSError, RuntimeError, ValueError, SafetensorError)
     part = "model"
     try:
+        refuse_code(name_or_path)
         loaded: Any = ClipMiniModel.from_pretrained(name_or_path, output_loading_info=True)
         part = "processor"
         processor = ClipMiniProcessor.from_pretrained(name_or_path)
+    except UntrustedModelError:
+        raise
     except expected as error:
         damaged = f"is incomplete or damaged (its {part})"
         where = damaged if path.exists() else "is neither a folder here nor to be had from the Hub"

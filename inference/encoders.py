@@ -24,6 +24,7 @@ from modeling_clipmini.processing_clipmini import DEFAULT_MAX_TOKENS
 from modeling_clipmini.towers_clipmini import normalise
 
 from .encode import encode_images, encode_texts, first_sentence, load_model, run_images, run_texts
+from .trust import UntrustedModelError, refuse_code
 
 OPEN_CLIP_PREFIX = "open_clip:"
 OPEN_CLIP_PLACES = ("hf-hub:", "local-dir:")  # open_clip's own prefixes; what follows them may hold slashes
@@ -99,6 +100,7 @@ def load_encoder(name_or_path: str | Path) -> DualEncoder:
     if name.startswith(OPEN_CLIP_PREFIX):
         return _OpenClip(name)
     with _loading(name):
+        refuse_code(name)
         config_file = cached_file(name, CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
         config = json.loads(Path(config_file).read_text(encoding="utf-8")) if config_file else {}
         model_type = config.get("model_type")
@@ -205,7 +207,10 @@ class _OpenClip(DualEncoder):
         except ImportError:
             raise ValueError(f"{name} needs open_clip: pip install open_clip_torch.") from None
         architecture, pretrained = name.removeprefix(OPEN_CLIP_PREFIX), None
-        if not architecture.startswith(OPEN_CLIP_PLACES):
+        if architecture.startswith(OPEN_CLIP_PLACES):
+            with _loading(name):
+                refuse_code(architecture.partition(":")[2])
+        else:
             architecture, _, pretrained = architecture.partition("/")
             if not pretrained:
                 raise ValueError(f"{name} names no weights; write {OPEN_CLIP_PREFIX}NAME/PRETRAINED.")
@@ -289,6 +294,8 @@ def _loading(name: str) -> Iterator[None]:
     """Say in a sentence why a library could not load a model."""
     try:
         yield
+    except UntrustedModelError:
+        raise
     except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"The model {name} cannot be loaded: {first_sentence(error)}.") from error
 

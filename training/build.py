@@ -10,6 +10,7 @@ from tokenizers.models import WordPiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, TimmWrapperConfig
 
 from clipmini.inference.encode import load_model
+from clipmini.inference.trust import refuse_code
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.processing_clipmini import image_processor_for
 
@@ -55,6 +56,8 @@ def build_model(preset: ModelPreset) -> tuple[ClipMiniModel, ClipMiniProcessor]:
     if not isinstance(preset.text, str):
         raise ValueError("text must name a pretrained tower; a config needs `pretrained: false`.")
     vision, text = resolve_tower(preset.vision), resolve_tower(preset.text)
+    for tower in (vision, text):
+        refuse_code(tower)
     model = ClipMiniModel.from_vision_text_pretrained(vision, text, **preset.config)
     _prepare_otherwise(model.config.vision_config, preset.pretrained_cfg)
     return model, ClipMiniProcessor.from_towers(model.config, AutoTokenizer.from_pretrained(text))

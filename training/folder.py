@@ -16,6 +16,8 @@ from torch import Tensor
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "curves.png", "model"
+METRICS_FILE, STAGE_FILE, RECORD_FILE = "metrics.jsonl", "stage.json", "written_files.json"
+CHECKPOINTS = "checkpoint-*"  # stands in a record for all that Trainer names by a step
 HANDLER = Path(__file__).parent.parent / "inference" / "handler.py"  # Inference Endpoints look for it beside the model
 REQUIREMENTS_FILE, NOTICE_FILE = "requirements.txt", "NOTICE"
 CODE_NOTICE = """\
@@ -49,6 +51,7 @@ def save_model_folder(
     card: ModelCard | None = None,
     state_dict: dict[str, Tensor] | None = None,
     made_of: Iterable[str] = (),
+    record: "RunRecord | None" = None,
 ) -> None:
     """Save a complete model folder: code, config, weights, processor, tokenizer and card.
 
@@ -65,6 +68,7 @@ def save_model_folder(
         card: what becomes its README.md.
         state_dict: weights to save in place of the model's own.
         made_of: folders of the towers, or of the model that it goes on from; what their NOTICE files say stays.
+        record: of the run that the folder belongs to; is told the files.
     """
     with written_beside(folder) as beside:
         model.save_pretrained(beside, state_dict=state_dict)
@@ -77,6 +81,8 @@ def save_model_folder(
         shutil.copyfile(HANDLER, beside / HANDLER.name)
         if card is not None:
             card.save(beside / "README.md")
+        if record is not None:
+            record.add(folder / file.relative_to(beside) for file in beside.rglob("*") if file.is_file())
 
 
 def _notice(made_of: Iterable[str]) -> str:
@@ -92,6 +98,75 @@ def _requirements() -> str:
     """Give the lowest versions that this package states of what a loaded model imports."""
     floors = {re.match(r"[\w.-]+", line)[0]: line for line in requires("clipmini") or ()}  # type: ignore[index]
     return "".join(floors[name] + "\n" for name in NEEDED_BY_THE_MODEL)
+
+
+class RunRecord:
+    """What runs and evaluations wrote into a folder, and so may replace; whatever else is there is somebody else's.
+
+    It is a list of relative paths, kept in the folder itself. A file is recorded before it is written, so that a run
+    which is killed at any moment knows its own again.
+
+    Args:
+        folder: the run's output folder; it need not be there yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self) -> set[str]:
+        """Return the recorded paths, relative to the folder; none where no run has recorded any.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
+        file = self.folder / RECORD_FILE
+        try:
+            return set(json.loads(file.read_text(encoding="utf-8"))["files"]) if file.exists() else set()
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}): move {self.folder} away, or name another.") from error
+
+    def add(self, files: Iterable[Path]) -> None:
+        """Record files that are about to be written.
+
+        Args:
+            files: paths below the folder, which is made if need be.
+        """
+        known = self.read()
+        names = known | {file.relative_to(self.folder).as_posix() for file in files}
+        if names != known:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with written_beside(self.folder / RECORD_FILE) as beside:
+                beside.write_text(json.dumps({"files": sorted(names)}, indent=2) + "\n", encoding="utf-8")
+
+    def find_unrecorded(self, stages: Iterable[str]) -> list[str]:
+        """List what a run would replace, or take for its own, though no run wrote it.
+
+        Args:
+            stages: names of the recipe's stages, each of which has a folder below the run's.
+
+        Returns:
+            Paths relative to the folder, sorted.
+        """
+        known = self.read()
+        found = []
+        for stage in ("", *stages):
+            for file in self._entries(stage):
+                name = file.relative_to(self.folder).as_posix()
+                # Of checkpoints Trainer deletes old ones by the step, whatever else may stand behind it.
+                own = re.sub(r"checkpoint-\d+$", CHECKPOINTS, name)
+                if own not in known:
+                    found.append(name)
+        return sorted(found)
+
+    def _entries(self, stage: str) -> Iterator[Path]:
+        """List what is there of all that a run writes, of its model every file."""
+        folder = self.folder / stage
+        files = (METRICS_FILE, STAGE_FILE) if stage else (RECIPE_FILE, RESULTS_FILE, CURVES_FILE, METRICS_FILE)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name == MODEL_FOLDER and path.is_dir() and not path.is_symlink():
+                yield from (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+            elif path.name in (*files, MODEL_FOLDER) or re.match(r"checkpoint-\d", path.name):
+                yield path
 
 
 @contextmanager

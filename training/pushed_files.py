@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import modeling_clipmini
 from clipmini.inference.encode import first_sentence, load_model
 from clipmini.inference.encoders import weights_sha256
+from clipmini.inference.trust import refuse_code
 from modeling_clipmini import ClipMiniTextModel, ClipMiniVisionModel
 
 from .folder import CURVES_FILE, HANDLER, MODEL_FOLDER, RECIPE_FILE, RESULTS_FILE
@@ -58,11 +59,12 @@ def list_files(folder: Path) -> dict[str, Path]:
         The files, sorted by path, without those of a run or a tool that stand among them.
 
     Raises:
-        ValueError: there is no model, or a file that must not be published: a pickle, what looks like a secret, what
-            is not known, or a link out of the folder.
+        ValueError: there is no model, it names code of its own, or there is a file that must not be published: a
+            pickle, what looks like a secret, what is not known, or a link out of the folder.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json. Name one that training saved.")
+    refuse_code(folder)
     root = folder.resolve()
     roots = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
     files, unknown = {}, []

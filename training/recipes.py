@@ -1,9 +1,12 @@
 """Recipes: whole training runs as YAML, checked before anything is loaded."""
 
 import contextlib
+import copy
 import datetime
 import difflib
 import inspect
+import logging
+import os
 import re
 import types
 import typing
@@ -21,8 +24,11 @@ from modeling_clipmini import ClipMiniConfig
 from .arguments import ClipMiniTrainingArguments, DataArguments
 from .build import ModelPreset
 
+logger = logging.getLogger(__name__)
+
 SECTIONS = {"data": DataArguments, "training": ClipMiniTrainingArguments}
 TOP_LEVEL = ("model", "model_config", *SECTIONS, "stages")
+OF_THE_SOURCE = ("image_column", "caption_column", "image_root", "license")  # what a recipe knows of its own data
 # One folder, one seed and one repository serve a whole run.
 NOT_BY_STAGE = (
     *("output_dir", "seed", "data_seed", "feature_cache_dir"),
@@ -104,10 +110,33 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def _read_recipe(name_or_path: str, overrides: Sequence[str]) -> dict[str, Any]:
     values = _read_yaml(_find("recipes", name_or_path))
+    changed = _overridden(values, overrides)
+    source, other = (one["data"].get("source") if _has_data(one) else None for one in (values, changed))
+    if source and other and not _is_same(str(source), str(other)):
+        facts = {key: values["data"].pop(key) for key in OF_THE_SOURCE if key in values["data"]}
+        changed = _overridden(values, overrides)  # what is said of the other data holds
+        gone = {key: value for key, value in facts.items() if value is not None and key not in changed["data"]}
+        if gone:
+            named = ", ".join(f"{key}: {value}" for key, value in gone.items())
+            remedy = "; set data.license before a model of them is pushed" if "license" in gone else ""
+            logger.warning("left out, since it holds for %s and not for %s: %s%s", source, other, named, remedy)
+    _check_keys(changed, TOP_LEVEL, name_or_path)
+    return changed
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    values = copy.deepcopy(values)
     for override in overrides:
         _apply_override(values, override)
-    _check_keys(values, TOP_LEVEL, name_or_path)
     return values
+
+
+def _has_data(values: dict[str, Any]) -> bool:
+    return isinstance(values.get("data"), dict)
+
+
+def _is_same(source: str, other: str) -> bool:
+    return source == other or (os.path.exists(source) and os.path.exists(other) and os.path.samefile(source, other))
 
 
 def load_data_arguments(name_or_source: str, overrides: Sequence[str] = ()) -> DataArguments:
@@ -182,9 +211,24 @@ def _find(kind: str, name_or_path: str) -> Any:
     )
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Loads YAML as `SafeLoader` does, which would take the last of two equal keys and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines:
+                file = node.start_mark.name
+                raise ValueError(f"{file}: {name!r} stands in line {lines[name]} and in line {line}; keep one.")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(file: Any) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8") as stream:
+            values = yaml.load(stream, Loader=_OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}.") from None
     return _mapping(values, str(file))

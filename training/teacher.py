@@ -72,7 +72,9 @@ def embed_with_teacher(
     encoder = load_encoder(model_name_or_path)
     logit_scale = encoder.logit_scale if logit_scale is None else logit_scale
     if logit_scale is None:
-        raise ValueError(f"A {encoder.kind} has no logit scale of its own; pass --logit_scale.")
+        raise ValueError(
+            f"{encoder.name} is of {encoder.kind} and has no logit scale of its own; pass --logit-scale, such as 50."
+        )
     about = {"name": encoder.name, "logit_scale": logit_scale}
     tables = _embed(encoder, splits, batch_size, {METADATA_KEY: json.dumps(about)})
     first = next(tables)  # its schema has the teacher's width

@@ -27,7 +27,18 @@ from .curves import draw_curves
 from .data import load_data
 from .duplicates import DuplicateReport, find_duplicates, share_ids
 from .evaluate import chance_level, evaluate_with_intervals
-from .folder import CURVES_FILE, MODEL_FOLDER, RECIPE_FILE, RESULTS_FILE, save_model_folder, written_beside
+from .folder import (
+    CHECKPOINTS,
+    CURVES_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    STAGE_FILE,
+    RunRecord,
+    save_model_folder,
+    written_beside,
+)
 from .licences import UNKNOWN, strictest
 from .lora import merge_lora
 from .memory import keep_freed_memory
@@ -41,7 +52,6 @@ from .trainer import ClipMiniTrainer
 logger = logging.getLogger(__name__)
 
 HELD_OUT = ("validation", "test")
-METRICS_FILE, STAGE_FILE = "metrics.jsonl", "stage.json"
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
 
     Args:
         recipe: as `load_recipe` gives.
-        overwrite: start anew where the output folder holds a run already; only that run's files are replaced.
+        overwrite: start anew where the output folder holds a run already; what runs have recorded as their own there
+            is replaced, and all else stays.
         stage: run this stage alone. It goes on from the model that the stage before it left in the output folder, or,
             where that has not been run, from the recipe's model.
 
@@ -84,8 +95,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         The folders and the recalls.
 
     Raises:
-        ValueError: the output folder holds a finished run or another recipe's, there is no such stage, data or model
-            cannot be used, or it is to be pushed and the Hub refuses; the run is whole and saved then.
+        ValueError: the output folder holds a finished run, another recipe's, or what no run wrote; there is no such
+            stage; data or model cannot be used; or it is to be pushed and the Hub refuses, and the run is whole and
+            saved then.
     """
     args = recipe.training
     output_dir = Path(str(args.output_dir))
@@ -93,6 +105,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     if stage is not None and stage not in names:
         raise ValueError(f"The recipe has no stage {stage!r}; it has {', '.join(names) or 'none'}.")
     wanted = names if stage is None else [stage]
+    record = RunRecord(output_dir)
+    _check_whose_files(record, names, overwrite)
     if not overwrite:
         _check_output_dir(output_dir, recipe, wanted)
     _check_push(recipe)
@@ -113,9 +127,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
             before = {split: trainer.measure(pairs[split]) for split in held_out}
             # Only now, when everything works: a mistyped value must not cost an earlier run.
             if args.process_index == 0:
-                _claim_output_dir(output_dir, recipe, wanted, overwrite)
+                _claim_output_dir(record, recipe, wanted, overwrite)
             trainer.accelerator.wait_for_everyone()  # what the others look for may be gone now
-        runs[name] = run = _run_stage(trainer, output_dir / name, is_one_of_many=bool(name))
+        runs[name] = run = _run_stage(trainer, output_dir / name, record, is_one_of_many=bool(name))
         model, processor = run.model, run.processor
     after = {
         split: evaluate_with_intervals(
@@ -153,7 +167,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     model_dir = output_dir / MODEL_FOLDER
     if args.process_index == 0:
         card = render_recipe_card(recipe, model.config, results)
-        save_model_folder(model, processor, model_dir, card=card, made_of=_folders_of_origin(recipe))
+        save_model_folder(model, processor, model_dir, card, made_of=_folders_of_origin(recipe), record=record)
         draw_curves({name or "training": run.log_history for name, run in runs.items()}, output_dir / CURVES_FILE)
         # Last: a run without results is one that was cut off.
         with written_beside(output_dir / RESULTS_FILE) as file:
@@ -256,7 +270,7 @@ def _make_trainer(
         raise ValueError(f"the recipe's training section cannot be used: {error}") from error
 
 
-def _run_stage(trainer: ClipMiniTrainer, folder: Path, *, is_one_of_many: bool) -> _StageRun:
+def _run_stage(trainer: ClipMiniTrainer, folder: Path, record: RunRecord, *, is_one_of_many: bool) -> _StageRun:
     """Train, or take over what an earlier run trained; one stage of many leaves its model for the next."""
     args = trainer.args
     if is_one_of_many and (folder / STAGE_FILE).exists():
@@ -275,7 +289,7 @@ def _run_stage(trainer: ClipMiniTrainer, folder: Path, *, is_one_of_many: bool) 
     run = _StageRun(trainer.model, trainer.processing_class, history, train_s)
     if is_one_of_many:
         if args.process_index == 0:
-            save_model_folder(run.model, run.processor, folder / MODEL_FOLDER)
+            save_model_folder(run.model, run.processor, folder / MODEL_FOLDER, record=record)
             with written_beside(folder / STAGE_FILE) as file:
                 file.write_text(json.dumps({"log_history": history, "train_s": run.train_s}), encoding="utf-8")
         trainer.accelerator.wait_for_everyone()
@@ -319,6 +333,19 @@ def _check_push(recipe: Recipe) -> None:
         )
 
 
+def _check_whose_files(record: RunRecord, stages: list[str], overwrite: bool) -> None:
+    """Refuse a folder in which a run would replace what no run wrote."""
+    others = record.find_unrecorded(stages)
+    if overwrite and not others and not record.read() and record.folder.is_dir():
+        others = sorted(path.name for path in record.folder.iterdir())
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ValueError(
+            f"{record.folder} holds {others[0]}{more}, which no run of clipmini has recorded as its own: move it "
+            "away, or --set output_dir=another/folder."
+        )
+
+
 def _check_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str]) -> None:
     """Refuse a folder that holds a finished run, or what this run would replace and another left there."""
     remedy = "pass --overwrite, or --set output_dir=another/folder."
@@ -328,24 +355,36 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str]) -> No
     if (output_dir / RESULTS_FILE).exists() and (is_done or not is_same):
         raise ValueError(f"{output_dir} holds a finished run; {remedy}")
     others = [name for name in (RECIPE_FILE, MODEL_FOLDER, *recipe.stages) if (output_dir / name).exists()]
-    others += [folder.name for folder in output_dir.glob("checkpoint-*")]
+    others += [folder.name for folder in _checkpoints(output_dir)]
     if others and not is_same:
         raise ValueError(f"{output_dir} holds an unfinished run of another recipe ({others[0]}); {remedy}")
 
 
-def _claim_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str], overwrite: bool) -> None:
+def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], overwrite: bool) -> None:
     """Make the output folder this run's. Of an earlier run the model stays until the new one takes its place."""
+    output_dir = record.folder
+    files = [output_dir / name for name in (RECIPE_FILE, RESULTS_FILE, CURVES_FILE)]
+    for stage in wanted or [""]:
+        own = (METRICS_FILE, CHECKPOINTS, *([STAGE_FILE] if stage else []))
+        files += [output_dir / stage / name for name in own]
+    record.add(files)
     if overwrite:
         (output_dir / RESULTS_FILE).unlink(missing_ok=True)
         names = list(recipe.stages)
         later = names[names.index(wanted[0]) :] if wanted else [""]  # each goes on from the one before it
         for folder in [output_dir / name for name in later]:
-            (folder / STAGE_FILE).unlink(missing_ok=True)
-            for checkpoint in folder.glob("checkpoint-*"):
+            if folder != output_dir:
+                (folder / STAGE_FILE).unlink(missing_ok=True)
+            for checkpoint in _checkpoints(folder):
                 shutil.rmtree(checkpoint)
     output_dir.mkdir(parents=True, exist_ok=True)
     with written_beside(output_dir / RECIPE_FILE) as file:
         file.write_text(_recipe_text(recipe), encoding="utf-8")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """List a run's checkpoints; `checkpoint-notes` is none."""
+    return [path for path in folder.glob(CHECKPOINTS) if path.name.removeprefix("checkpoint-").isdecimal()]
 
 
 def _last_checkpoint(output_dir: Path) -> str | None:

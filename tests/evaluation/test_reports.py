@@ -18,7 +18,7 @@ from clipmini.evaluation.results import check_folder
 from clipmini.inference.cli import app
 from clipmini.training.model_index import format_figure
 
-FILES = ["model-index.yaml", "report.html", "results.json", "results.md"]
+FILES = ["model-index.yaml", "report.html", "results.json", "results.md", "written_files.json"]
 
 
 def run(*arguments):
@@ -163,6 +163,16 @@ def test_an_evaluation_is_replaced_on_request_alone(tiny_folder, pair_folder, tm
     run(tiny_folder, pair_folder, "--split", "train", "--out", out, "--overwrite")
     assert json.loads((out / "results.json").read_text())["data"]["split"] == "train"
     assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["results.md", "results.json"])
+def test_a_file_that_no_evaluation_wrote_is_not_replaced(name, tiny_folder, pair_folder, tmp_path):
+    (tmp_path / name).write_text("mine")
+    for more in ([], ["--overwrite"]):
+        result = run(tiny_folder, pair_folder, "--out", tmp_path, *more)
+        assert result.exit_code == 2
+        assert f"holds {name}, which no evaluation wrote" in re.sub(r"\s+", " ", result.output)
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_an_evaluation_fits_the_folder_before_it_begins(tiny_folder, pair_folder, tmp_path):

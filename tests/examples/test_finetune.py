@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clipmini.training.publish import prepare_push
 from stranger import run_as_stranger
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
@@ -45,7 +46,7 @@ classify = pipeline("zero-shot-image-classification", model="tuned", trust_remot
 print(json.dumps(classify(sys.argv[2] + "/0.png", candidate_labels=["red", "blue"])))
 """
     arguments = "--output_dir tuned --max_steps 20 --per_device_train_batch_size 6 --learning_rate 1e-3".split()
-    arguments += "--logging_steps 1 --save_strategy no --report_to none --use_cpu".split()
+    arguments += "--logging_steps 1 --save_steps 12 --report_to none --use_cpu --license cc-by-4.0".split()
     result = run_as_stranger(code, tmp_path, tiny_folder, pictures, *arguments)
     assert "(16,)" in result.stdout
     assert {entry["label"] for entry in json.loads(result.stdout.splitlines()[-1])} == {"red", "blue"}
@@ -58,6 +59,12 @@ print(json.dumps(classify(sys.argv[2] + "/0.png", candidate_labels=["red", "blue
     assert not changed & statistics
     assert len(changed) > 0.9 * len(before.keys() - statistics)
     assert {file.name for file in tiny_folder.iterdir()} <= {file.name for file in tuned.iterdir()}
+    paths = {file.path for file in prepare_push(tuned, "me/tuned").files}  # as `clipmini push` does
+    assert {"README.md", "config.json", "model.safetensors"} <= paths
+    assert str(tmp_path) not in (tuned / "README.md").read_text()
+    again = [*arguments, "--resume_from_checkpoint", "tuned/checkpoint-12"]
+    resumed = run_as_stranger(code, tmp_path, tiny_folder, pictures, *again)
+    assert resumed.stdout.count("'loss'") == 8
     losses = [json.loads(line.replace("'", '"'))["loss"] for line in result.stdout.splitlines() if "'loss'" in line]
     assert len(losses) == 20
     assert sum(map(float, losses[-5:])) < sum(map(float, losses[:5]))

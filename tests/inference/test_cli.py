@@ -7,6 +7,7 @@ import shutil
 import sys
 import warnings
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from torch._utils import ExceptionWrapper
@@ -16,6 +17,7 @@ import clipmini.inference.encode
 import clipmini.training.train
 from clipmini.inference import cli
 from clipmini.inference.zero_shot import DEFAULT_TEMPLATE
+from clipmini.training import teacher
 from clipmini.training.train import TrainResult
 from modeling_clipmini.images_clipmini import ImageError
 
@@ -393,3 +395,12 @@ class TestTeach:
         assert json.loads(result.stdout) == {"file": str(out), "num_images": 5}
         assert run("teach", tiny_folder, recipe, "--out", out).exit_code == 2
         assert run("teach", tiny_folder, recipe, "--out", out, "--overwrite").exit_code == 0
+
+        class Unscaled:  # as a model of sentence-transformers
+            name, kind, logit_scale = "theirs", "sentence-transformers", None
+
+        again = ("teach", tiny_folder, recipe, "--out", out, "--overwrite")
+        assert run(*again, "--logit-scale", "50").exit_code == 0
+        assert b'"logit_scale": 50.0' in pq.read_schema(out).metadata[teacher.METADATA_KEY]
+        monkeypatch.setattr(teacher, "load_encoder", lambda _: Unscaled())
+        assert_refused(run(*again), "theirs is of sentence-transformers", "pass --logit-scale, such as 50")

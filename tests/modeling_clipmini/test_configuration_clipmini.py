@@ -1,6 +1,7 @@
 import math
 
 import pytest
+from torch import nn
 from transformers import AutoConfig, BertConfig, T5Config, TimmWrapperConfig, ViTConfig
 
 from modeling_clipmini import ClipMiniConfig
@@ -76,6 +77,32 @@ def test_no_folder_is_told_and_a_hub_id_stays(tiny_config, tmp_path, monkeypatch
         (
             {"vision_config": {"architecture": 5}},
             r"vision_config\.architecture=5 is not allowed",
+        ),
+        *(
+            ({"vision_config": {"architecture": name}}, f"vision_config.architecture='{name}' is not allowed")
+            for name in ("hf-hub:org/name", "hf_hub:org/name", "local-dir:/x", "timm/resnet18", "../resnet18", "a b")
+        ),
+        *(
+            (
+                {"vision_config": {"architecture": "resnet18", "model_args": {key: value}}},
+                rf"vision_config\.model_args\['{key}'\] is not allowed: it may name a file, .* described by img_size",
+            )
+            for key, value in {
+                "checkpoint_path": "a.pth",
+                "pretrained": True,
+                "pretrained_cfg": {"file": "a.pth"},
+                "pretrained_cfg_overlay": {"url": "http://x"},
+                "cache_dir": "/x",
+                "device": "cuda",
+                "of_tomorrow": 1,
+            }.items()
+        ),
+        *(
+            (
+                {"vision_config": {"architecture": "resnet18", "model_args": {key: value}}},
+                rf"vision_config\.model_args\['{key}'\]=.* is not allowed; use numbers, names, or lists",
+            )
+            for key, value in {"act_layer": nn.ReLU, "embed_dim": {"a": 1}, "layers": [[1], print]}.items()
         ),
         ({"text_config": "bert"}, "text_config is a str"),
         ({"text_config": {"dim": "x"}}, "text_config is not allowed: .*dim"),

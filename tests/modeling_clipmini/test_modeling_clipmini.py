@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,6 +17,8 @@ from transformers import (
     RobertaForMaskedLM,
     TimmWrapperConfig,
     TimmWrapperModel,
+    Trainer,
+    TrainingArguments,
 )
 
 from modeling_clipmini import ClipMiniModel, ClipMiniTextModel, ClipMiniVisionModel
@@ -67,6 +70,45 @@ def test_either_side_may_be_left_out(tiny_model):
         assert single.logits_per_image is None
     with pytest.raises(ValueError, match="nothing to embed"):
         tiny_model()
+
+
+PASSED_OVER = {"labels": torch.arange(3), "token_type_ids": torch.zeros(3, 4), "num_items_in_batch": torch.tensor(3)}
+
+
+def test_what_trainer_and_collators_send_on_is_passed_over(tiny_model, tiny_config):
+    inputs = make_inputs()
+    with torch.no_grad():
+        expected = tiny_model(**inputs).loss
+        assert torch.equal(tiny_model(**inputs, **PASSED_OVER).loss, expected)
+        for half, name in ((ClipMiniVisionModel, "pixel_values"), (ClipMiniTextModel, "input_ids")):
+            one = half(tiny_config()).eval()
+            assert torch.equal(one(inputs[name], **PASSED_OVER)[0], one(inputs[name])[0])
+
+
+def test_an_argument_that_nobody_knows_is_named_with_those_there_are(tiny_model, tiny_config):
+    inputs = make_inputs()
+    with pytest.raises(
+        TypeError, match=r"ClipMiniModel takes no argument 'pixels'; it takes input_ids, pixel_values, "
+    ):
+        tiny_model(**inputs, pixels=1)
+    with pytest.raises(TypeError, match=r"ClipMiniTextModel takes no argument 'pixel_values'; it takes input_ids"):
+        ClipMiniTextModel(tiny_config())(inputs["input_ids"], pixel_values=inputs["pixel_values"])
+    for method in (tiny_model.get_text_features, tiny_model.get_image_features):
+        with pytest.raises(TypeError, match="'labls'"):
+            method(labls=1)
+
+
+def test_trainer_predicts_embeddings_alone(tiny_model, tiny_config, tmp_path):
+    inputs = make_inputs()
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(3)] * 2
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], per_device_eval_batch_size=2)
+    predictions = Trainer(tiny_model, arguments).predict(rows).predictions
+    assert [part.shape for part in predictions] == [(6, 16), (6, 16)]
+    with torch.no_grad():
+        assert np.allclose(predictions[0][:3], tiny_model(**inputs).text_embeds, atol=1e-6)
+    half = ClipMiniVisionModel(tiny_config())
+    alone = [{"pixel_values": row["pixel_values"]} for row in rows]
+    assert Trainer(half, arguments).predict(alone).predictions.shape == (6, 16)
 
 
 def test_tuples_have_the_documented_order(tiny_model):

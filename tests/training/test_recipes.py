@@ -183,7 +183,61 @@ def test_a_preset_can_change_how_pictures_are_prepared():
     assert model.config.vision_config.pretrained_cfg["crop_pct"] == 1.0
 
 
+FACTS = "  image_column: photo\n  caption_column: words\n  image_root: there\n  license: cc0-1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ([], {"image_column": "photo", "caption_column": "words", "image_root": "there", "license": "cc0-1.0"}),
+        (["source=photos"], {"image_column": "photo", "license": "cc0-1.0"}),
+        (["split_seed=3"], {"image_column": "photo", "license": "cc0-1.0"}),
+        (["source=mine"], {"image_column": None, "caption_column": None, "image_root": None, "license": None}),
+        (["data.source=mine", "license=cc0-1.0"], {"image_column": None, "license": "cc0-1.0"}),
+        (["image_column=b", "source=mine"], {"image_column": "b", "caption_column": None, "license": None}),
+    ],
+)
+def test_what_a_recipe_knows_of_its_own_data_does_not_hold_for_other_data(override, kept, tmp_path, caplog):
+    file = write(tmp_path, GOOD.replace("  source: photos\n", f"  source: photos\n{FACTS}"))
+    recipe = load_recipe(file, override)
+    assert {name: getattr(recipe.data, name) for name in kept} == kept
+    assert {name: recipe.values["data"].get(name) for name in kept} == kept
+    assert recipe.data.validation_fraction == 0.2
+    gone = [name for name, value in kept.items() if value is None]
+    assert ("holds for photos and not for mine" in caplog.text) == bool(gone)
+    assert all(f"{name}: " in caplog.text for name in gone)
+    assert ("set data.license" in caplog.text) == (kept["license"] is None)
+
+
+def test_the_license_of_the_demo_is_not_claimed_for_other_images(tmp_path, monkeypatch):
+    assert load_recipe("demo").data.license == "cc0-1.0"
+    assert load_recipe("demo", ["source=mine"]).data.license is None
+    assert load_data_arguments("demo", ["source=mine"]).license is None
+    same = tmp_path / "examples" / "photos"
+    same.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("demo", [f"source={same}"]).data.license == "cc0-1.0"  # by another name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("model: tiny", "model: tiny\nmodel: other", "'model' stands in line 2 and in line 3; keep one"),
+        (
+            "  warmup_steps: 10",
+            "  warmup_steps: 10\n  learning_rate: 1",
+            "'learning_rate' stands in line 8 and in line 11",
+        ),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(old, new, words, tmp_path):
+    file = write(tmp_path, GOOD.replace(old, new))
+    with pytest.raises(ValueError, match=words) as caught:
+        load_recipe(file)
+    assert str(caught.value).startswith(file)
+
+
 def test_of_a_recipe_whose_training_is_for_another_machine_the_data_can_be_read(tmp_path):
-    text = GOOD.replace("training:", "training:\n  bf16: maybe")
+    text = GOOD.replace("bf16: false", "bf16: maybe")
     data = load_data_arguments(str(write(tmp_path, text)), ["split_seed=4"])
     assert (data.source, data.split_seed) == ("photos", 4)

@@ -56,6 +56,7 @@ def test_a_folder_of_pictures_becomes_a_model(recipe, tmp_path, caplog):
         "model",
         "recipe_as_run.yaml",
         "results.json",
+        "written_files.json",
     }
     assert result.results == json.loads((tmp_path / "run" / "results.json").read_text())
     assert result.results["num_skipped"] == 2
@@ -150,9 +151,64 @@ def test_what_others_left_in_the_folder_is_not_replaced(recipe, tmp_path):
     precious = tmp_path / "run" / "model" / "precious.txt"
     precious.parent.mkdir(parents=True)
     precious.write_text("mine")
-    with pytest.raises(ValueError, match=r"another recipe \(model\)"):
-        train(recipe())
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"run holds model/precious\.txt, which no run of clipmini has recorded"):
+            train(recipe(), overwrite=overwrite)
     assert precious.read_text() == "mine"
+
+
+def test_to_overwrite_replaces_what_runs_recorded_and_leaves_the_rest(recipe, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    first = train(recipe("save_total_limit=null"))
+    recorded = json.loads((run / "written_files.json").read_text())["files"]
+    there = {file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()}
+    assert {name for name in there if not name.startswith("checkpoint")} == {*recorded, "written_files.json"} - {
+        "checkpoint-*"
+    }
+    mine = [run / "checkpoint-notes" / "a.txt", run / "notes" / "b.txt", run / "model.txt", run / ".hidden"]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    checkpoints = sorted(run.glob("checkpoint-[0-9]*"))
+    again = train(recipe("num_train_epochs=1"), overwrite=True)
+    assert [file.read_text() for file in mine] == ["mine"] * 4
+    assert len(sorted(run.glob("checkpoint-[0-9]*"))) < len(checkpoints)
+    assert again.results["train_s"] != first.results["train_s"]
+
+
+@pytest.mark.parametrize(
+    "name", ["model/my_code.py", "checkpoint-3-best/a.txt", "checkpoint-900/a.txt", "model/sub/a.txt"]
+)
+def test_what_came_into_a_runs_folder_later_is_not_replaced(recipe, tmp_path, name):
+    train(recipe())
+    if name.startswith("checkpoint-900"):
+        (tmp_path / "run" / "written_files.json").unlink()  # as of a run of an older clipmini
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="which no run of clipmini has recorded as its own"):
+        train(recipe(), overwrite=True)
+    assert file.read_text() == "mine"
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "src/main.py", "results.json"])
+def test_a_folder_that_no_run_made_is_not_overwritten(recipe, tmp_path, name):
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(ValueError, match=rf"run holds {name.split('/')[0]}, which no run"):
+        train(recipe(), overwrite=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name.split("/")[0]]
+    assert file.read_text() == "mine"
+
+
+def test_a_damaged_record_is_named(recipe, tmp_path):
+    train(recipe())
+    (tmp_path / "run" / "written_files.json").write_text("{")
+    with pytest.raises(ValueError, match=r"written_files\.json is damaged"):
+        train(recipe(), overwrite=True)
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(recipe, tmp_path, caplog):

@@ -1,0 +1,236 @@
+"""A model's folder is data: no command runs code that it brings, starts a process, connects, or asks to."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import constants
+
+from clipmini.inference.trust import UntrustedModelError, refuse_code
+
+EVIL = """
+import pathlib
+pathlib.Path({mark!r}).touch()
+from transformers import PreTrainedTokenizerFast, CLIPImageProcessor
+class Evil(PreTrainedTokenizerFast): pass
+class EvilImages(CLIPImageProcessor): pass
+"""
+
+
+def change(file, **changes):
+    """Set keys, dotted by double underscores, of a JSON file."""
+
+    def apply(folder):
+        path = folder / file
+        values = json.loads(path.read_text()) if path.exists() else {}
+        for key, value in changes.items():
+            *parents, last = key.split("__")
+            home = values
+            for parent in parents:
+                home = home[parent]
+            home[last] = value
+        path.write_text(json.dumps(values))
+
+    return apply
+
+
+def modules(kind, path=""):
+    return lambda folder: (folder / "modules.json").write_text(json.dumps([{"type": kind, "path": path}]))
+
+
+# What is done to a model's folder, and the file and the key that the message names.
+KINDS = {
+    "pickle for timm": (
+        change("config.json", vision_config__model_args={"checkpoint_path": "evil.pth"}),
+        ("config.json", "vision_config.model_args.checkpoint_path", "evil.pth"),
+    ),
+    "other configuration": (
+        change("config.json", vision_config__architecture="local-dir:/evil"),
+        ("config.json", "vision_config.architecture", "local-dir:/evil"),
+    ),
+    "module of its own": (modules("evil.Evil"), ("modules.json", "0.type", "evil.Evil")),
+    "module elsewhere": (
+        modules("sentence_transformers.models.Transformer", "../evil"),
+        ("modules.json", "0.path", "../evil"),
+    ),
+    "tokenizer of its own": (
+        change("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}),
+        ("tokenizer_config.json", "auto_map", "evil.Evil"),
+    ),
+    "image processor of its own": (
+        change("preprocessor_config.json", auto_map={"AutoImageProcessor": "evil.EvilImages"}),
+        ("preprocessor_config.json", "auto_map", "evil.EvilImages"),
+    ),
+    "image processor within the processor": (
+        change("processor_config.json", image_processor__auto_map={"AutoImageProcessor": "evil.EvilImages"}),
+        ("processor_config.json", "image_processor.auto_map", "evil.EvilImages"),
+    ),
+    "kernel": (
+        change("config.json", text_config__attn_implementation="evil/kernel"),
+        ("config.json", "text_config.attn_implementation", "evil/kernel"),
+    ),
+    "adapter of another model": (
+        change("adapter_config.json", base_model_name_or_path="evil/base"),
+        ("adapter_config.json", "base_model_name_or_path", "evil/base"),
+    ),
+}
+COMMANDS = {
+    "search": ["search", "BAD", "PHOTOS", "a dog"],
+    "classify": ["classify", "BAD", "PHOTOS/0.png", "--labels", "a,b"],
+    "evaluate": ["evaluate", "BAD", "PHOTOS", "--out", "OUT"],
+    "baseline": ["evaluate", "GOOD", "PHOTOS", "--out", "OUT", "--baseline", "BAD"],
+    "teach": ["teach", "BAD", "demo", "--set", "source=PHOTOS", "--out", "OUT.parquet"],
+    "train": ["train", "demo", "--set", "source=PHOTOS", "--set", "model=BAD", "--set", "output_dir=OUT"],
+    "serve": ["serve", "BAD", "--port", "0"],
+    "push": ["push", "BAD", "me/it", "--dry-run"],
+}
+HARNESS = """
+import json, os, sys
+job, asked = json.load(open(sys.argv[1])), []
+folder, events = None, []
+def hook(event, arguments):
+    if folder is None:
+        return
+    if event == "exec":
+        name = arguments[0].co_filename
+        if name.startswith(folder) or "transformers_modules" in name:
+            events.append([event, name])
+    elif event.startswith(("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.")):
+        events.append([event, str(arguments)[:200]])
+    elif event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        events.append([event, str(arguments[1:])[:200]])
+    elif event in ("builtins.input", "pickle.find_class"):
+        events.append([event, str(arguments)[:200]])
+from typer.testing import CliRunner
+from clipmini.inference.cli import app
+import clipmini.training.train, clipmini.training.teacher, clipmini.training.publish  # what is late to import, is now
+import clipmini.evaluation.report, clipmini.inference.server, sentence_transformers, uvicorn
+sys.addaudithook(hook)
+answers = {}
+for name, arguments in job.items():
+    folder = arguments["folder"]
+    events.clear()
+    result = CliRunner().invoke(app, arguments["command"], input="y\\ny\\ny\\n")
+    answers[name] = {"code": result.exit_code, "text": result.output, "events": [*events]}
+    folder = None
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(toy_pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    lines = ["file_name,caption"]
+    for row in toy_pairs:
+        (folder / f"{row['image_id']}.png").write_bytes(row["image"]["bytes"])
+        lines.append(f"{row['image_id']}.png,{row['captions'][0]}")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+def make_bad(kind, good, folder):
+    """Copy a model's folder, with code in it that leaves a mark, and something that names the code."""
+    shutil.copytree(good, folder)
+    (folder / "evil.py").write_text(EVIL.format(mark=str(folder.with_suffix(".mark"))))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    KINDS[kind][0](folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_folder, photos, tmp_path_factory):
+    """What every command says to every kind, all in one process that watches itself."""
+    root = tmp_path_factory.mktemp("bad")
+    job = {}
+    for kind in KINDS:
+        folder = make_bad(kind, tiny_folder, root / kind)
+        places = {"BAD": folder, "GOOD": tiny_folder, "PHOTOS": photos, "OUT": root / "out"}
+        for name, arguments in COMMANDS.items():
+            words = []
+            for word in arguments:
+                for key, place in places.items():
+                    word = word.replace(key, str(place))
+                words.append(word)
+            job[f"{kind}: {name}"] = {"folder": str(folder), "command": words}
+    (root / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-c", HARNESS, root / "job.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    marks = [path.name for path in root.glob("*.mark")]
+    return {**json.loads(done.stdout.splitlines()[-1]), "marks": marks}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_command_refuses_it_by_name_and_runs_nothing(kind, answers):
+    for name in COMMANDS:
+        answer = answers[f"{kind}: {name}"]
+        assert answer["code"] == 2, (name, answer["text"][-1500:])
+        assert answer["events"] == [], name
+        for words in KINDS[kind][1]:
+            assert words in answer["text"], (name, answer["text"][-1500:])
+        assert "[y/N]" not in answer["text"]
+    assert answers["marks"] == []
+
+
+def test_good_folders_pass(tiny_folder, clip_folder, siglip_folder):
+    for folder in (tiny_folder, clip_folder, siglip_folder):
+        refuse_code(folder)
+
+
+OF_OTHER_LIBRARIES = [
+    ("config.json", {"model_type": "clip", "auto_map": {"AutoModel": "evil.Evil"}}, "auto_map"),
+    ("config.json", {"backbone_config": {"backbone_kwargs": {"checkpoint_path": "a.pth"}}}, "backbone_kwargs.check"),
+    ("config.json", {"backbone": "hf_hub:evil/one"}, "backbone is"),
+    ("open_clip_config.json", {"model_cfg": {"text_cfg": {"tokenizer_kwargs": {"trust_remote_code": True}}}}, "trust"),
+    ("open_clip_config.json", {"model_cfg": {"vision_cfg": {"timm_model_name": "local-dir:x"}}}, "timm_model_name"),
+    ("1_Dense/config.json", {"activation_function": "os.abort"}, "1_Dense/config.json, activation_function"),
+    ("1_Dense/router_config.json", {"types": {"query": "evil.Evil"}}, "types.query"),
+    ("tokenizer_config.json", {"auto_map": ["evil.Evil", None]}, "auto_map"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "words"), OF_OTHER_LIBRARIES)
+def test_what_other_libraries_would_read(file, content, words, tmp_path):
+    stock = "sentence_transformers.models."
+    listed = [{"type": f"{stock}Transformer", "path": ""}, {"type": f"{stock}Dense", "path": "1_Dense"}]
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    refuse_code(tmp_path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(UntrustedModelError, match="is refused: in its ") as caught:
+        refuse_code(tmp_path)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "5", "null", "\xff"])
+def test_a_broken_file_is_left_to_the_library(text, tmp_path):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    (tmp_path / "modules.json").write_text(text, encoding="latin-1")
+    refuse_code(tmp_path)
+
+
+def test_a_model_in_the_cache_is_checked_without_the_hub(tiny_folder, tmp_path, monkeypatch):
+    repository, commit = tmp_path / "models--org--tiny", "a" * 40
+    shutil.copytree(tiny_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    refuse_code("org/tiny")
+    change("config.json", auto_map={"AutoTokenizer": "x.y"})(repository / "snapshots" / commit)
+    with pytest.raises(UntrustedModelError, match="org/tiny is refused"):
+        refuse_code("org/tiny")
+
+
+def test_towers_of_a_preset_are_checked_too(tiny_model, tiny_processor, tmp_path):
+    from clipmini.training.build import ModelPreset, build_model
+
+    vision, text = tmp_path / "vision", tmp_path / "text"
+    tiny_model.vision_model.save_pretrained(vision)
+    tiny_model.text_model.save_pretrained(text)
+    tiny_processor.tokenizer.save_pretrained(text)
+    build_model(ModelPreset(str(vision), str(text)))
+    change("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})(text)
+    with pytest.raises(UntrustedModelError, match=r"text is refused: in its tokenizer_config\.json, auto_map"):
+        build_model(ModelPreset(str(vision), str(text)))
