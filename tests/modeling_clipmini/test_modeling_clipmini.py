@@ -87,9 +87,7 @@ def test_what_trainer_and_collators_send_on_is_passed_over(tiny_model, tiny_conf
 
 def test_an_argument_that_nobody_knows_is_named_with_those_there_are(tiny_model, tiny_config):
     inputs = make_inputs()
-    with pytest.raises(
-        TypeError, match=r"ClipMiniModel takes no argument 'pixels'; it takes input_ids, pixel_values, "
-    ):
+    with pytest.raises(TypeError, match=r"ClipMiniModel takes no argument 'pixels'; it takes input_ids, pixel_"):
         tiny_model(**inputs, pixels=1)
     with pytest.raises(TypeError, match=r"ClipMiniTextModel takes no argument 'pixel_values'; it takes input_ids"):
         ClipMiniTextModel(tiny_config())(inputs["input_ids"], pixel_values=inputs["pixel_values"])
