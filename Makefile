@@ -48,6 +48,7 @@ FLICKR8K ?= ../shared/data/flickr8k
 .PHONY: bench
 bench: .venv/.installed  ## the figures of benchmarks/README.md: hours; FLICKR8K=FOLDER with its parquet files
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/images.py
 	$(BIN)/python benchmarks/ranking.py
 	$(BIN)/python benchmarks/ranking.py --num-kept 10
 	$(BIN)/python benchmarks/recipes.py --source $(FLICKR8K)

@@ -9,6 +9,7 @@ neither an image nor an `ImageError`, or takes over `LIMIT_S`, counts as a crash
 
 import io
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -24,11 +25,20 @@ import typer
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from modeling_clipmini.images_clipmini import BYTES_PER_PIXEL, MAX_MEMORY, MAX_PIXELS, ImageError, read_image
+from modeling_clipmini.images_clipmini import (
+    BYTES_PER_PIXEL,
+    MAX_MEMORY,
+    MAX_PIXELS,
+    MAX_WHOLE_PIXELS,
+    READ_WHOLE,
+    ImageError,
+    read_image,
+)
 
 LIMIT_S, TOO_SLOW = 20, "takes too long"
-CHUNK = 250  # images that a process reads
+CHUNK = 1000  # images that a process reads
 SMALL = (64, 48)
+SHOWN = ("compression", "progressive", "lossless")
 # Modes and options of every format that the installed Pillow can write.
 KINDS: list[tuple[str, str, dict[str, Any]]] = [
     ("JPEG", "RGB", {}),
@@ -65,23 +75,27 @@ def main(
 
 
 def measure_largest() -> list[str]:
-    """Read the largest image of each format, and print time and memory; return what was over the limit."""
+    """Read the largest images of each format, whole and halved, and print what they take; return what went wrong."""
     over = []
-    print("| format | mode | megapixels | GiB | s |\n|---|---|---|---|---|")
+    print("| format | mode | megapixels | GiB | seconds |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for kind, mode, options in KINDS:
             if kind == "ICO":
                 continue  # 256 pixels wide
-            pixels = min(MAX_PIXELS, MAX_MEMORY // BYTES_PER_PIXEL.get(kind, 1))
-            pixels = MAX_PIXELS if kind in ("TIFF", "JPEG2000") else pixels
-            size = (11 * int((pixels * 0.98 / 99) ** 0.5), 9 * int((pixels * 0.98 / 99) ** 0.5))
-            file = Path(folder, "image")
-            file.write_bytes(make_image(kind, mode, options, size))
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                taken, seconds, fault = pool.apply(prepare, (str(file),))
-            row = f"| {kind} | {mode} {options.get('compression', '')} | {size[0] * size[1] / 1e6:.0f} "
-            print(f"{row}| {taken / 2**30:.2f} | {seconds:.1f} | {fault or ''}", flush=True)
-            over += [f"{kind} {mode}: {taken / 2**30:.2f} GiB"] if taken > MAX_MEMORY else []
+            whole = min(MAX_WHOLE_PIXELS, MAX_MEMORY // BYTES_PER_PIXEL.get(kind, 1))
+            most = int(0.93 * MAX_MEMORY) // BYTES_PER_PIXEL[kind] if kind in READ_WHOLE else MAX_PIXELS
+            for pixels in (whole, most):  # the latter are halved
+                edge = int((0.95 * pixels / 99) ** 0.5)
+                file = Path(folder, "image")
+                file.write_bytes(make_image(kind, mode, options, (11 * edge, 9 * edge)))
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    taken, seconds, fault = pool.apply(prepare, (str(file),))
+                shown = (key if value is True else str(value) for key, value in options.items() if key in SHOWN)
+                name = " ".join([mode, *shown])
+                figures = f"{99 * edge**2 / 1e6:.0f} | {taken / 2**30:.2f} | {seconds:.1f}"
+                print(f"| {kind} | {name} | {figures} |{fault or ''}", flush=True)
+                over += [f"{kind} {mode}: {taken / 2**30:.2f} GiB"] if taken > MAX_MEMORY else []
+                over += [f"{kind} {mode}: {fault}"] if fault else []
     return over
 
 
@@ -104,9 +118,10 @@ def read_broken(count: int, seed: int) -> list[str]:
     outcomes: Counter[str] = Counter()
     most_bytes, most_s, crashes = 0, 0.0, []
     seeds = range(seed * count, (seed + 1) * count)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # so that what is freed goes back, and each image counts alone
     for start in range(0, count, CHUNK):
         chunk = seeds[start : start + CHUNK]
-        with multiprocessing.get_context("fork").Pool(1) as pool:  # a process that dies takes one chunk with it
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process that dies takes one chunk with it
             try:
                 results = pool.apply_async(read_chunk, (images, chunk)).get(LIMIT_S * 10)
             except multiprocessing.TimeoutError:

@@ -93,6 +93,8 @@ def read_image(
         TypeError: `source` is none of these.
     """
     with _opened(source, allow_paths, allow_addresses, formats, max_pixels) as image:
+        if image is not source:
+            _choose_scale(image, MAX_WHOLE_PIXELS, divisor=2)
         return _decode(image, max_pixels)
 
 
@@ -149,8 +151,8 @@ def find_fault(source: Any) -> str | None:
     """
     try:
         with _opened(source) as image:
-            if image.format in ("JPEG", "MPO") and not isinstance(source, Image.Image):
-                image.draft(None, (1, 1))
+            if image is not source:
+                _choose_scale(image, 0, divisor=8)
             _decode(image, MAX_PIXELS)
     except ImageError as error:
         return str(error)
@@ -338,27 +340,32 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def _check_memory(image: Image.Image, stream: BinaryIO) -> None:
-    """Refuse what would take too much memory, or let it be decoded at half its size where the format can."""
-    width, height = image.size
-    if image.format in ("JPEG", "MPO") and width * height > MAX_WHOLE_PIXELS:
-        image.draft(None, (width // 2, height // 2))
-    if image.format not in BYTES_PER_PIXEL:
+    """Refuse what can only be decoded whole and would take too much memory then."""
+    if image.format not in BYTES_PER_PIXEL or image.format == "JPEG2000":
         return
-    needed = width * height * BYTES_PER_PIXEL[image.format]
+    needed = image.width * image.height * BYTES_PER_PIXEL[image.format]
     if image.format in READ_WHOLE:
+        place = stream.tell()
         needed += stream.seek(0, os.SEEK_END)
+        stream.seek(place)
     elif image.format == "TIFF":
         needed += _largest_tiff_part(image)
         if isinstance(stream, io.BytesIO):
             needed += stream.getbuffer().nbytes  # Pillow hands a copy on
-    if needed <= MAX_MEMORY:
-        return
-    if image.format != "JPEG2000":
+    if needed > MAX_MEMORY:
         raise ImageTooLargeError(
             f"would take {needed / 2**30:.1f} GiB of memory as {image.format}, over the limit of "
             f"{MAX_MEMORY / 2**30:g}; save it smaller, or as JPEG"
         )
-    image.reduce = 1  # type: ignore[method-assign, assignment]  # the plugin's way of saying: at half its size
+
+
+def _choose_scale(image: Image.Image, most_pixels: int, divisor: int) -> None:
+    """Let an image be decoded at less than its size, where its format can and the limits demand it."""
+    width, height = image.size
+    if image.format in ("JPEG", "MPO") and width * height > most_pixels:
+        image.draft(None, (max(1, width // divisor), max(1, height // divisor)))
+    elif image.format == "JPEG2000" and width * height * BYTES_PER_PIXEL["JPEG2000"] > MAX_MEMORY:
+        image.reduce = 1  # type: ignore[method-assign, assignment]  # the plugin's way of saying: at half its size
 
 
 def _largest_tiff_part(image: Image.Image) -> int:

@@ -299,6 +299,10 @@ class TestFaults:
         assert limit == Image.MAX_IMAGE_PIXELS
         assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
+    @pytest.mark.parametrize("size", [(1, 1), (7, 7), (1, 9), (9, 9)])
+    def test_the_smallest_jpegs(self, size):
+        assert find_fault(encode(noise(*size), "JPEG")) is None
+
     @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 95}])
     def test_reduced_check_agrees_with_reading_at_every_end(self, options):
         data = encode(noise(133, 117), "JPEG", **options)
@@ -375,6 +379,10 @@ class TestConversion:
         assert read_image(content).size == (200, 160)
         monkeypatch.setattr(images_clipmini, "MAX_WHOLE_PIXELS", 200 * 160 - 1)
         assert read_image(content).size == (100, 80)
+        assert image_size(content) == (200, 160)
+        given = Image.open(io.BytesIO(content))
+        assert read_image(given).size == (100, 80)
+        assert given.size == (200, 160)  # the caller's own stays as it is
 
     def test_a_turned_image_keeps_no_orientation(self):
         exif = Image.Exif()
