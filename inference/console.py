@@ -120,8 +120,10 @@ def _command_path(error: Any) -> str:
 @contextlib.contextmanager
 def working() -> Iterator[None]:
     """Keep stdout for the results while a verb works, and the bars for what takes time: training and embedding."""
+    from transformers import dynamic_module_utils
     from transformers.utils import logging as transformers_logging
 
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never ask whether to run a model's code: refuse
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     transformers_logging.disable_progress_bar()  # of loading and saving weights

@@ -17,7 +17,7 @@ from modeling_clipmini.images_clipmini import ImageError, read_image, read_named
 from modeling_clipmini.towers_clipmini import normalise
 
 from .images import Skipped
-from .trust import UntrustedModelError, refuse_code
+from .trust import refuse_code
 
 MAX_WAITING_PIXELS = 16_000_000  # decoded at once, 48 MB: 32 telephone photographs would be over a gigabyte
 
@@ -50,16 +50,14 @@ def load_model(
             raise ValueError(f"{path} holds a model of type {model_type!r}; a clipmini model is needed.")
     elif str(name_or_path).count("/") != 1 or str(name_or_path).startswith((".", "/")):
         raise ValueError(f"{name_or_path} does not exist. Name a model folder, or a Hub id like org/name.")
+    refuse_code(name_or_path)
     # Libraries raise nearly anything for a JSON file with the wrong kind of value in it.
     expected = Exception if path.exists() else (OSError, RuntimeError, ValueError, SafetensorError)
     part = "model"
     try:
-        refuse_code(name_or_path)
         loaded: Any = ClipMiniModel.from_pretrained(name_or_path, output_loading_info=True)
         part = "processor"
         processor = ClipMiniProcessor.from_pretrained(name_or_path)
-    except UntrustedModelError:
-        raise
     except expected as error:
         damaged = f"is incomplete or damaged (its {part})"
         where = damaged if path.exists() else "is neither a folder here nor to be had from the Hub"

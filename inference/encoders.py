@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import itertools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -12,11 +11,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_clipmini import ClipMiniConfig
 from modeling_clipmini.images_clipmini import read_named
@@ -24,7 +22,7 @@ from modeling_clipmini.processing_clipmini import DEFAULT_MAX_TOKENS
 from modeling_clipmini.towers_clipmini import normalise
 
 from .encode import encode_images, encode_texts, first_sentence, load_model, run_images, run_texts
-from .trust import UntrustedModelError, refuse_code
+from .trust import read_json, refuse_code
 
 OPEN_CLIP_PREFIX = "open_clip:"
 OPEN_CLIP_PLACES = ("hf-hub:", "local-dir:")  # open_clip's own prefixes; what follows them may hold slashes
@@ -99,16 +97,13 @@ def load_encoder(name_or_path: str | Path) -> DualEncoder:
     name = str(name_or_path)
     if name.startswith(OPEN_CLIP_PREFIX):
         return _OpenClip(name)
-    with _loading(name):
-        refuse_code(name)
-        config_file = cached_file(name, CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
-        config = json.loads(Path(config_file).read_text(encoding="utf-8")) if config_file else {}
-        model_type = config.get("model_type")
-        modules = cached_file(name, SENTENCE_TRANSFORMERS_FILE, _raise_exceptions_for_missing_entries=False)
+    folder = refuse_code(name)
+    config = read_json(folder / CONFIG_FILE)
+    model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type == ClipMiniConfig.model_type:
         return _ClipMini(name)
     # A folder of sentence-transformers may hold a transformers model too, without what comes behind it.
-    return _Transformers(name) if modules is None else _SentenceTransformer(name)
+    return _SentenceTransformer(name) if (folder / SENTENCE_TRANSFORMERS_FILE).exists() else _Transformers(name)
 
 
 def load_encoders(*names: str | Path) -> list[DualEncoder]:
@@ -208,8 +203,7 @@ class _OpenClip(DualEncoder):
             raise ValueError(f"{name} needs open_clip: pip install open_clip_torch.") from None
         architecture, pretrained = name.removeprefix(OPEN_CLIP_PREFIX), None
         if architecture.startswith(OPEN_CLIP_PLACES):
-            with _loading(name):
-                refuse_code(architecture.partition(":")[2])
+            refuse_code(architecture.partition(":")[2])
         else:
             architecture, _, pretrained = architecture.partition("/")
             if not pretrained:
@@ -248,7 +242,9 @@ class _SentenceTransformer(DualEncoder):
         except ImportError:
             raise ValueError(f"{name} needs sentence-transformers: pip install sentence-transformers.") from None
         with _loading(name):
-            self.model = SentenceTransformer(name, trust_remote_code=False, device=str(_device()))
+            self.model = SentenceTransformer(
+                name, trust_remote_code=False, device=str(_device()), model_kwargs={"use_safetensors": True}
+            )
         super().__init__(name, "sentence-transformers", None)
 
     def encode_images(self, images: Iterable[Any], batch_size: int = 16) -> Tensor:
@@ -294,9 +290,7 @@ def _loading(name: str) -> Iterator[None]:
     """Say in a sentence why a library could not load a model."""
     try:
         yield
-    except UntrustedModelError:
-        raise
-    except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except Exception as error:  # libraries raise nearly anything for a configuration with a wrong value in it
         raise ValueError(f"The model {name} cannot be loaded: {first_sentence(error)}.") from error
 
 

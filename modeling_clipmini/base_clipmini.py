@@ -194,8 +194,8 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
 
     def _tower_options(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Pick from further arguments of a call what towers take; without this their errors name methods of theirs."""
-        for name in arguments:
-            if name not in (*TOWER_OPTIONS, *PASSED_OVER):
+        for name, value in arguments.items():
+            if name not in (*TOWER_OPTIONS, *PASSED_OVER) and value is not None:  # peft sends all that it knows of
                 own = [own for own in inspect.signature(self.forward).parameters if own != "kwargs"]
                 raise TypeError(
                     f"{type(self).__name__} takes no argument {name!r}; it takes {', '.join((*own, *TOWER_OPTIONS))}."

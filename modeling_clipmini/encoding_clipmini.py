@@ -74,7 +74,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """Keep a model in eval mode for a while, and leave the mode of every module as it was found.
 
     Only the modules that train are touched, one by one: `train()` walks over all of them, and would put what somebody
-    has set to eval mode, such as the BatchNorm of a frozen tower, into train mode.
+    has set to eval mode, such as the BatchNorm of a frozen tower, into train mode. Threads that share a model call its
+    `eval()` first: of several that find it in train mode, the first to end would put it back under the others.
 
     Args:
         model: any module.

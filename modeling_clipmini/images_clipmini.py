@@ -6,10 +6,11 @@ reading one image takes at most `MAX_MEMORY`, and raises nothing but `ImageError
 
 import io
 import os
+import socket
 import threading
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
@@ -20,6 +21,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 ADDRESSES = ("http://", "https://")
 
 MAX_PIXELS = 100_000_000
+MAX_BYTES = 320 * 2**20  # of a file, which the formats' own metadata can make any decoder read twice: 100 megapixels
+MAX_SLOW_PIXELS = 5_000_000  # of what Pillow decodes in Python, at a megapixel a second
 MAX_ASPECT_RATIO = 100  # resizing the shorter edge to 224 makes 5 megapixels of 1:100, and a gigapixel of 1:20,000
 MAX_MEMORY = 2**30  # bytes that one image may take, until the processor has made `pixel_values` of it
 # Processors take up to 20 bytes a pixel, so larger images are halved while they are decoded.
@@ -260,23 +263,25 @@ def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
 def _fetch(address: str) -> bytes:
     """Fetch an address in a thread, since no timeout of a socket ends what arrives byte by byte."""
     outcome: list[Any] = []
+    connections: list[Any] = []
     is_over = threading.Event()
 
     def work() -> None:
         try:
-            outcome.append(_read_address(address, is_over))
+            outcome.append(_read_address(address, connections, is_over))
         except Exception as error:  # a malformed address and a broken answer raise nearly anything
             outcome.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(ADDRESS_TIMEOUT_S)
-    is_over.set()
-    if not outcome:
+    if thread.is_alive():
+        is_over.set()
+        for connection in connections:  # so that the thread does not wait for the rest of a header
+            with suppress(OSError, AttributeError):  # it is not there yet, or has been left to the body
+                connection.sock.shutdown(socket.SHUT_RDWR)
         raise ImageError(f"did not arrive within {ADDRESS_TIMEOUT_S:g} seconds")
     (result,) = outcome
-    if isinstance(result, ImageError):
-        raise result
     if isinstance(result, Exception):
         raise ImageError(f"cannot be fetched ({' '.join(str(result).split()) or type(result).__name__})") from result
     if len(result) > MAX_ADDRESS_BYTES:
@@ -284,19 +289,42 @@ def _fetch(address: str) -> bytes:
     return result
 
 
-def _read_address(address: str, is_over: threading.Event) -> bytes:
-    """Read an address to its end, or to where it is over the limit or `is_over`."""
+class _Kept:
+    """Keeps the connections of one of urllib's handlers, so that another thread can end them."""
+
+    connections: list[Any]
+
+    def do_open(self, http_class: Any, *args: Any, **kwargs: Any) -> Any:
+        def connect(*args: Any, **kwargs: Any) -> Any:
+            self.connections.append(http_class(*args, **kwargs))
+            return self.connections[-1]
+
+        return super().do_open(connect, *args, **kwargs)  # type: ignore[misc]
+
+
+class _Http(_Kept, urllib.request.HTTPHandler):
+    pass
+
+
+class _Https(_Kept, urllib.request.HTTPSHandler):
+    pass
+
+
+def _read_address(address: str, connections: list[Any], is_over: threading.Event) -> bytes:
+    """Read an address to its end, or to where it is over the limit or `is_over`; list its connections on the way."""
     fetcher = urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.UnknownHandler,  # where a redirect leads to another protocol
+        urllib.request.ProxyHandler(),
+        _Http(),
+        _Https(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.UnknownHandler(),  # where a redirect leads to another protocol
     ):
-        fetcher.add_handler(handler())
+        if isinstance(handler, _Kept):
+            handler.connections = connections
+        fetcher.add_handler(handler)
     request = urllib.request.Request(address, headers={"User-Agent": "clipmini"})
     content = bytearray()
     with fetcher.open(request, timeout=READ_TIMEOUT_S) as response:
@@ -310,8 +338,11 @@ def _identify(stream: BinaryIO, formats: Sequence[str]) -> Image.Image:
     Image.init()
     try:
         prefix = stream.read(16)
+        num_bytes = stream.seek(0, os.SEEK_END)
     except OSError as error:
         raise ImageError(f"cannot be read ({error.strerror})") from None
+    if num_bytes > MAX_BYTES:
+        raise ImageTooLargeError(f"has {num_bytes / 2**20:.0f} MiB, over the limit of {MAX_BYTES / 2**20:g}")
     if not prefix:
         raise ImageError("is empty (zero bytes)")
     fault = f"is not an image of a format that is read here: {', '.join(formats)}"
@@ -341,6 +372,12 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 def _check_memory(image: Image.Image, stream: BinaryIO) -> None:
     """Refuse what can only be decoded whole and would take too much memory then."""
+    tile = getattr(image, "tile", None)
+    if tile and tile[0][0] in ("ppm", "ppm_plain") and image.width * image.height > MAX_SLOW_PIXELS:
+        raise ImageTooLargeError(
+            f"has {image.width * image.height / 1e6:.1f} megapixels, over the limit of {MAX_SLOW_PIXELS / 1e6:g} for "
+            "this kind of PPM; save it as PNG"
+        )
     if image.format not in BYTES_PER_PIXEL or image.format == "JPEG2000":
         return
     needed = image.width * image.height * BYTES_PER_PIXEL[image.format]
@@ -396,6 +433,11 @@ def _decode(image: Image.Image, max_pixels: int) -> Image.Image:
     except (
         Exception
     ) as error:  # Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error, MemoryError
+        if getattr(image, "_reduce", 0):
+            raise ImageTooLargeError(
+                "would take over 1 GiB of memory as JPEG2000, and cannot be halved while it is decoded "
+                f"({' '.join(str(error).split())}); save it smaller, or as JPEG"
+            ) from error
         raise ImageError(_describe(error)) from error
     if result is None:
         raise ImageError(f"has 32-bit pixels (mode {image.mode}), whose range nothing tells")

@@ -17,6 +17,7 @@ from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "curves.png", "model"
 METRICS_FILE, STAGE_FILE, RECORD_FILE = "metrics.jsonl", "stage.json", "written_files.json"
+OF_NOBODY = {"__pycache__", ".DS_Store"}  # what Python and systems leave anywhere
 CHECKPOINTS = "checkpoint-*"  # stands in a record for all that Trainer names by a step
 HANDLER = Path(__file__).parent.parent / "inference" / "handler.py"  # Inference Endpoints look for it beside the model
 REQUIREMENTS_FILE, NOTICE_FILE = "requirements.txt", "NOTICE"
@@ -164,7 +165,8 @@ class RunRecord:
         files = (METRICS_FILE, STAGE_FILE) if stage else (RECIPE_FILE, RESULTS_FILE, CURVES_FILE, METRICS_FILE)
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name == MODEL_FOLDER and path.is_dir() and not path.is_symlink():
-                yield from (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+                inside = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+                yield from (file for file in inside if not OF_NOBODY & set(file.parts))
             elif path.name in (*files, MODEL_FOLDER) or re.match(r"checkpoint-\d", path.name):
                 yield path
 

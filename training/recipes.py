@@ -214,7 +214,8 @@ def _find(kind: str, name_or_path: str) -> Any:
 class _OnceLoader(yaml.SafeLoader):
     """Loads YAML as `SafeLoader` does, which would take the last of two equal keys and say nothing."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line, name = key.start_mark.line + 1, str(key.value)
@@ -222,7 +223,7 @@ class _OnceLoader(yaml.SafeLoader):
                 file = node.start_mark.name
                 raise ValueError(f"{file}: {name!r} stands in line {lines[name]} and in line {line}; keep one.")
             lines[name] = line
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _read_yaml(file: Any) -> dict[str, Any]:

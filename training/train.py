@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -336,13 +337,16 @@ def _check_push(recipe: Recipe) -> None:
 def _check_whose_files(record: RunRecord, stages: list[str], overwrite: bool) -> None:
     """Refuse a folder in which a run would replace what no run wrote."""
     others = record.find_unrecorded(stages)
-    if overwrite and not others and not record.read() and record.folder.is_dir():
-        others = sorted(path.name for path in record.folder.iterdir())
+    recorded = record.read()
+    if overwrite and not others and not recorded and record.folder.is_dir():
+        others = sorted(path.name for path in record.folder.iterdir() if not path.name.startswith("."))
+    if recorded and RECIPE_FILE not in recorded:
+        raise ValueError(f"{record.folder} holds an evaluation; --set output_dir=another/folder.")
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
-            f"{record.folder} holds {others[0]}{more}, which no run of clipmini has recorded as its own: move it "
-            "away, or --set output_dir=another/folder."
+            f"{record.folder} holds {others[0]}{more}, which no run of clipmini has recorded as its own (older ones "
+            "kept no record): move it away, or --set output_dir=another/folder."
         )
 
 
@@ -368,6 +372,10 @@ def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], over
         own = (METRICS_FILE, CHECKPOINTS, *([STAGE_FILE] if stage else []))
         files += [output_dir / stage / name for name in own]
     record.add(files)
+    for stage in ("", *recipe.stages):
+        for path in (output_dir / stage).glob(f".{MODEL_FOLDER}.*"):  # left by a run that was killed while it saved
+            if re.fullmatch(rf"\.{MODEL_FOLDER}\.\d+(\.old)?", path.name) and path.is_dir():
+                shutil.rmtree(path)
     if overwrite:
         (output_dir / RESULTS_FILE).unlink(missing_ok=True)
         names = list(recipe.stages)

@@ -8,7 +8,8 @@ import sys
 import pytest
 from huggingface_hub import constants
 
-from clipmini.inference.trust import UntrustedModelError, refuse_code
+from clipmini.inference.encoders import load_encoder
+from clipmini.inference.trust import refuse_code
 
 EVIL = """
 import pathlib
@@ -66,6 +67,18 @@ KINDS = {
     "image processor within the processor": (
         change("processor_config.json", image_processor__auto_map={"AutoImageProcessor": "evil.EvilImages"}),
         ("processor_config.json", "image_processor.auto_map", "evil.EvilImages"),
+    ),
+    "code within the text tower": (
+        change("config.json", text_config__auto_map={"AutoModel": "org/evil--evil.Evil"}),
+        ("config.json", "text_config.auto_map", "org/evil--evil.Evil"),
+    ),
+    "other file in place of its configuration": (
+        change("config.json", configuration_files=["config.4.0.0.json"]),
+        ("config.json", "configuration_files", "config.4.0.0.json"),
+    ),
+    "backbone from elsewhere": (
+        change("config.json", text_config={"model_type": "dpt", "backbone": "x", "use_pretrained_backbone": True}),
+        ("config.json", "text_config.use_pretrained_backbone", "true"),
     ),
     "kernel": (
         change("config.json", text_config__attn_implementation="evil/kernel"),
@@ -176,7 +189,39 @@ def test_every_command_refuses_it_by_name_and_runs_nothing(kind, answers):
 
 def test_good_folders_pass(tiny_folder, clip_folder, siglip_folder):
     for folder in (tiny_folder, clip_folder, siglip_folder):
-        refuse_code(folder)
+        assert refuse_code(folder) == folder
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"auto_map": None},
+        {"auto_map": {}},
+        {"attn_implementation": "sdpa", "_name_or_path": "org/name", "trust_remote_code": False},
+        {
+            "architecture": "resnet50",
+            "pretrained_cfg": {"hf_hub_id": "timm/x", "url": ""},
+            "model_args": {"img_size": 9},
+        },
+        {"activation_function": "gelu"},
+        {"activation_function": "torch.nn.modules.activation.Tanh"},
+        {"base_model_name_or_path": None},
+    ],
+)
+def test_usual_keys_pass(content, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
+    refuse_code(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [[1], {"model_type": "timm_wrapper", "architecture": "nothing"}, {"model_type": 5}]
+)
+def test_a_broken_model_of_others_is_no_bug_of_ours(content, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"The model {tmp_path} cannot be loaded: "):
+        load_encoder(tmp_path)
 
 
 OF_OTHER_LIBRARIES = [
@@ -188,6 +233,12 @@ OF_OTHER_LIBRARIES = [
     ("1_Dense/config.json", {"activation_function": "os.abort"}, "1_Dense/config.json, activation_function"),
     ("1_Dense/router_config.json", {"types": {"query": "evil.Evil"}}, "types.query"),
     ("tokenizer_config.json", {"auto_map": ["evil.Evil", None]}, "auto_map"),
+    ("config.4.0.0.json", {"auto_map": {"AutoConfig": "evil.Evil"}}, "config.4.0.0.json, auto_map"),
+    ("sentence_bert_config.json", {"config_kwargs": {"text_config": {"auto_map": {"AutoModel": "a.B"}}}}, "auto_map"),
+    ("sentence_bert_config.json", {"tokenizer_name_or_path": "evil/other"}, "tokenizer_name_or_path"),
+    ("sentence_bert_config.json", {"model_kwargs": {"subfolder": "../clip"}}, "model_kwargs.subfolder"),
+    ("0_Router/q_0/config.json", {"text_config": {"auto_map": {"AutoModel": "a.B"}}}, "text_config.auto_map"),
+    ("model.safetensors.index.json", {"weight_map": {"a": "evil.bin"}}, "weight_map.a"),
 ]
 
 
@@ -197,9 +248,9 @@ def test_what_other_libraries_would_read(file, content, words, tmp_path):
     listed = [{"type": f"{stock}Transformer", "path": ""}, {"type": f"{stock}Dense", "path": "1_Dense"}]
     (tmp_path / "modules.json").write_text(json.dumps(listed))
     refuse_code(tmp_path)
-    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text(json.dumps(content))
-    with pytest.raises(UntrustedModelError, match="is refused: in its ") as caught:
+    with pytest.raises(ValueError, match="is refused: in its ") as caught:
         refuse_code(tmp_path)
     assert words in str(caught.value)
 
@@ -219,7 +270,7 @@ def test_a_model_in_the_cache_is_checked_without_the_hub(tiny_folder, tmp_path, 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     refuse_code("org/tiny")
     change("config.json", auto_map={"AutoTokenizer": "x.y"})(repository / "snapshots" / commit)
-    with pytest.raises(UntrustedModelError, match="org/tiny is refused"):
+    with pytest.raises(ValueError, match="org/tiny is refused"):
         refuse_code("org/tiny")
 
 
@@ -232,5 +283,5 @@ def test_towers_of_a_preset_are_checked_too(tiny_model, tiny_processor, tmp_path
     tiny_processor.tokenizer.save_pretrained(text)
     build_model(ModelPreset(str(vision), str(text)))
     change("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})(text)
-    with pytest.raises(UntrustedModelError, match=r"text is refused: in its tokenizer_config\.json, auto_map"):
+    with pytest.raises(ValueError, match=r"text is refused: in its tokenizer_config\.json, auto_map"):
         build_model(ModelPreset(str(vision), str(text)))

@@ -428,6 +428,32 @@ class TestMemory:
         monkeypatch.setattr(images_clipmini, "MAX_MEMORY", 64 * 48 * 20)
         assert read_image(content).size == (32, 24)
 
+    @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG"])
+    def test_a_huge_file_is_not_read(self, kind, tmp_path):
+        """A sparse one takes next to nothing on disk; decoders would read it whole before its size is known."""
+        path = tmp_path / "a"
+        path.write_bytes(encode(noise(), kind))
+        os.truncate(path, 2**31)
+        with pytest.raises(ImageError, match="has 2048 MiB, over the limit of 320") as caught:
+            read_image(path)
+        assert caught.value.is_too_large
+
+    def test_jpeg_2000_that_cannot_be_halved(self, monkeypatch):
+        content = encode(noise(), "JPEG2000", num_resolutions=1)
+        assert read_image(content).size == (64, 48)
+        monkeypatch.setattr(images_clipmini, "MAX_MEMORY", 64 * 48 * 20)
+        with pytest.raises(ImageError, match="cannot be halved while it is decoded") as caught:
+            read_image(content)
+        assert caught.value.is_too_large
+
+    def test_ppm_that_is_decoded_in_python(self, monkeypatch):
+        content = b"P6 3 2 100 " + bytes(18)
+        assert read_image(content).size == (3, 2)
+        monkeypatch.setattr(images_clipmini, "MAX_SLOW_PIXELS", 5)
+        with pytest.raises(ImageError, match="for this kind of PPM"):
+            read_image(content)
+        assert read_image(b"P6 3 2 255 " + bytes(18)).size == (3, 2)
+
     def test_what_an_icon_holds_is_measured_too(self):
         assert read_image(icon_of(encode(noise(16, 16)))).size == (16, 16)
         with warnings.catch_warnings():
@@ -565,6 +591,10 @@ def web():
         server.shutdown()
 
 
+def fetching():
+    return [thread for thread in threading.enumerate() if "(work)" in thread.name]
+
+
 class TestAddresses:
     @pytest.mark.parametrize("path", ["/good", "/again"])
     def test_good(self, web, path):
@@ -588,6 +618,10 @@ class TestAddresses:
         with pytest.raises(ImageError, match=reason):
             read_image(web + path, allow_addresses=True)
         assert time.monotonic() - start < 5
+        deadline = time.monotonic() + 2
+        while (left := fetching()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left  # no thread waits on
 
     @pytest.mark.parametrize("address", ["http://", "http://[", "http://127.0.0.1:1/a", "http://a b/", "http://x:y/"])
     def test_what_is_no_address(self, address):

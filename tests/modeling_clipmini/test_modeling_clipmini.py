@@ -79,7 +79,7 @@ def test_what_trainer_and_collators_send_on_is_passed_over(tiny_model, tiny_conf
     inputs = make_inputs()
     with torch.no_grad():
         expected = tiny_model(**inputs).loss
-        assert torch.equal(tiny_model(**inputs, **PASSED_OVER).loss, expected)
+        assert torch.equal(tiny_model(**inputs, **PASSED_OVER, inputs_embeds=None).loss, expected)
         for half, name in ((ClipMiniVisionModel, "pixel_values"), (ClipMiniTextModel, "input_ids")):
             one = half(tiny_config()).eval()
             assert torch.equal(one(inputs[name], **PASSED_OVER)[0], one(inputs[name])[0])

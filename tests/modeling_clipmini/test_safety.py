@@ -21,7 +21,7 @@ FORBIDDEN_MODULES = set(
     "runpy shelve shutil smtplib socket ssl subprocess sys tempfile urllib webbrowser zipfile".split()
 )
 # The one file that opens images, of paths and addresses that a caller gives, and passes bytes on in memory.
-OF_THE_OPENER = {"io", "open", "urllib", "os.SEEK_END"}
+OF_THE_OPENER = {"io", "open", "socket", "urllib", "os.SEEK_END"}
 FORBIDDEN_NAMES = {"open", "eval", "exec", "compile", "__import__", "input", "globals", "breakpoint"}
 FORBIDDEN_ATTRIBUTES = {"open", "system", "popen", "write", "write_text", "write_bytes", "read_text", "read_bytes"}
 

@@ -237,6 +237,14 @@ def test_a_key_that_stands_twice_is_refused(old, new, words, tmp_path):
     assert str(caught.value).startswith(file)
 
 
+def test_yaml_that_merges_is_read(tmp_path):
+    text = GOOD.replace("training:", "training:\n  <<: &common {logging_steps: 7, max_grad_norm: 2.0}").replace(
+        "  learning_rate", "  max_grad_norm: 3.0\n  learning_rate"
+    )
+    recipe = load_recipe(write(tmp_path, text))
+    assert (recipe.training.logging_steps, recipe.training.max_grad_norm) == (7, 3.0)
+
+
 def test_of_a_recipe_whose_training_is_for_another_machine_the_data_can_be_read(tmp_path):
     text = GOOD.replace("bf16: false", "bf16: maybe")
     data = load_data_arguments(str(write(tmp_path, text)), ["split_seed=4"])

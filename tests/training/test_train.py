@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from clipmini.evaluation.results import Evaluation
 from clipmini.inference.encode import load_model
 from clipmini.inference.images import Skipped
 from clipmini.training.data import load_pairs
@@ -202,6 +203,26 @@ def test_a_folder_that_no_run_made_is_not_overwritten(recipe, tmp_path, name):
         train(recipe(), overwrite=True)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name.split("/")[0]]
     assert file.read_text() == "mine"
+
+
+def test_caches_and_leftovers_are_nobodys(recipe, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".written_files.json.77").write_text("x")  # of a run that was killed at its first write
+    train(recipe(), overwrite=True)
+    for name in ("model/__pycache__/handler.pyc", "model/.DS_Store", ".model.77/config.json", ".model.78.old/a"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("x")
+    train(recipe(), overwrite=True)
+    assert not [path for path in run.iterdir() if path.name.startswith(".model.")]
+
+
+def test_an_evaluation_is_not_taken_for_a_run(recipe, tmp_path):
+    Evaluation({"model_index": []}, [], "").save(tmp_path / "run")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="run holds an evaluation"):
+            train(recipe(), overwrite=overwrite)
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_a_damaged_record_is_named(recipe, tmp_path):
