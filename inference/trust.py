@@ -56,7 +56,7 @@ def refuse_code(name_or_path: str | Path) -> Path:
             ) from error
     config = read_json(folder / "config.json")
     is_own = isinstance(config, dict) and config.get("model_type") == ClipMiniConfig.model_type
-    for file in sorted(glob.glob("**/*.json", root_dir=folder, recursive=True)):
+    for file in sorted(glob.glob("**/*.json", root_dir=folder, recursive=True, include_hidden=True)):
         name = Path(file).name
         for key, value in _walk(read_json(folder / file)) if name not in LARGE else ():
             if _is_refused(file, key, value, is_own):

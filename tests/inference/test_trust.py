@@ -238,6 +238,7 @@ OF_OTHER_LIBRARIES = [
     ("sentence_bert_config.json", {"tokenizer_name_or_path": "evil/other"}, "tokenizer_name_or_path"),
     ("sentence_bert_config.json", {"model_kwargs": {"subfolder": "../clip"}}, "model_kwargs.subfolder"),
     ("0_Router/q_0/config.json", {"text_config": {"auto_map": {"AutoModel": "a.B"}}}, "text_config.auto_map"),
+    (".hidden/config.json", {"auto_map": {"AutoModel": "a.B"}}, ".hidden/config.json, auto_map"),
     ("model.safetensors.index.json", {"weight_map": {"a": "evil.bin"}}, "weight_map.a"),
 ]
 
