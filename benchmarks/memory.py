@@ -29,9 +29,9 @@ def step(batch_size: int, chunk: int | None) -> dict[str, float]:
     """Train for one step, and give its peak resident memory in GiB and its time in seconds."""
     from datasets import concatenate_datasets
 
+    from clipmini.data.pairs import load_pairs
     from clipmini.training.arguments import ClipMiniTrainingArguments
     from clipmini.training.build import build_model
-    from clipmini.training.data import load_pairs
     from clipmini.training.memory import keep_freed_memory
     from clipmini.training.recipes import load_recipe
     from clipmini.training.trainer import ClipMiniTrainer

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import typer
 
-from clipmini.training.metrics import DIRECTIONS, QueryScores, summarise_scores
-from clipmini.training.ranking import rank_answers
+from clipmini.evaluation.metrics import DIRECTIONS, QueryScores, summarise_scores
+from clipmini.evaluation.ranking import rank_answers
 
 CAPTIONS_PER_IMAGE = 5
 PRODUCT_BYTES = 1 << 30

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from clipmini.training.recipes import load_recipe
-from clipmini.training.train import TrainResult, train
+from clipmini.training.run import TrainResult, train
 
 HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "recipes.jsonl", HERE / "README.md"

@@ -49,8 +49,8 @@ class Call:
 def make_calls(model: str, count: int) -> list[Call]:
     """Make the requests: four in five are pictures of `PICTURE_BYTES`, the rest is meant to do harm."""
     from clipmini.inference.encode import load_model
-    from clipmini.inference.handler import MAX_PIXELS, RequestHandler
     from clipmini.inference.server import Limits
+    from modeling_clipmini.handler import MAX_PIXELS, RequestHandler
 
     handler = RequestHandler(*load_model(model))
 
@@ -139,7 +139,7 @@ def main(
 ) -> None:
     """Start the server, send the requests, and tell what came of it."""
     calls = make_calls(model, count)
-    command = [sys.executable, "-m", "clipmini.inference.cli", "serve", model, "--port", "0"]
+    command = [sys.executable, "-m", "clipmini.cli", "serve", model, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         url = next(word for word in server.stdout.readline().split() if word.startswith("http://"))

@@ -4,7 +4,7 @@
 
 MODEL is a folder or a Hub id; its code is run, so read it first. IMAGES is a folder with images and a metadata.csv of
 the columns file_name and caption, one row for each image. Under torchrun each process has the negatives of its own
-batch alone, since the plain Trainer gathers none; `torchrun -m clipmini.inference.cli train` shares them all.
+batch alone, since the plain Trainer gathers none; `torchrun -m clipmini.cli train` shares them all.
 """
 
 from typing import Any

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny models gain nothing from threads, and workers of pytest-xdist that share cores would wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value
@@ -17,9 +18,10 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from PIL import Image, ImageDraw
 
+from clipmini.publishing.card import CardFacts, render_card
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.build import character_tokenizer
-from clipmini.training.card import CardFacts, render_card
+from clipmini.training.facts import describe_stage
 from loopback_hub import TOKEN, running_hub
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
 from peer_models import save_clip, save_siglip
@@ -37,6 +39,13 @@ def make_tiny_config(**options):
 @pytest.fixture(scope="session")
 def tiny_config():
     return make_tiny_config
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    if "CLIPMINI_CACHE" not in os.environ:
+        monkeypatch.setenv("CLIPMINI_CACHE", str(tmp_path_factory.mktemp("clipmini")))
 
 
 @pytest.fixture
@@ -63,7 +72,7 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture
 def make_card(tiny_config):
     """Make a card of the tiny model as a run writes it, without figures."""
-    stages = {"": ClipMiniTrainingArguments(output_dir="run", use_cpu=True)}
+    stages = [describe_stage("", ClipMiniTrainingArguments(output_dir="run", use_cpu=True))]
 
     def make(licence="apache-2.0"):
         return render_card(CardFacts("tiny", tiny_config(), "photos", licence, [], stages))
@@ -108,6 +117,19 @@ def clip_folder(tmp_path_factory):
 def siglip_folder(tmp_path_factory):
     """A tiny SigLIP of transformers. Read only."""
     return save_siglip(tmp_path_factory.mktemp("siglip"))
+
+
+@pytest.fixture
+def class_folder(tmp_path):
+    """Ten pictures of each of three classes, a folder for each."""
+    for number, (name, color) in enumerate((("red_fox", "red"), ("tree", "green"), ("sea", "blue"))):
+        folder = tmp_path / "classes" / name
+        folder.mkdir(parents=True)
+        for index in range(10):
+            image = Image.new("RGB", (40, 32), color)
+            ImageDraw.Draw(image).rectangle((index, 2 * number, index + 8, 20), fill="white")
+            image.save(folder / f"{index}.png")
+    return tmp_path / "classes"
 
 
 COLORS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 210), "white": (245, 245, 245)}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipmini.training.intervals import paired_bootstrap
-from clipmini.training.metrics import retrieval_scores, summarise_scores
-from clipmini.training.publish import prepare_push, push
+from clipmini.evaluation.intervals import paired_bootstrap
+from clipmini.evaluation.metrics import retrieval_scores, summarise_scores
+from clipmini.publishing.push import prepare_push, push
 from clipmini.training.recipes import load_recipe
-from clipmini.training.train import train
+from clipmini.training.run import train
 from stranger import run_as_stranger
 
 PHOTOS = Path(__file__).parent.parent / "examples" / "photos"

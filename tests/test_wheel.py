@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("modeling_clipmini", "training", "inference", "evaluation", "configuration")
+PACKAGES = ("modeling_clipmini", "clipmini", "training", "configuration")
 pytestmark = pytest.mark.slow
 
 
@@ -21,7 +21,7 @@ def site(tmp_path_factory):
     """The wheel's files, laid out as an installation has them."""
     folder = tmp_path_factory.mktemp("wheel")
     # Of a copy: what an earlier build left in the checkout's build/ would come along.
-    for name in ("pyproject.toml", "README.md", "LICENSE", "model_card.md"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "model_card.md"):
         shutil.copy(ROOT / name, folder / name)
     for package in PACKAGES:
         shutil.copytree(ROOT / package, folder / package)
@@ -43,12 +43,12 @@ def test_it_holds_all_that_is_needed_and_no_more(site):
     names = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     shipped = {name for name in names if ".dist-info/" not in name}
     expected = {
-        f"{'' if package == 'modeling_clipmini' else 'clipmini/'}{path.relative_to(ROOT)}"
+        f"{'clipmini/' if package in ('training', 'configuration') else ''}{path.relative_to(ROOT)}"
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
         if path.suffix in (".py", ".yaml", ".html")
     }
-    assert shipped == {*expected, "clipmini/model_card.md"}
+    assert shipped == {*expected, "clipmini/publishing/model_card.md"}
 
 
 def test_help_and_a_tiny_training_work_from_it(site, tmp_path):
@@ -56,10 +56,10 @@ def test_help_and_a_tiny_training_work_from_it(site, tmp_path):
         site,
         tmp_path,
         "-c",
-        "import clipmini.training.train as t, modeling_clipmini as m; print(t.__file__, m.__file__)",
+        "import clipmini.training.run as t, modeling_clipmini as m; print(t.__file__, m.__file__)",
     )
     assert where.count(str(site)) == 2
-    assert "Train your own" in run(site, tmp_path, "-m", "clipmini.inference.cli", "--help")
+    assert "Train your own" in run(site, tmp_path, "-m", "clipmini.cli", "--help")
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     lines = ["file_name,caption"]
@@ -69,6 +69,6 @@ def test_help_and_a_tiny_training_work_from_it(site, tmp_path):
     (pictures / "metadata.csv").write_text("\n".join(lines))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: tiny\ndata:\n  source: pictures\ntraining:\n  num_train_epochs: 1\n")
-    output = run(site, tmp_path, "-m", "clipmini.inference.cli", "train", recipe, "--json")
+    output = run(site, tmp_path, "-m", "clipmini.cli", "train", recipe, "--json")
     assert json.loads(output)["splits"]["test"]["num_images"] >= 1
     assert (tmp_path / "runs" / "recipe" / "model" / "README.md").exists()

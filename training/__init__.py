@@ -1,1 +1,1 @@
-"""Making a model: data, training, evaluation, publishing. Installed as `clipmini.training`."""
+"""Making a model; `run` is one run, top to bottom. Installed as `clipmini.training`."""

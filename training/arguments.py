@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from .augment import ImageAugmentation
-from .licences import check_licence
+from clipmini.data.augment import ImageAugmentation
+from clipmini.evaluation.metrics import METRIC_NAMES
+
 from .lora import TOWERS
-from .metrics import METRIC_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -237,49 +237,3 @@ class ClipMiniTrainingArguments(TrainingArguments):
                 f"matryoshka_dims={dims!r} is not allowed; use whole numbers above 0, such as 256,128,64."
             )
         return tuple(widths)
-
-
-@dataclass
-class DataArguments:
-    """Where the pairs of a run come from; see `load_pairs`.
-
-    Attributes:
-        source: a folder, a table, a Flickr token file or a Hub data set id.
-        image_column: the column that holds pictures, paths or bytes; found by itself if left out.
-        caption_column: the column that holds captions; found by itself if left out.
-        image_root: the folder that paths in a table are relative to; the table's own by default.
-        validation_fraction: share of the images to validate on, where the data has no such split.
-        test_fraction: share of the images to test on, where the data has neither split.
-        split_seed: seed of the split.
-        check_images: open every picture once before training and leave out those that cannot be read. Without it
-            the first such picture stops the run.
-        strict: stop at the first picture or caption that cannot be used, rather than leave it out.
-        share_duplicate_ids: let copies of one picture share its image id, so that they are never negatives of each
-            other.
-        share_duplicate_captions: in training, let also pictures share an id that share a caption, word by word, with
-            all else that is linked to one of them; read the counts in a run's `results.json` first.
-        license: under which the pairs may be used, as the Hub writes it: "cc-by-4.0". The model card names it, and
-            the strictest of it and the towers' as the model's own.
-    """
-
-    source: str
-    image_column: str | None = None
-    caption_column: str | None = None
-    image_root: str | None = None
-    validation_fraction: float = 0.1
-    test_fraction: float = 0.1
-    split_seed: int = 0
-    check_images: bool = True
-    strict: bool = False
-    share_duplicate_ids: bool = False
-    share_duplicate_captions: bool = False
-    license: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the licence.
-
-        Raises:
-            ValueError: the Hub has no such licence.
-        """
-        if self.license is not None:
-            self.license = check_licence(self.license)

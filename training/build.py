@@ -14,7 +14,7 @@ from clipmini.inference.trust import refuse_code
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.processing_clipmini import image_processor_for
 
-from .towers import resolve_tower
+from .offline_towers import resolve_tower
 
 PREPARATION = ("crop_mode", "crop_pct", "input_size", "interpolation", "mean", "std")  # of pictures, in timm's words
 

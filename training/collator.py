@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipmini.data.augment import raw_pixels
 from modeling_clipmini import ClipMiniProcessor
 from modeling_clipmini.images_clipmini import read_named
-
-from .augment import raw_pixels
 
 TENSORS = ("pixels", "vision_hidden", "pooled_image", "pooled_text", "teacher_image", "teacher_text")
 

@@ -26,24 +26,10 @@ from numpy.typing import DTypeLike
 from torch import nn
 from tqdm.auto import tqdm
 
-from .towers import _cache_root
-
 logger = logging.getLogger(__name__)
 
 ROWS_PER_BATCH = 1000
 MAX_COMBINED_BYTES = 2**30  # arrow's usual offsets end at 2**31
-
-
-def cache_root(cache_dir: Path | None = None) -> Path:
-    """Say where cached features go.
-
-    Args:
-        cache_dir: root of the cache. Default: the environment variable `CLIPMINI_CACHE`, else `~/.cache/clipmini`.
-
-    Returns:
-        The root's subfolder `features`; it need not exist.
-    """
-    return _cache_root(cache_dir) / "features"
 
 
 def cached_array(

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding, PretrainedConfig
 
+from clipmini.data.augment import ImageAugmenter
+from clipmini.data.pairs import CachedPairs
+from clipmini.files import cache_root
 from clipmini.inference.encode import run_texts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.encoding_clipmini import eval_mode
 from modeling_clipmini.images_clipmini import read_named
 
 from .arguments import ClipMiniTrainingArguments
-from .augment import ImageAugmenter
-from .feature_cache import cache_root, cached_array, hash_rows, hash_weights
-from .pairs import CachedPairs
+from .feature_cache import cached_array, hash_rows, hash_weights
 from .sampling import draw_seed
 from .tower_split import FrozenFront, num_stages
 
@@ -197,7 +198,7 @@ def cache_image_features(
 
     dtype = np.float32 if front is None else np.float16
     shape = (len(pairs), num_views, *example.shape[1:])
-    return cached_array(cache_root(cache_dir), key, shape, dtype, compute, IMAGE_CHUNK, "pictures")
+    return cached_array(cache_root(cache_dir) / "features", key, shape, dtype, compute, IMAGE_CHUNK, "pictures")
 
 
 def cache_text_features(
@@ -234,7 +235,7 @@ def cache_text_features(
         return run_texts(processor, captions[start:stop], embed, batch_size, show_progress=False).numpy()
 
     shape = (len(captions), model.config.text_config.hidden_size)
-    return cached_array(cache_root(cache_dir), key, shape, np.float32, compute, CAPTION_CHUNK, "captions")
+    return cached_array(cache_root(cache_dir) / "features", key, shape, np.float32, compute, CAPTION_CHUNK, "captions")
 
 
 def _describe(config: PretrainedConfig) -> str:

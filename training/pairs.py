@@ -1,62 +1,22 @@
 """Pairs as training and evaluation meet them: where towers are frozen, with features in place of their inputs."""
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from torch import Tensor
 
+from clipmini.data.augment import ImageAugmenter, drop_words
+from clipmini.data.pairs import CachedPairs
 from modeling_clipmini.images_clipmini import read_named
 
-from .augment import ImageAugmenter, drop_words
 from .sampling import draw_index, draw_seed
 
 if TYPE_CHECKING:
     from .teacher import TeacherEmbeddings
-    from .tower_split import FrozenFront
 
 # Independent draws for one and the same pair take different last words of the seed.
 CAPTION, VIEW, AUGMENTATION, WORDS = range(4)
-
-
-@dataclass
-class CachedPairs:
-    """A pair data set with what frozen parts of the towers make of it.
-
-    Attributes:
-        rows: the data set, one row per image: `image`, `captions`, `image_id`.
-        image_features: (I, K, ...) of K views of each picture, or None to keep the pictures. Without `front` they are
-            (I, K, V) pooled outputs of the vision tower; with it, activations that enter its first trainable stage.
-        text_features: (T, W) pooled outputs of the text tower for all captions in order, or None to keep the captions.
-        front: the frozen first stages that `image_features` come from.
-    """
-
-    rows: Dataset
-    image_features: np.ndarray | None = None
-    text_features: np.ndarray | None = None
-    front: "FrozenFront | None" = None
-    image_ids: list[int] = field(init=False)
-    num_captions: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.image_ids = list(self.rows["image_id"])
-        self.num_captions = [len(captions) for captions in self.rows["captions"]]
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    @property
-    def captions(self) -> list[str]:
-        """All captions, image by image."""
-        return list(itertools.chain.from_iterable(self.rows["captions"]))
-
-    def image_of_captions(self) -> Tensor:
-        """Give the row of each caption's image: (T,) integers."""
-        return torch.arange(len(self)).repeat_interleave(torch.tensor(self.num_captions))
 
 
 class EpochPairs(torch.utils.data.Dataset):

@@ -3,18 +3,14 @@
 import json
 import math
 import os
-import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-PACKAGES = ("clipmini", "torch", "torchvision", "transformers", "timm", "datasets", "accelerate", "peft")
 NUM_NAMES_SHOWN = 8
 
 
@@ -89,25 +85,6 @@ def check_finite(loss: Tensor | float, step: int, names: Sequence[str]) -> None:
         f"the loss is {value} {where}; lower learning_rate, clip gradients with max_grad_norm=1, or train in float32 "
         "or bf16 if it was fp16."
     )
-
-
-def versions() -> dict[str, str]:
-    """Name what a run's figures may depend on.
-
-    Returns:
-        Versions of Python and of the packages that are installed, the kind of processor, the number of threads that
-        torch computes with, and the GPU's name if there is one. Nothing tells one machine from its like.
-    """
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # peft is optional; clipmini may run from a copied folder
-            continue
-    found |= {"machine": platform.machine(), "cpu_threads": str(torch.get_num_threads())}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
 
 
 def _lines_up_to(file: Path, step: int) -> list[str]:

@@ -15,18 +15,20 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from clipmini.data.licences import check_licence
+from clipmini.data.pairs import CachedPairs
+from clipmini.evaluation.measure import chance_level, evaluate_with_intervals
+from clipmini.evaluation.naming import public_name
+from clipmini.files import versions
+from clipmini.publishing.card import DATA, CardFacts, Part, render_card
+from clipmini.publishing.folder import save_model_folder
+from clipmini.publishing.push import CARD, explain_refusals, make_repository, prepare_push, push
+from clipmini.training.facts import describe_stage, model_parts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
-from .card import DATA, CardFacts, Part, model_parts, render_card
-from .evaluate import chance_level, evaluate_with_intervals
-from .folder import save_model_folder
-from .licences import check_licence
 from .lora import load_lora_state, lora_state, merged_state_dict
-from .model_index import public_name
-from .pairs import CachedPairs, EpochPairs
-from .publish import CARD, explain_refusals, make_repository, prepare_push, push
-from .runlog import versions
+from .pairs import EpochPairs
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +209,7 @@ class SavingTrainer(Trainer):
                     *(part for origin in origins for part in model_parts(origin)),
                     Part(DATA, public_name(dataset)),
                 ],
-                stages={"": args},
+                stages=[describe_stage("", args)],
                 results=results | {"train_s": logged[-1] if logged and not self.is_resumed else None},
                 tags=[tags] if isinstance(tags, str) else tags,
                 language=language,

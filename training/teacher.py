@@ -31,10 +31,9 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from clipmini.data.duplicates import OWN_ID
 from clipmini.inference.encoders import DualEncoder, check_widths, load_encoder
 from modeling_clipmini.images_clipmini import read_named
-
-from .duplicates import OWN_ID
 
 METADATA_KEY = b"clipmini_teacher"
 ROWS_PER_GROUP = 1024  # written, and later read, at once

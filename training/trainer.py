@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
+from clipmini.data.augment import normalise_pixels
+from clipmini.data.pairs import CachedPairs
+from clipmini.evaluation.measure import evaluate_retrieval
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
-from .augment import normalise_pixels
 from .collator import ClipMiniCollator
 from .distributed import world_size
-from .evaluate import evaluate_retrieval
 from .features import TowerFeatures
 from .gradient_cache import Batch, cached_backward, check_batch_norm, moving_batch_norms
 from .length_groups import pool_by_length
 from .lora import add_lora
 from .objective import ContrastiveObjective, Embeddings
 from .optimizer import parameter_groups
-from .pairs import CachedPairs, EpochPairs
+from .pairs import EpochPairs
 from .progress import LiveTable
 from .runlog import check_finite
 from .sampling import PairSampler
@@ -79,7 +80,7 @@ class ClipMiniTrainer(SavingTrainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process: Trainer would split each batch over them with "
                 "DataParallel, and every part would see only its own negatives. Start one process for each GPU: "
-                f"torchrun --nproc_per_node {args.n_gpu} -m clipmini.inference.cli train ..., or set "
+                f"torchrun --nproc_per_node {args.n_gpu} -m clipmini.cli train ..., or set "
                 "CUDA_VISIBLE_DEVICES=0."
             )
         if processing_class is None:

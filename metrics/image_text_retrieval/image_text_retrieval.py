@@ -7,8 +7,8 @@ import datasets
 import evaluate
 import torch
 
-from clipmini.training.intervals import bootstrap_intervals
-from clipmini.training.metrics import retrieval_scores, summarise_scores
+from clipmini.evaluation.intervals import bootstrap_intervals
+from clipmini.evaluation.metrics import retrieval_scores, summarise_scores
 
 DESCRIPTION = """
 Recall at k, mAP@10, median and mean rank of image-text retrieval, in both directions, over the whole set. Each row is

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from clipmini.data.images import Skipped
+from clipmini.evaluation.metrics import retrieval_metrics, retrieval_scores
 from clipmini.inference.encode import encode_images, encode_texts, load_model
-from clipmini.inference.images import Skipped
-from clipmini.training.metrics import retrieval_metrics, retrieval_scores
 from clipmini.training.recipes import load_recipe
-from clipmini.training.train import load_recipe_pairs, train
+from clipmini.training.run import load_recipe_pairs, train
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from typer.testing import CliRunner
 
+from clipmini.cli import app
+from clipmini.evaluation.naming import format_figure
 from clipmini.evaluation.results import check_folder
-from clipmini.inference.cli import app
-from clipmini.training.model_index import format_figure
 
 FILES = ["model-index.yaml", "report.html", "results.json", "results.md", "written_files.json"]
 

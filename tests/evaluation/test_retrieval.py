@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from clipmini.evaluation.measure import evaluate_retrieval
+from clipmini.evaluation.metrics import retrieval_metrics
 from clipmini.evaluation.retrieval import Embeddings, embed_split, measure_retrieval
 from clipmini.inference.encoders import load_encoder
-from clipmini.training.evaluate import evaluate_retrieval
-from clipmini.training.metrics import retrieval_metrics
 
 
 def make_embeddings(num_images=20, captions=2, seed=0):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipmini.training.publish import prepare_push
+from clipmini.publishing.push import prepare_push
 from stranger import run_as_stranger
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"

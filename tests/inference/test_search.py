@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from clipmini.data.images import Skipped
 from clipmini.inference import encode, search
 from clipmini.inference.encode import encode_images, encode_texts
-from clipmini.inference.images import Skipped
 from clipmini.inference.search import Hit, check_search, draw_results, embed_folder, rank, search_folder
 
 COLORS = ["red", "green", "blue", "white", "black"]

@@ -19,10 +19,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from typer.testing import CliRunner
 
-from clipmini.inference import cli, server
+from clipmini import cli
+from clipmini.inference import server
 from clipmini.inference.encode import load_model
-from clipmini.inference.handler import RequestHandler
 from clipmini.inference.server import Limits, bind, create_app, make_server
+from modeling_clipmini.handler import RequestHandler
 from serving import serve_command
 
 LABELS = ["a red square", "a blue disc", "nothing at all"]

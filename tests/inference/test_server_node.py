@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from clipmini.inference.encode import load_model
-from clipmini.inference.handler import RequestHandler
+from modeling_clipmini.handler import RequestHandler
 from serving import serve_command
 
 PACKAGE = "@huggingface/inference@4.13.30"

@@ -117,8 +117,8 @@ def hook(event, arguments):
     elif event in ("builtins.input", "pickle.find_class"):
         events.append([event, str(arguments)[:200]])
 from typer.testing import CliRunner
-from clipmini.inference.cli import app
-import clipmini.training.train, clipmini.training.teacher, clipmini.training.publish  # what is late to import, is now
+from clipmini.cli import app
+import clipmini.training.run, clipmini.training.teacher, clipmini.publishing.push  # what is late to import, is now
 import clipmini.evaluation.report, clipmini.inference.server, sentence_transformers, uvicorn
 sys.addaudithook(hook)
 answers = {}

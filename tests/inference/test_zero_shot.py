@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
+from clipmini.data.images import Skipped
 from clipmini.inference import zero_shot
-from clipmini.inference.images import Skipped
 from clipmini.inference.zero_shot import (
     LabelScore,
     classify,

@@ -6,7 +6,7 @@ import evaluate
 import pytest
 import torch
 
-from clipmini.training.metrics import retrieval_metrics
+from clipmini.evaluation.metrics import retrieval_metrics
 
 METRICS = Path(__file__).parents[2] / "metrics"
 

@@ -8,7 +8,7 @@ import re
 
 import yaml
 
-from clipmini.training.licences import LICENCES
+from clipmini.data.licences import LICENCES
 
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # the oldest have no owner
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipmini.training.augment import normalise_pixels
+from clipmini.data.augment import normalise_pixels
 from clipmini.training.collator import ClipMiniCollator
 from modeling_clipmini.images_clipmini import ImageError
 

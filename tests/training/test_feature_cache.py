@@ -14,8 +14,9 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from torch import nn
 
+from clipmini.files import cache_root
 from clipmini.training import feature_cache
-from clipmini.training.feature_cache import cache_root, cached_array, hash_rows, hash_weights
+from clipmini.training.feature_cache import cached_array, hash_rows, hash_weights
 
 SHAPE = (10, 2, 3)
 ROWS = np.arange(60, dtype=np.float32).reshape(SHAPE)
@@ -278,10 +279,10 @@ def test_the_log_and_the_bar_say_what_happens(tmp_path, caplog, capsys):
 
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPMINI_CACHE", str(tmp_path / "a"))
-    assert cache_root() == tmp_path / "a" / "features"
-    assert cache_root(tmp_path / "b") == tmp_path / "b" / "features"
+    assert cache_root() == tmp_path / "a"
+    assert cache_root(tmp_path / "b") == tmp_path / "b"
     monkeypatch.delenv("CLIPMINI_CACHE")
-    assert cache_root() == Path.home() / ".cache" / "clipmini" / "features"
+    assert cache_root() == Path.home() / ".cache" / "clipmini"
 
 
 def small_net():

@@ -2,8 +2,9 @@ from dataclasses import replace
 
 import pytest
 
+from clipmini.data.recipe_files import load_data_arguments, preset_names
 from clipmini.training.build import ModelPreset, build_model
-from clipmini.training.recipes import load_data_arguments, load_recipe, preset_names
+from clipmini.training.recipes import load_recipe
 
 TINY_TEXT = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
 TINY = ModelPreset(vision="resnet18", text=TINY_TEXT, pretrained=False)

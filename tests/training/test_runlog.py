@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from clipmini.training import runlog
-from clipmini.training.runlog import MetricsLog, NonFiniteLossError, check_finite, versions
+from clipmini import files
+from clipmini.files import versions
+from clipmini.training.runlog import MetricsLog, NonFiniteLossError, check_finite
 
 
 class Run:
@@ -167,5 +168,5 @@ def test_versions_are_those_that_are_installed(monkeypatch):
     assert found["cpu_threads"] == str(torch.get_num_threads())
     assert all(isinstance(value, str) for value in found.values())
     assert not any(platform.node() in value for value in found.values() if platform.node())
-    monkeypatch.setattr(runlog, "PACKAGES", ("torch", "surely-not-installed"))
+    monkeypatch.setattr(files, "PACKAGES", ("torch", "surely-not-installed"))
     assert "surely-not-installed" not in versions()

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, constants
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.build import character_tokenizer
 from clipmini.training.recipes import load_recipe
-from clipmini.training.train import train
+from clipmini.training.run import train
 from clipmini.training.trainer import ClipMiniTrainer
 from hub_repositories import Repository
 from modeling_clipmini import ClipMiniModel

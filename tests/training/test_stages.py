@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from clipmini.training.recipes import load_recipe
-from clipmini.training.train import train
+from clipmini.training.run import train
 
 RECIPE = """
 model: tiny
@@ -148,7 +148,7 @@ def test_a_key_of_one_stage_can_be_changed(make):
 @pytest.mark.slow
 def test_a_run_killed_three_times_ends_with_the_weights_of_one_never_killed(make, tmp_path, photos):
     options = ["--set", "stages.towers.num_train_epochs=12", "--set", f"source={photos}", "--set"]
-    command = [sys.executable, "-m", "clipmini.inference.cli", "train", str(tmp_path / "staged.yaml"), *options]
+    command = [sys.executable, "-m", "clipmini.cli", "train", str(tmp_path / "staged.yaml"), *options]
     make("run")  # writes the recipe
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CLIPMINI_CACHE": str(tmp_path / "cache")}
     subprocess.run([*command, f"output_dir={tmp_path / 'whole'}"], env=env, check=True, capture_output=True)
@@ -177,7 +177,7 @@ def test_two_processes_run_a_recipe_and_leave_one_model(make, tmp_path, photos):
     make("run")  # writes the recipe
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     options = ["--set", f"source={photos}", "--set", f"output_dir={tmp_path / 'two'}", "--json"]
-    command = [*launch, "clipmini.inference.cli", "train", str(tmp_path / "staged.yaml"), *options]
+    command = [*launch, "clipmini.cli", "train", str(tmp_path / "staged.yaml"), *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CLIPMINI_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,9 +8,9 @@ import torch
 from datasets import DatasetDict
 from transformers import CLIPModel, CLIPProcessor
 
+from clipmini.data.duplicates import find_duplicates, share_ids
 from clipmini.inference.encode import encode_images, encode_texts, load_model
 from clipmini.training import teacher
-from clipmini.training.duplicates import find_duplicates, share_ids
 from clipmini.training.teacher import TeacherEmbeddings, embed_with_teacher
 from modeling_clipmini.images_clipmini import ImageError, read_image
 

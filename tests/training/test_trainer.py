@@ -2,12 +2,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from clipmini.data.pairs import CachedPairs
+from clipmini.evaluation.measure import chance_level, embed_pairs, evaluate_retrieval
+from clipmini.evaluation.metrics import retrieval_metrics
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.collator import ClipMiniCollator
-from clipmini.training.evaluate import chance_level, embed_pairs, evaluate_retrieval
-from clipmini.training.metrics import retrieval_metrics
 from clipmini.training.optimizer import parameter_groups
-from clipmini.training.pairs import CachedPairs
 from clipmini.training.trainer import ClipMiniTrainer
 from modeling_clipmini import ClipMiniModel
 

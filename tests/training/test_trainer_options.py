@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from clipmini.evaluation.measure import evaluate_retrieval
 from clipmini.training.arguments import ClipMiniTrainingArguments
-from clipmini.training.evaluate import evaluate_retrieval
 from clipmini.training.features import TowerFeatures
 from clipmini.training.runlog import NonFiniteLossError
 from clipmini.training.trainer import ClipMiniTrainer

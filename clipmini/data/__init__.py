@@ -1,0 +1,1 @@
+"""Images and captions before any tensor: found, read, counted, split by image."""

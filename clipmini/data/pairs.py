@@ -1,0 +1,347 @@
+"""Image-caption pairs as a data set: one row per image, split by image, without what cannot be read."""
+
+import hashlib
+import itertools
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, DatasetDict, Features, List, Value
+from torch import Tensor
+
+from modeling_clipmini.images_clipmini import find_fault
+
+from .images import Skipped
+from .licences import check_licence
+from .sources import RawPairs, SourceReader
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+NOT_OF_LOAD_PAIRS = ("strict", "split_seed", "share_duplicate_ids", "share_duplicate_captions", "license")
+
+
+@dataclass
+class DataArguments:
+    """Where the pairs of a run come from; see `load_pairs`.
+
+    Attributes:
+        source: a folder, a table, a Flickr token file or a Hub data set id.
+        image_column: the column that holds pictures, paths or bytes; found by itself if left out.
+        caption_column: the column that holds captions; found by itself if left out.
+        image_root: the folder that paths in a table are relative to; the table's own by default.
+        validation_fraction: share of the images to validate on, where the data has no such split.
+        test_fraction: share of the images to test on, where the data has neither split.
+        split_seed: seed of the split.
+        check_images: open every picture once before training and leave out those that cannot be read. Without it
+            the first such picture stops the run.
+        strict: stop at the first picture or caption that cannot be used, rather than leave it out.
+        share_duplicate_ids: let copies of one picture share its image id, so that they are never negatives of each
+            other.
+        share_duplicate_captions: in training, let also pictures share an id that share a caption, word by word, with
+            all else that is linked to one of them; read the counts in a run's `results.json` first.
+        license: under which the pairs may be used, as the Hub writes it: "cc-by-4.0". The model card names it, and
+            the strictest of it and the towers' as the model's own.
+    """
+
+    source: str
+    image_column: str | None = None
+    caption_column: str | None = None
+    image_root: str | None = None
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    split_seed: int = 0
+    check_images: bool = True
+    strict: bool = False
+    share_duplicate_ids: bool = False
+    share_duplicate_captions: bool = False
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the licence.
+
+        Raises:
+            ValueError: the Hub has no such licence.
+        """
+        if self.license is not None:
+            self.license = check_licence(self.license)
+
+
+@dataclass
+class CachedPairs:
+    """A pair data set with what frozen parts of the towers make of it.
+
+    Attributes:
+        rows: the data set, one row per image: `image`, `captions`, `image_id`.
+        image_features: (I, K, ...) of K views of each picture, or None to keep the pictures. Without `front` they are
+            (I, K, V) pooled outputs of the vision tower; with it, activations that enter its first trainable stage.
+        text_features: (T, W) pooled outputs of the text tower for all captions in order, or None to keep the captions.
+        front: the frozen first stages that `image_features` come from.
+    """
+
+    rows: Dataset
+    image_features: np.ndarray | None = None
+    text_features: np.ndarray | None = None
+    front: Any = None
+    image_ids: list[int] = field(init=False)
+    num_captions: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.image_ids = list(self.rows["image_id"])
+        self.num_captions = [len(captions) for captions in self.rows["captions"]]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def captions(self) -> list[str]:
+        """All captions, image by image."""
+        return list(itertools.chain.from_iterable(self.rows["captions"]))
+
+    def image_of_captions(self) -> Tensor:
+        """Give the row of each caption's image: (T,) integers."""
+        return torch.arange(len(self)).repeat_interleave(torch.tensor(self.num_captions))
+
+
+def load_pairs(
+    source: str | Path,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    image_root: str | Path | None = None,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    check_images: bool = True,
+    num_proc: int | None = None,
+    skipped: Skipped | None = None,
+) -> DatasetDict:
+    """Load image-caption pairs, one row per image with all its captions.
+
+    Rows with the same path, or in columns of bytes the same bytes, are one image. Pictures stay where they are, in
+    files or in the memory-mapped cache of `datasets`, and are read when a row is.
+
+    Splits that the data has are kept: files or folders named after them, or a `split` column (blank means train).
+    Where there is only a train split, or none, validation and test images are drawn from it; where there is a test
+    split, validation alone; where there is a validation split, nothing. An image is drawn by a hash of its path or
+    bytes with the seed, so the order of rows has no say, and an image added or removed moves hardly any other. Every
+    split that is drawn gets at least one image.
+
+    A caption may be a text, a number (read as its text), or a list of these. What is empty or no text is left out, and
+    so is an image that cannot be read or has no caption left. Captions of any sane length are kept whole, since the
+    tokenizer cuts them; beyond 100,000 characters they are cut here.
+
+    Args:
+        source: a Hub data set's id (owner/name); a folder of pictures with `metadata.jsonl`, `.csv` or `.parquet`; a
+            folder of tables named after splits, or saved by `save_to_disk`; a CSV, TSV, JSON, JSON Lines or parquet
+            table; or a Flickr8k or Flickr30k token file.
+        image_column: the column of paths, bytes or pictures; None to find it by type and usual names.
+        caption_column: the column of captions; None to find it by usual names.
+        image_root: the folder that paths are relative to; None for the table's own, or the folder up to two levels
+            below it that has the first pictures.
+        validation_fraction: share of the images to draw for validation; 0 for none.
+        test_fraction: share of the images to draw for the test split; 0 for none.
+        seed: another seed draws other images.
+        check_images: open every picture once, and leave out what cannot be read.
+        num_proc: processes that check pictures; None for this one alone.
+        skipped: takes what is left out; None to warn, and to sum up at the end.
+
+    Returns:
+        Data sets for some of "train", "validation" and "test", with the columns `image` (as `read_image` takes it),
+        `captions` (a list of at least one text) and `image_id` (the source's row, from 0, where the image first
+        comes up, and so unique over all splits).
+
+    Raises:
+        ValueError: the source or its columns cannot be found, nothing usable is in it, there are too few images to
+            split, or `skipped` is strict and something had to be left out.
+    """
+    fractions = {"validation": validation_fraction, "test": test_fraction}
+    if min(fractions.values()) < 0 or sum(fractions.values()) >= 1:
+        raise ValueError(
+            f"validation_fraction={validation_fraction} and test_fraction={test_fraction} must not be negative, and "
+            "their sum must be under 1."
+        )
+    own_summary = skipped is None
+    skipped = Skipped() if skipped is None else skipped
+    root = None if image_root is None else Path(image_root).expanduser()
+    reader = SourceReader(image_column, caption_column, root, skipped)
+    images, keys, splits = _group_by_image(reader.read(source), skipped)
+    if check_images and len(images):
+        kept = _find_readable(images, num_proc, skipped)
+        images, keys, splits = images.select(kept), keys[kept], splits[kept]
+    if len(images) == 0:
+        name, reason = skipped.items[0]
+        raise ValueError(f"{source} has no usable pair; {skipped.count} inputs skipped, the first {name}: {reason}.")
+    _warn_of_leaks(keys, splits, str(source))
+    splits = _draw_splits(keys, splits, fractions, seed)
+    if own_summary:
+        skipped.log_summary()
+    names = [name for name in SPLITS if name in splits]
+    return DatasetDict({name: images.select(np.flatnonzero(splits == name)) for name in names})
+
+
+def load_data(data: DataArguments, skipped: Skipped) -> DatasetDict:
+    """Load pairs as a recipe or a command describes them; see `load_pairs`.
+
+    Args:
+        data: where they come from.
+        skipped: takes what is left out.
+
+    Returns:
+        The splits; copies of a picture have their own ids still.
+
+    Raises:
+        ValueError: what `load_pairs` raises.
+    """
+    options = {name: value for name, value in vars(data).items() if name not in NOT_OF_LOAD_PAIRS}
+    return load_pairs(**options, seed=data.split_seed, skipped=skipped)
+
+
+def choose_split(splits: Mapping[str, Any], wanted: str | None, source: str) -> str:
+    """Choose the split to measure on.
+
+    Args:
+        splits: those there are.
+        wanted: the one that is asked for; None for test, else validation, else train.
+        source: where they come from, for the message.
+
+    Returns:
+        Its name.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if wanted is None:
+        return next((name for name in reversed(SPLITS) if name in splits), next(iter(splits)))
+    if wanted not in splits:
+        raise ValueError(f"{source} has no split {wanted!r}; it has {', '.join(splits)}.")
+    return wanted
+
+
+def _group_by_image(raw: RawPairs, skipped: Skipped) -> tuple[Dataset, np.ndarray, np.ndarray]:
+    """Make one row of each image of a split, in the order of their first rows.
+
+    Captions and ids are added to the rows as they lie, and the first row of each image chosen: this way `datasets` has
+    no cause to copy pictures.
+
+    Returns:
+        The data set; and for each row its key and its split ("" where the source does not say).
+    """
+    splits = np.array([split or "" for split in raw.splits], dtype=object)
+    groups, firsts = _number_groups(pa.array(raw.keys), pa.array(splits, pa.string()))
+    texts = pc.list_flatten(raw.captions).combine_chunks()
+    group_of_text = groups[pc.list_parent_indices(raw.captions).to_numpy()]
+    order = np.argsort(group_of_text, kind="stable")
+    texts, group_of_text = texts.take(pa.array(order)), group_of_text[order]
+
+    is_usable = texts.is_valid().to_numpy(zero_copy_only=False)
+    counts = np.bincount(group_of_text[is_usable], minlength=len(firsts))
+    starts = np.searchsorted(group_of_text, np.arange(len(firsts)))
+    for index in np.flatnonzero(~is_usable):
+        group = group_of_text[index]
+        if counts[group]:
+            name = _name_row(raw.images, firsts[group], firsts[group])
+            skipped.add(f"{name} caption {index - starts[group] + 1}", "is empty or no text")
+    for row in firsts[counts == 0]:
+        skipped.add(_name_row(raw.images, row, row), "has no caption that is a text")
+
+    counts_by_row = np.zeros(len(groups), dtype=np.int32)
+    counts_by_row[firsts] = counts
+    offsets = np.concatenate([[0], np.cumsum(counts_by_row)]).astype(np.int32)
+    captions = pa.ListArray.from_arrays(pa.array(offsets), texts.filter(pa.array(is_usable)))
+    images = _add_column(raw.images, "captions", captions, List(Value("string")))
+    images = _add_column(images, "image_id", pa.array(firsts[groups]), Value("int64"))
+    kept = firsts[counts > 0]
+    return images.select(kept), np.array(raw.keys, dtype=object)[kept], splits[kept]
+
+
+def _number_groups(*columns: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Number the distinct rows of some columns from 0 in order of appearance.
+
+    Returns:
+        Each row's number, and the first row of each number.
+    """
+    code = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        encoded = column.dictionary_encode()
+        code = code * len(encoded.dictionary) + encoded.indices.to_numpy()
+    _, firsts, groups = np.unique(code, return_index=True, return_inverse=True)
+    order = np.argsort(firsts)
+    number_of = np.empty_like(order)
+    number_of[order] = np.arange(len(order))
+    return number_of[groups], firsts[order]
+
+
+def _name_row(images: Dataset, row: int, image_id: int) -> str:
+    struct = images[int(row)]["image"]
+    return (struct and struct["path"]) or f"row {image_id + 1}"
+
+
+def _add_column(images: Dataset, name: str, values: pa.Array, feature: Any) -> Dataset:
+    # Without a fingerprint of our own, all values would be hashed. A random one also keeps `datasets` from serving
+    # what it once computed from files that have changed since.
+    return images.add_column(name, values, new_fingerprint=os.urandom(8).hex(), feature=feature)
+
+
+def _find_readable(images: Dataset, num_proc: int | None, skipped: Skipped) -> np.ndarray:
+    """Open every picture, and report those that cannot be read.
+
+    Returns:
+        The rows of those that can.
+    """
+    faults = images.select_columns(["image"]).map(
+        _check_row,
+        remove_columns=["image"],
+        features=Features({"fault": Value("string")}),
+        num_proc=min(num_proc, len(images)) if num_proc and num_proc > 1 else None,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint=os.urandom(8).hex(),
+        desc="checking pictures",
+    )["fault"][:]
+    for row, fault in enumerate(faults):
+        if fault:
+            skipped.add(_name_row(images, row, images[row]["image_id"]), fault)
+    return np.array([row for row, fault in enumerate(faults) if not fault], dtype=np.int64)
+
+
+def _check_row(row: dict[str, Any]) -> dict[str, str | None]:
+    return {"fault": find_fault(row["image"])}
+
+
+def _warn_of_leaks(keys: np.ndarray, splits: np.ndarray, source: str) -> None:
+    keys_of = {split: set(keys[splits == split]) for split in sorted(set(splits))}
+    for one, other in itertools.combinations(keys_of, 2):
+        if num_shared := len(keys_of[one] & keys_of[other]):
+            logger.warning(
+                "%s has %d images in both %s and %s; they are kept, but figures on them will flatter",
+                *(source, num_shared, one, other),
+            )
+
+
+def _draw_splits(keys: np.ndarray, splits: np.ndarray, fractions: dict[str, float], seed: int) -> np.ndarray:
+    """Give every image a split, drawing for those that the source does not have; see `load_pairs`."""
+    splits = np.where(splits == "", "train", splits)
+    given = set(splits)
+    train = np.flatnonzero(splits == "train")
+    wanted = [name for name in fractions if name not in given and (name == "validation" or given == {"train"})]
+    counts = {name: max(1, round(fractions[name] * len(train))) for name in wanted if fractions[name] and len(train)}
+    if counts and sum(counts.values()) >= len(train):
+        raise ValueError(
+            f"{len(train)} images are too few to draw {' and '.join(counts)} images from; add images, or set "
+            "validation_fraction=0 and test_fraction=0."
+        )
+    lots = [hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).hexdigest() for key in keys[train]]
+    order = train[np.argsort(lots)]
+    start = 0
+    for name, count in counts.items():
+        splits[order[start : start + count]] = name
+        start += count
+    return splits

@@ -1,0 +1,115 @@
+"""Metrics as people read them, in percent, and as the Hub does, in a model card's metadata."""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from clipmini.data.sources import HUB_ID
+
+from .intervals import Interval
+
+METRIC_LABELS = {
+    **{
+        f"{direction}_{metric}": f"{direction.replace('_', ' ')} {label}"
+        for direction in ("text_to_image", "image_to_text")
+        for metric, label in (
+            ("r1", "R@1"),
+            ("r5", "R@5"),
+            ("r10", "R@10"),
+            ("map10", "mAP@10"),
+            ("median_rank", "median rank"),
+            ("mean_rank", "mean rank"),
+        )
+    },
+    "mean_recall": "mean recall",
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "mean_per_class": "mean accuracy per class",
+}
+
+
+def format_figure(name: str, value: float) -> str:
+    """Write a metric as people read it: shares in percent, ranks as they are.
+
+    Args:
+        name: as in `METRIC_LABELS`.
+        value: the figure.
+
+    Returns:
+        One digit after the point; "-" for NaN.
+    """
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:,.1f}" if name.endswith("_rank") else f"{100 * value:.1f}"
+
+
+def format_interval(name: str, interval: Interval) -> str:
+    """Write the ends of an interval: "29.1 to 31.5"."""
+    return f"{format_figure(name, interval.low)} to {format_figure(name, interval.high)}"
+
+
+def format_with_interval(name: str, interval: Interval) -> str:
+    """Write a figure and its interval: "30.3 (29.1 to 31.5)"."""
+    return f"{format_figure(name, interval.value)} ({format_interval(name, interval)})"
+
+
+def hub_id(name: str) -> str | None:
+    """Give a name back if it is an id on the Hub, and None if it is a path, or something that lies here."""
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def public_name(name: str) -> str:
+    """Name data or a model for others: a Hub id as it is, and of a path its last part alone."""
+    # Windows' rules know both separators.
+    return hub_id(name) or PureWindowsPath(os.path.abspath(name)).name or "data"
+
+
+def eval_results(task: str, data: Mapping[str, Any], metrics: Mapping[str, Interval]) -> list[EvalResult]:
+    """Put figures into the form that a model card's metadata have.
+
+    Args:
+        task: what was done, such as "image-text-retrieval".
+        data: `source` and `split`.
+        metrics: the figures, by names of `METRIC_LABELS`; shares are given in [0, 1], with the interval beside. What
+            is not finite is left out.
+
+    Returns:
+        One entry for each figure.
+    """
+    source = str(data["source"])
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=hub_id(source) or "local",
+            dataset_name=public_name(source),
+            dataset_split=data.get("split"),
+            metric_type=name,
+            metric_name=METRIC_LABELS[name],
+            metric_value=round(interval.value, 4),
+            metric_args={"interval_95": [round(interval.low, 4), round(interval.high, 4)]},
+        )
+        for name, interval in metrics.items()
+        if math.isfinite(interval.value)
+    ]
+
+
+def model_index(
+    model: str, task: str, data: Mapping[str, Any], metrics: Mapping[str, Interval]
+) -> list[dict[str, Any]]:
+    """Make the entry of a model card's metadata that the Hub shows as evaluation results.
+
+    Args:
+        model: its name.
+        task: see `eval_results`, as for the others.
+        data: `source` and `split`.
+        metrics: the figures.
+
+    Returns:
+        What goes under "model-index".
+    """
+    return eval_results_to_model_index(model, eval_results(task, data, metrics))

@@ -1,0 +1,126 @@
+"""What an evaluation writes: `results.json`, a Markdown table, an entry for a model card, and one page."""
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from clipmini.files import RECIPE_FILE, RESULTS_FILE, RunRecord
+
+TABLE_FILE, INDEX_FILE, PAGE_FILE = "results.md", "model-index.yaml", "report.html"
+FILES = (TABLE_FILE, INDEX_FILE, PAGE_FILE, RESULTS_FILE)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report: the same in Markdown and on the page.
+
+    Attributes:
+        title: what stands above it.
+        columns: their names.
+        rows: text of every cell.
+        note: what a reader should know of it.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """Give the table in Markdown."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows] if self.columns else []
+        table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+        return "\n".join(filter(None, [f"**{self.title}**\n", table, self.note and f"{self.note}\n"]))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation.
+
+    Attributes:
+        results: all figures, as `results.json` holds them.
+        tables: what `results.md` holds.
+        page: the HTML.
+        warnings: what to know before the figures are trusted, in plain words.
+    """
+
+    results: dict[str, Any]
+    tables: list[Table]
+    page: str
+    warnings: tuple[str, ...] = ()
+
+    def save(self, folder: Path, *, overwrite: bool = False) -> None:
+        """Write the four files; `results.json` comes last, and is there only if the others are.
+
+        Args:
+            folder: is made; what else stands in one that is there already stays.
+            overwrite: replace an evaluation that is there.
+
+        Raises:
+            ValueError: the folder holds an evaluation.
+        """
+        check_folder(folder, overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        RunRecord(folder).add(folder / name for name in FILES)
+        # Within the folder, which may be a file system of its own, so that every file can be renamed into place.
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as beside:
+            index = {"model-index": self.results["model_index"]}
+            contents = {
+                TABLE_FILE: "\n".join(table.markdown() for table in self.tables),
+                INDEX_FILE: yaml.safe_dump(index, sort_keys=False, allow_unicode=True),
+                PAGE_FILE: self.page,
+                RESULTS_FILE: json.dumps(self.results, indent=2) + "\n",  # last: it says that all is there
+            }
+            for name, content in contents.items():
+                Path(beside, name).write_text(content, encoding="utf-8")
+            (folder / RESULTS_FILE).unlink(missing_ok=True)
+            for name in contents:
+                Path(beside, name).replace(folder / name)
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that cannot be written to, before hours are spent on what goes there.
+
+    Raises:
+        ValueError: it is no folder, or one that cannot be written to; it is a training run's; or it holds an
+            evaluation, and `overwrite` is not set, or a file that no evaluation wrote.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest} is a file; name a folder with --out.")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"{nearest} cannot be written to ({error.strerror}); name another with --out.") from error
+    if (folder / RECIPE_FILE).exists():
+        raise ValueError(
+            f"{folder} holds a training run, whose {RESULTS_FILE} would be lost; name another with --out."
+        )
+    recorded = RunRecord(folder).read()
+    if others := [name for name in FILES if (folder / name).exists() and name not in recorded]:
+        raise ValueError(f"{folder} holds {others[0]}, which no evaluation wrote; name another with --out.")
+    if (folder / RESULTS_FILE).exists() and not overwrite:
+        raise ValueError(f"{folder} holds an evaluation; pass --overwrite, or --out another folder.")
+
+
+def as_json(value: Any) -> Any:
+    """Turn results into what JSON holds: NaN and infinity become null, arrays lists."""
+    if isinstance(value, Mapping):
+        return {str(name): as_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return as_json(value.tolist())
+    if hasattr(value, "__dataclass_fields__"):
+        return as_json(asdict(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,1 @@
+"""Using a model: embed, search, classify, serve."""

@@ -1,0 +1,191 @@
+"""Classify pictures by labels that are only named, never trained on."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from clipmini.data.images import Skipped
+from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini.loss_clipmini import pairwise_logits
+from modeling_clipmini.towers_clipmini import normalise
+
+from .encode import check_text, encode_files, encode_images, encode_texts
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """A label and the probability that a picture shows it rather than one of the other labels."""
+
+    label: str
+    score: float
+
+
+def classify(
+    model: ClipMiniModel,
+    processor: ClipMiniProcessor,
+    images: Iterable[Any],
+    labels: Sequence[str],
+    template: str | Sequence[str] = DEFAULT_TEMPLATE,
+    batch_size: int = 16,
+) -> list[list[LabelScore]]:
+    """Score labels for pictures, as transformers' zero-shot image classification pipeline does.
+
+    Args:
+        model: in eval mode.
+        processor: the one that came with the model.
+        images: whatever `read_image` takes; read one batch at a time.
+        labels: what the pictures may show.
+        template: the caption made of a label, which stands in place of `{}`, or several of them, whose embeddings are
+            averaged. Trained on captions, a model knows sentences better than single words.
+        batch_size: pictures per forward.
+
+    Returns:
+        Per picture all labels, best first; scores are the softmax of the model's logits and sum to 1.
+
+    Raises:
+        ValueError: labels or template are wrong, or (as `ImageError`) a picture cannot be read.
+    """
+    label_embeds = embed_labels(lambda captions: encode_texts(model, processor, captions), labels, template)
+    image_embeds = encode_images(model, processor, images, batch_size)
+    return _score(model, image_embeds, label_embeds, labels)
+
+
+def classify_files(
+    model: ClipMiniModel,
+    processor: ClipMiniProcessor,
+    paths: Sequence[str | Path],
+    labels: Sequence[str],
+    template: str | Sequence[str] = DEFAULT_TEMPLATE,
+    skipped: Skipped | None = None,
+    batch_size: int = 16,
+) -> list[tuple[Path, list[LabelScore]]]:
+    """Score labels for picture files, leaving out those that cannot be read.
+
+    Args:
+        model: in eval mode.
+        processor: the one that came with the model.
+        paths: the pictures.
+        labels: what the pictures may show.
+        template: as in `classify`.
+        skipped: is told what is left out; given none, a summary is logged at the end.
+        batch_size: pictures per forward.
+
+    Returns:
+        Each file that could be read, in the order given, with what `classify` returns for it.
+
+    Raises:
+        ValueError: labels or template are wrong, no picture can be read, or `skipped` is strict and one cannot.
+    """
+    label_embeds = embed_labels(lambda captions: encode_texts(model, processor, captions), labels, template)
+    kept, image_embeds = encode_files(model, processor, paths, skipped, batch_size)
+    return list(zip(kept, _score(model, image_embeds, label_embeds, labels), strict=True))
+
+
+def embed_labels(
+    encode: Callable[[Sequence[str]], Tensor], labels: Sequence[str], template: str | Sequence[str] = DEFAULT_TEMPLATE
+) -> Tensor:
+    """Embed each label as the mean direction of its captions (Radford et al., 2021, section 3.1.4).
+
+    Args:
+        encode: captions to their (T, D) embeddings, each of length 1.
+        labels: as in `fill_template`, of which there are C.
+        template: one or several.
+
+    Returns:
+        (C, D), each of length 1.
+
+    Raises:
+        ValueError: a label or a template is not allowed.
+    """
+    templates = [template] if isinstance(template, str) else list(template)
+    if not templates:
+        raise ValueError("There is no template; give at least one.")
+    captions = [caption for one in templates for caption in fill_template(labels, one)]
+    embeds = encode(captions).view(len(templates), len(labels), -1)
+    return normalise(embeds.mean(dim=0)) if len(templates) > 1 else embeds[0]
+
+
+def load_templates(name: str) -> list[str]:
+    """Look up a list of templates.
+
+    Args:
+        name: a template itself, with `{}` in it; a list that comes with clipmini ("imagenet" or "simple"); or a YAML
+            file with a list of templates.
+
+    Returns:
+        The templates.
+
+    Raises:
+        ValueError: there is no such list, or it holds something else.
+    """
+    if "{}" in name:
+        return [name]
+    folder = files("clipmini.configuration") / "templates"
+    shipped = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    file = folder / f"{name}.yaml" if name in shipped else Path(name).expanduser()
+    if not file.is_file():
+        raise ValueError(
+            f"{name!r} is no template; write one with {{}} where the label goes, or name a YAML file or one of "
+            f"{', '.join(shipped)}."
+        )
+    try:
+        templates = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is not YAML: {error}") from error
+    if not (isinstance(templates, list) and templates and all(isinstance(one, str) for one in templates)):
+        raise ValueError(f"{name} does not hold a list of templates; write one per line, each behind a dash.")
+    for template in templates:
+        fill_template(["label"], template)
+    return templates
+
+
+def fill_template(labels: Sequence[str], template: str = DEFAULT_TEMPLATE) -> list[str]:
+    """Make captions of labels.
+
+    Args:
+        labels: at least one, none blank, no two alike; UTF-8, as the template.
+        template: holds `{}`, where the label goes; other braces stay as they are.
+
+    Returns:
+        A caption per label.
+
+    Raises:
+        ValueError: a label or the template is not allowed.
+    """
+    if "{}" not in template:
+        raise ValueError(f"The template {template!r} has no {{}} where the label goes; try {DEFAULT_TEMPLATE!r}.")
+    check_text("template", template)
+    if isinstance(labels, str) or not labels:
+        raise ValueError(f"The labels {labels!r} are not allowed; give a list of at least one.")
+    seen: set[str] = set()
+    for index, label in enumerate(labels):
+        if not label.strip():
+            raise ValueError(f"Label {index + 1} of {len(labels)} is blank; leave it out or name it.")
+        check_text("label", label)
+        if label in seen:
+            raise ValueError(f"The label {label!r} is given twice, and would share its score with itself.")
+        seen.add(label)
+    return [template.replace("{}", label) for label in labels]
+
+
+def _score(
+    model: ClipMiniModel, image_embeds: Tensor, text_embeds: Tensor, labels: Sequence[str]
+) -> list[list[LabelScore]]:
+    scale = model.get_logit_scale().detach().float().cpu()
+    bias = None if model.logit_bias is None else model.logit_bias.detach().float().cpu()
+    logits = pairwise_logits(image_embeds, text_embeds, scale, bias)  # (I, T)
+    if not logits.isfinite().all():
+        raise ValueError("The model gives similarities that are no numbers: its weights are damaged.")
+    probabilities = logits.softmax(dim=-1)
+    rows = []
+    for row in probabilities.tolist():
+        scores = [LabelScore(label, score) for label, score in zip(labels, row, strict=True)]
+        rows.append(sorted(scores, key=lambda item: -item.score))
+    return rows

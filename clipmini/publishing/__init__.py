@@ -1,0 +1,1 @@
+"""A model's folder, its card, and its way to the Hub."""

@@ -1,1 +1,0 @@
-"""Using a model: embed, search, classify, and the `clipmini` command. Installed as `clipmini.inference`."""

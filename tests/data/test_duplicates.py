@@ -1,0 +1,204 @@
+"""Copies are found by their pixels and words, exactly; sharing ids changes ids and nothing else."""
+
+import io
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from clipmini.data.duplicates import find_duplicates, normalise_caption, share_ids
+from modeling_clipmini.images_clipmini import ImageError
+
+
+def encode(color, size=(8, 6), note=None, suffix="PNG"):
+    file, info = io.BytesIO(), PngInfo()
+    if note:
+        info.add_text("note", note)
+    options = {"pnginfo": info} if suffix == "PNG" else {}
+    Image.new("RGB", size, color).save(file, suffix, **options)
+    return file.getvalue()
+
+
+def make_pairs(*rows):
+    """Rows are (image_id, encoded picture or path, captions)."""
+    features = Features(
+        {"image": ImageFeature(decode=False), "captions": List(Value("string")), "image_id": Value("int64")}
+    )
+    columns = {
+        "image": [{"bytes": None, "path": str(data)} if not isinstance(data, bytes) else {"bytes": data, "path": None}
+                  for _, data, _ in rows],
+        "captions": [captions for _, _, captions in rows],
+        "image_id": [image_id for image_id, _, _ in rows],
+    }  # fmt: skip
+    return Dataset.from_dict(columns, features=features)
+
+
+@pytest.fixture
+def pairs():
+    """1, 4 and 7 are the same red; 2 and 5 the same blue; 4, 5 and 3 share a caption."""
+    return DatasetDict(
+        train=make_pairs(
+            (1, encode("red"), ["red one"]),
+            (2, encode("blue"), ["blue one"]),
+            (4, encode("red", note="other metadata"), ["A cat!", "red four"]),
+            (5, encode("blue"), ["a  cat"]),
+            (6, encode("green"), ["unlike"]),
+        ),
+        test=make_pairs(
+            (7, encode("red", suffix="BMP"), ["red seven"]),
+            (3, encode("yellow"), ["a cat", "A CAT."]),
+        ),
+    )
+
+
+def test_all_groups_are_found(pairs):
+    report = find_duplicates(pairs)
+    assert report.num_images == 7
+    assert report.pictures == [[1, 4, 7], [2, 5]]
+    assert report.within == {"train": [[1, 4], [2, 5]]}
+    assert report.across == {("train", "test"): [[1, 4, 7]]}
+    assert report.captions == {"a cat": [3, 4, 5]}
+
+
+def test_one_split_alone(pairs):
+    report = find_duplicates(pairs["train"])
+    assert report.pictures == [[1, 4], [2, 5]]
+    assert list(report.within.values()) == [[[1, 4], [2, 5]]]
+    assert report.across == {}
+
+
+def test_processes_find_the_same(pairs):
+    assert find_duplicates(pairs, num_proc=2) == find_duplicates(pairs)
+
+
+def test_files_are_read(tmp_path):
+    for name in ("one.png", "other.png"):
+        (tmp_path / name).write_bytes(encode("red"))
+    report = find_duplicates(make_pairs((0, tmp_path / "one.png", ["a"]), (1, tmp_path / "other.png", ["b"])))
+    assert report.pictures == [[0, 1]]
+
+
+def test_same_pixels_in_another_shape_are_another_picture():
+    report = find_duplicates(make_pairs((0, encode("red", (8, 6)), ["a"]), (1, encode("red", (6, 8)), ["b"])))
+    assert report.pictures == []
+
+
+def test_nearly_the_same_is_not_the_same():
+    report = find_duplicates(make_pairs((0, encode((9, 9, 9)), ["a b"]), (1, encode((9, 9, 8)), ["ab"])))
+    assert (report.pictures, report.captions) == ([], {})
+    assert report.summary() == (
+        "No picture comes up under more than one image id (0 of 2 images). "
+        "No caption comes up with different pictures (0 images)."
+    )
+
+
+def test_captions_of_one_picture_are_no_duplicates():
+    rows = [(0, encode("red"), ["a dog", "A dog."]), (1, encode("red"), ["a dog"]), (2, encode("blue"), ["...", "!"]),
+            (3, encode("green"), ["!?"])]  # fmt: skip
+    assert find_duplicates(make_pairs(*rows)).captions == {}
+
+
+def test_an_unreadable_picture_is_named(tmp_path):
+    with pytest.raises(ImageError, match=r"gone\.png.*does not exist"):
+        find_duplicates(make_pairs((0, tmp_path / "gone.png", ["a"])))
+    with pytest.raises(ImageError, match="image_id 5"):
+        find_duplicates(make_pairs((5, b"no picture", ["a"])))
+
+
+def test_an_empty_split_is_no_trouble(pairs):
+    pairs["validation"] = pairs["train"].select([])
+    assert find_duplicates(pairs).num_images == 7
+
+
+@pytest.mark.parametrize(
+    ("caption", "normalised"),
+    [
+        ("A dog , and a cat .", "a dog and a cat"),
+        ("\tA  DOG,and a\u00a0cat!", "a dog and a cat"),
+        ("black-and-white", "black and white"),
+        ("Straße", "strasse"),
+        ("ﬁve \uff12 dogs", "five 2 dogs"),
+        ("cafe\u0301", "café"),
+        ("हिन्दी।", "हिन्दी"),
+        ("«…»", ""),
+        ("3 + 4", "3 + 4"),
+    ],
+)
+def test_normalised_captions(caption, normalised):
+    assert normalise_caption(caption) == normalised
+    assert normalise_caption(normalised) == normalised
+
+
+def test_report_in_words_and_json(pairs):
+    report = find_duplicates(pairs)
+    assert report.summary() == (
+        "2 pictures come up under more than one image id (5 of 7 images; 1 in both train and test, where copies "
+        "flatter figures). 1 caption comes up with different pictures (3 images)."
+    )
+    assert json.loads(json.dumps(report.as_dict())) == {
+        "num_images": 7,
+        "pictures": {"num_groups": 2, "num_images": 5, "examples": [[1, 4, 7], [2, 5]]},
+        "within": {"train": 2},
+        "across": {"train+test": 1},
+        "captions": {"num_groups": 1, "num_images": 3, "examples": [{"caption": "a cat", "image_ids": [3, 4, 5]}]},
+    }
+
+
+def test_json_has_only_a_few_examples():
+    data = encode("red")
+    report = find_duplicates(make_pairs(*[(number, data, ["a"]) for number in range(30)]))
+    assert report.as_dict()["pictures"] == {"num_groups": 1, "num_images": 30, "examples": [[0, 1, 2, 3, 4]]}
+
+
+def test_sharing_gives_the_smallest_id_of_a_group(pairs):
+    before = {split: dataset.to_dict() for split, dataset in pairs.items()}
+    shared = share_ids(pairs, find_duplicates(pairs))
+    assert shared["train"]["image_id"][:] == [1, 2, 1, 2, 6]
+    assert shared["test"]["image_id"][:] == [1, 3]
+    for split, dataset in shared.items():
+        assert dataset.features == {**pairs[split].features, "own_image_id": Value("int64")}
+        assert dataset.column_names == [*pairs[split].column_names, "own_image_id"]
+        assert dataset["own_image_id"][:] == before[split]["image_id"]
+        assert dataset["image"][:] == before[split]["image"]
+        assert dataset["captions"][:] == before[split]["captions"]
+        assert pairs[split].to_dict() == before[split]
+    assert find_duplicates(shared).pictures == []
+
+
+def test_sharing_by_captions_joins_what_they_link(pairs):
+    shared = share_ids(pairs, find_duplicates(pairs), captions=True)
+    assert shared["train"]["image_id"][:] == [1, 1, 1, 1, 6]
+    assert shared["test"]["image_id"][:] == [1, 1]
+
+
+def test_long_chains_are_joined():
+    size = 1000
+    rows = [(n, encode((n % 256, n // 256, 0), (1, 1)), [f"link {n}", f"link {n + 1}"]) for n in range(size)]
+    pairs = DatasetDict(train=make_pairs(*reversed(rows)))
+    report = find_duplicates(pairs)
+    assert len(report.captions) == size - 1
+    assert share_ids(pairs, report)["train"]["image_id"][:] == list(reversed(range(size)))
+    assert set(share_ids(pairs, report, captions=True)["train"]["image_id"]) == {0}
+
+
+def test_sharing_keeps_selections_and_copies_no_pictures(pairs):
+    chosen = DatasetDict(train=pairs["train"].select([4, 2, 0]), test=pairs["test"])
+    shared = share_ids(chosen, find_duplicates(chosen))
+    assert shared["train"]["image_id"][:] == [6, 1, 1]
+    assert shared["train"]["captions"][:] == [["unlike"], ["A cat!", "red four"], ["red one"]]
+    addresses = [
+        {buffer.address for chunk in d.data["image"].chunks for buffer in chunk.field("bytes").buffers() if buffer}
+        for d in (pairs["train"], shared["train"])
+    ]
+    assert addresses[0] == addresses[1]
+
+
+def test_all_pictures_of_an_id_are_compared():
+    joined = DatasetDict(
+        train=make_pairs((1, encode("red"), ["a"]), (1, encode("blue"), ["b"])),
+        test=make_pairs((9, encode("red"), ["c"])),
+    )
+    assert find_duplicates(joined).pictures == [[1, 9]]

@@ -1,0 +1,66 @@
+import io
+
+import pytest
+from PIL import Image, ImageEnhance
+from skimage import data
+
+from clipmini.data import leaks
+from clipmini.data.leaks import find_leaks
+
+
+def encode(picture, format="PNG", **options):
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    return [
+        Image.fromarray(photo()).convert("RGB") for photo in (data.astronaut, data.coffee, data.chelsea, data.rocket)
+    ]
+
+
+def pairs_of(toy_pairs, pictures, captions):
+    rows = [
+        {"image": image, "captions": texts, "image_id": number}
+        for number, (image, texts) in enumerate(zip(pictures, captions, strict=True))
+    ]
+    return type(toy_pairs).from_list(rows, features=toy_pairs.features)
+
+
+def test_copies_and_pictures_saved_anew_are_told_apart(toy_pairs, photographs):
+    astronaut, coffee, cat, rocket = photographs
+    train = pairs_of(toy_pairs, [encode(astronaut), encode(coffee)], [["An astronaut."], ["a cup", "Some coffee!"]])
+    held_out = pairs_of(
+        toy_pairs,
+        [
+            encode(cat),
+            encode(astronaut, "BMP"),
+            encode(coffee.resize((300, 200)), "JPEG", quality=60),
+            encode(ImageEnhance.Brightness(astronaut).enhance(1.1), "JPEG"),
+            encode(rocket),
+        ],
+        [["a cat"], ["an  ASTRONAUT"], ["coffee"], ["a woman", "a cup"], ["a rocket"]],
+    )
+    report = find_leaks(train, held_out)
+    assert report.num_train_images == 2
+    assert report.exact == [1]
+    assert report.alike == [2, 3]
+    assert report.rows == [1, 2, 3]
+    assert dict(report.examples) == {2: 1, 3: 0}
+    assert report.captions == [1, 4]
+
+
+def test_nothing_leaks_where_nothing_is_shared(toy_pairs, photographs):
+    train = pairs_of(toy_pairs, [encode(photographs[0])], [["an astronaut"]])
+    report = find_leaks(train, pairs_of(toy_pairs, [encode(photographs[1])], [["coffee"]]))
+    assert (report.rows, report.captions) == ([], [])
+    assert find_leaks(train.select([]), train).rows == []
+
+
+def test_large_sets_are_compared_in_blocks(toy_pairs, photographs, monkeypatch):
+    pictures = [encode(photo) for photo in photographs]
+    pairs = pairs_of(toy_pairs, pictures, [["a"]] * 4)
+    monkeypatch.setattr(leaks, "MAX_DIFFERENCES", 5)
+    assert find_leaks(pairs, pairs.select([3, 1])).exact == [0, 1]

@@ -1,0 +1,154 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipmini.evaluation import ranking
+from clipmini.evaluation.ranking import rank_answers
+
+
+def unit_vectors(similarities):
+    """Images along the axes, so that a caption's coordinates are its similarities to them."""
+    texts = torch.tensor(similarities)
+    return torch.eye(texts.shape[1]), texts
+
+
+# Rows are captions, columns images; captions 0 and 1 belong to image 0, 2 to image 1, 3 to image 2.
+SIMILARITIES = [[0.9, 0.1, 0.2], [0.3, 0.4, 0.5], [0.2, 0.8, 0.1], [0.6, 0.7, 0.5]]
+IDS = torch.tensor([0, 0, 1, 2])
+
+
+def ranks_of(*args):
+    return [ranking.ranks.tolist() for ranking in rank_answers(*args, num_kept=0)]
+
+
+def test_ranks_by_hand():
+    # Image 0: 0.9 beats all. Image 1: 0.8 beats 0.7. Image 2: its 0.5 ties with caption 1, which counts against it.
+    assert ranks_of(*unit_vectors(SIMILARITIES), IDS) == [[0, 2, 0, 2], [0, 0, 1]]
+
+
+def test_an_images_other_captions_do_not_stand_in_the_way():
+    images, texts = unit_vectors([[0.5, 0.0], [0.9, 0.0], [0.7, 0.8]])
+    assert ranks_of(images, texts, torch.tensor([0, 0, 1]))[1] == [0, 0]
+
+
+def test_several_images_may_share_an_id():
+    # Images 0 and 2 are copies: the caption of either finds both, and neither stands in the other's way.
+    images, texts = unit_vectors([[0.2, 0.5, 0.6], [0.1, 0.9, 0.3]])
+    assert ranks_of(images, texts, torch.tensor([7, 3]), torch.tensor([7, 3, 7])) == [[0, 0], [0, 0, 0]]
+
+
+def test_a_query_without_a_right_answer_has_no_rank():
+    images, texts = unit_vectors([[0.9, 0.1], [0.1, 0.9]])
+    assert ranks_of(images, texts, torch.tensor([0, 5])) == [[0, -1], [0, -1]]
+
+
+def test_what_is_kept_by_hand():
+    of_text, of_image = rank_answers(*unit_vectors(SIMILARITIES), IDS, num_kept=2)
+    assert of_text.other_rows.tolist() == [[2, 1], [2, 1], [0, 2], [1, 0]]
+    assert of_text.num_own.tolist() == [1, 1, 1, 1]
+    assert of_image.other_rows.tolist() == [[3, 2], [3, 1], [1, 0]]
+    assert of_image.own[0].tolist() == pytest.approx([0.9, 0.3])
+    assert of_image.num_own.tolist() == [2, 1, 1]
+    # Captions 1 and 3 find their images in third place.
+    assert of_text.average_precision().tolist() == [1, 0, 1, 0]
+    # Image 0: its captions are in places 1 (0.9) and 3 (0.3); only two places count.
+    assert of_image.average_precision().tolist() == pytest.approx([1 / 2, 1, 1 / 2])
+
+
+def test_of_ranks_alone_there_is_no_average_precision():
+    for result in rank_answers(*unit_vectors(SIMILARITIES), IDS, num_kept=0):
+        assert result.own.shape[1] == result.others.shape[1] == 0
+        assert result.average_precision().isnan().all()
+
+
+def test_average_precision_by_hand():
+    # Right answers in places 1, 3 and 4 of five: (1/1 + 2/3 + 3/4) / 3.
+    images, texts = unit_vectors([[0.9], [0.8], [0.7], [0.6], [0.5]])
+    _, of_image = rank_answers(images, texts, torch.tensor([0, 1, 0, 0, 1]))
+    assert of_image.average_precision().tolist() == pytest.approx([(1 + 2 / 3 + 3 / 4) / 3])
+
+
+def test_average_precision_of_more_right_answers_than_places():
+    # Twelve right answers in front of all wrong ones: ten places hold ten of them.
+    images, texts = unit_vectors([[1 - 0.01 * place] for place in range(14)])
+    _, of_image = rank_answers(images, texts, torch.tensor([0] * 12 + [1] * 2))
+    assert of_image.average_precision().tolist() == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize("value", [0.5, torch.nan], ids=["collapsed", "diverged"])
+def test_a_broken_model_does_not_look_good(value):
+    vectors = torch.full((20, 4), value)
+    ids = torch.arange(20)
+    for result in rank_answers(vectors, vectors, ids):
+        assert result.ranks.unique().tolist() == [19]
+        assert result.average_precision().unique().tolist() == [0]
+
+
+def test_a_model_that_collapsed_to_one_direction_is_last_everywhere_in_every_block():
+    # Over a block's edge a product of the same vectors may be rounded in another way; a tie must stay one.
+    image, text = torch.nn.functional.normalize(torch.randn(2, 96, generator=torch.Generator().manual_seed(0)), dim=1)
+    num_images, num_texts = ranking.IMAGE_BLOCK + 37, ranking.TEXT_BLOCK + 411
+    of_text, of_image = rank_answers(
+        image.expand(num_images, -1), text.expand(num_texts, -1), torch.arange(num_texts) % num_images
+    )
+    assert of_text.ranks.unique().tolist() == [num_images - 1]
+    assert (of_image.ranks + of_image.num_own).unique().tolist() == [num_texts]
+
+
+def test_autocast_does_not_round_similarities():
+    images, texts = unit_vectors([[0.9001, 0.9], [0.9, 0.9001]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ranks_of(images, texts, torch.tensor([0, 1])) == [[0, 0], [0, 0]]
+
+
+def test_ids_that_do_not_fit_are_refused():
+    images, texts = unit_vectors(SIMILARITIES)
+    with pytest.raises(ValueError, match="4 captions with 3"):
+        rank_answers(images, texts, IDS[:3])
+
+
+def ranks_of_whole_matrix(similarity, query_ids, answer_ids):
+    """The definition, word by word."""
+    ranks, precisions = [], []
+    for row, query in zip(similarity.tolist(), query_ids.tolist(), strict=True):
+        own = sorted((value for value, answer in zip(row, answer_ids.tolist(), strict=True) if answer == query))[::-1]
+        others = [value for value, answer in zip(row, answer_ids.tolist(), strict=True) if answer != query]
+        if not own:
+            ranks.append(-1)
+            precisions.append(float("nan"))
+            continue
+        places = [sum(other >= value for other in others) + index + 1 for index, value in enumerate(own)]
+        ranks.append(places[0] - 1)
+        hits = [(index + 1) / place for index, place in enumerate(places) if place <= 10]
+        precisions.append(sum(hits) / min(len(own), 10))
+    return ranks, precisions
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), num_images=st.integers(1, 30), num_texts=st.integers(1, 40), seed=st.integers(0, 10**6))
+def test_blocks_give_what_the_whole_matrix_gives(data, num_images, num_texts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # Small whole numbers: their products are exact, and many tie.
+    images = torch.randint(-2, 3, (num_images, 3), generator=generator).float()
+    texts = torch.randint(-2, 3, (num_texts, 3), generator=generator).float()
+    num_ids = data.draw(st.integers(1, 30))
+    image_ids = torch.randint(num_ids, (num_images,), generator=generator)
+    text_ids = torch.randint(num_ids, (num_texts,), generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "IMAGE_BLOCK", data.draw(st.integers(1, 31)))
+        patch.setattr(ranking, "TEXT_BLOCK", data.draw(st.integers(1, 41)))
+        of_text, of_image = rank_answers(images, texts, text_ids, image_ids)
+        assert ranks_of(images, texts, text_ids, image_ids) == [of_text.ranks.tolist(), of_image.ranks.tolist()]
+    similarity = texts @ images.T
+    for found, (ranks, precisions) in (
+        (of_text, ranks_of_whole_matrix(similarity, text_ids, image_ids)),
+        (of_image, ranks_of_whole_matrix(similarity.T, image_ids, text_ids)),
+    ):
+        assert found.ranks.tolist() == ranks
+        assert found.average_precision().tolist() == pytest.approx(precisions, nan_ok=True)
+    for text, (rows, values) in enumerate(zip(of_text.other_rows, of_text.others, strict=True)):
+        for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+            if row >= 0:
+                assert similarity[text, row] == value
+                assert image_ids[row] != text_ids[text]

