@@ -6,12 +6,18 @@ the Hub gets; this one is not uploaded.
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
-from .base_clipmini import ClipMiniOutput, ClipMiniPreTrainedModel, ClipMiniTextOutput, ClipMiniVisionOutput
 from .configuration_clipmini import ClipMiniConfig
 from .loss_clipmini import infonce_loss, sigmoid_loss
-from .modeling_clipmini import ClipMiniModel
+from .modeling_clipmini import (
+    ClipMiniModel,
+    ClipMiniOutput,
+    ClipMiniPreTrainedModel,
+    ClipMiniTextModel,
+    ClipMiniTextOutput,
+    ClipMiniVisionModel,
+    ClipMiniVisionOutput,
+)
 from .processing_clipmini import ClipMiniProcessor
-from .towers_clipmini import ClipMiniTextModel, ClipMiniVisionModel
 
 __all__ = [
     "ClipMiniConfig",

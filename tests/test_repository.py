@@ -83,7 +83,7 @@ def test_uploaded_code_survives_transformers_import_scanner(path):
             assert re.match(r"from \.\w+_clipmini import ", line), line
 
 
-@pytest.mark.parametrize("name", ["configuration", "processing", "modeling", "towers"])
+@pytest.mark.parametrize("name", ["configuration", "processing", "modeling"])
 def test_what_transformers_loads_imports_all_that_it_needs_itself(name):
     """Before 5.12 it copies, of a local folder, that file and its own imports, and not what these import."""
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from modeling_clipmini.towers_clipmini import normalise
+from modeling_clipmini.modeling_clipmini import normalise
 
 PRECISIONS = {"float32": 32, "int8": 8, "binary": 1}  # bits of a number
 

@@ -11,7 +11,7 @@ from clipmini.data.pairs import CachedPairs
 from clipmini.inference.encode import encode_images, encode_texts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.encoding_clipmini import eval_mode
-from modeling_clipmini.towers_clipmini import normalise
+from modeling_clipmini.modeling_clipmini import normalise
 
 from .intervals import Interval, bootstrap_intervals
 from .metrics import QueryScores, chance_metrics, retrieval_scores, summarise_scores

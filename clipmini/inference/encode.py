@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from clipmini.data.images import Skipped, first_sentence
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.images_clipmini import ImageError, read_image, read_named
-from modeling_clipmini.towers_clipmini import normalise
+from modeling_clipmini.modeling_clipmini import normalise
 
 from .trust import refuse_code
 

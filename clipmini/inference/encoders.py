@@ -18,8 +18,8 @@ from clipmini.data.images import first_sentence
 from clipmini.files import weights_sha256
 from modeling_clipmini import ClipMiniConfig
 from modeling_clipmini.images_clipmini import read_named
+from modeling_clipmini.modeling_clipmini import normalise
 from modeling_clipmini.processing_clipmini import DEFAULT_MAX_TOKENS
-from modeling_clipmini.towers_clipmini import normalise
 
 from .encode import encode_images, encode_texts, load_model, run_images, run_texts
 from .trust import read_json, refuse_code

@@ -12,7 +12,7 @@ from torch import Tensor
 from clipmini.data.images import Skipped
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.loss_clipmini import pairwise_logits
-from modeling_clipmini.towers_clipmini import normalise
+from modeling_clipmini.modeling_clipmini import normalise
 
 from .encode import check_text, encode_files, encode_images, encode_texts
 

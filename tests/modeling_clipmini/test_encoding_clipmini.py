@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.utils import logging
 
-from modeling_clipmini import ClipMiniModel, ClipMiniProcessor, ClipMiniTextModel, ClipMiniVisionModel, towers_clipmini
+from modeling_clipmini import ClipMiniModel, ClipMiniProcessor, ClipMiniTextModel, ClipMiniVisionModel
+from modeling_clipmini import modeling_clipmini as module
 
 TEXTS = ["a cat", "a very long caption about nothing much at all", "", "dog"]
 
@@ -111,8 +112,8 @@ def test_a_half_encodes_its_side(tiny_folder, model, pictures):
 def test_one_batch_of_pictures_is_read_at_a_time(model, pictures, monkeypatch):
     events = []
     features = model.get_image_features
-    read = towers_clipmini.read_named
-    monkeypatch.setattr(towers_clipmini, "read_named", lambda *args, **kw: events.append("read") or read(*args, **kw))
+    read = module.read_named
+    monkeypatch.setattr(module, "read_named", lambda *args, **kw: events.append("read") or read(*args, **kw))
     monkeypatch.setattr(model, "get_image_features", lambda *args, **kw: events.append("run") or features(*args, **kw))
     model.encode_image(pictures, batch_size=2)
     assert events == ["read", "read", "run", "read", "read", "run", "read", "run"]

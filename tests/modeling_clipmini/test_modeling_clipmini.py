@@ -326,7 +326,7 @@ def test_an_unknown_config_field_is_refused(tower_folders):
 def test_a_half_saved_alone_does_not_claim_to_classify(tiny_folder, tmp_path):
     ClipMiniVisionModel.from_pretrained(tiny_folder).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert auto_map["AutoModel"] == "towers_clipmini.ClipMiniVisionModel"
+    assert auto_map["AutoModel"] == "modeling_clipmini.ClipMiniVisionModel"
     assert "AutoModelForZeroShotImageClassification" not in auto_map
 
 
