@@ -17,8 +17,7 @@ import numpy as np
 import torch
 import typer
 
-from clipmini.evaluation.metrics import DIRECTIONS, QueryScores, summarise_scores
-from clipmini.evaluation.ranking import rank_answers
+from clipmini.evaluation.retrieval import DIRECTIONS, QueryScores, rank_answers, summarise_scores
 
 CAPTIONS_PER_IMAGE = 5
 PRODUCT_BYTES = 1 << 30

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from clipmini.evaluation.intervals import paired_bootstrap
-from clipmini.evaluation.metrics import retrieval_scores, summarise_scores
+from clipmini.evaluation.retrieval import retrieval_scores, summarise_scores
 from clipmini.publishing.push import prepare_push, push
 from clipmini.training.recipes import load_recipe
 from clipmini.training.run import train

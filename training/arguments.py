@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from clipmini.data.augment import ImageAugmentation
-from clipmini.evaluation.metrics import METRIC_NAMES
+from clipmini.evaluation.retrieval import METRIC_NAMES
 
 from .lora import TOWERS
 

@@ -15,7 +15,7 @@ from clipmini.files import versions
 from clipmini.inference.encoders import DualEncoder, load_encoder, load_encoders
 from clipmini.inference.zero_shot import DEFAULT_TEMPLATE, load_templates
 
-from .classification import ClassificationMetrics
+from .classification import ClassificationMetrics, ZeroShotResult, measure_zero_shot
 from .figures import draw_confusion
 from .intervals import LEVEL, NUM_RESAMPLES, Difference, Interval, paired_shares
 from .naming import (
@@ -26,10 +26,8 @@ from .naming import (
     model_index,
     public_name,
 )
-from .page import render_page
 from .probe import NEIGHBOUR_TEMPERATURE, ProbeResult, probe
-from .results import Evaluation, Table, as_json
-from .zero_shot import ZeroShotResult, measure_zero_shot
+from .results import Evaluation, Table, as_json, render_page
 
 TEST_SHARE = 0.2  # of the pictures of each class, where a probe's data has no split of its own
 FEW = 30  # pictures below which a class's accuracy says little

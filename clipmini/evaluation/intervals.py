@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .metrics import PRECISION_AT, RECALL_AT, QueryScores, summarise_scores
+from .retrieval import PRECISION_AT, RECALL_AT, QueryScores, summarise_scores
 
 NUM_RESAMPLES = 1000
 LEVEL = 0.95

@@ -1,6 +1,7 @@
-"""Full-split retrieval: every picture and every caption embedded once, ranks taken over all of them."""
+"""Measure retrieval over a whole split: recalls with intervals, and where a model fails."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,12 +10,25 @@ from torch import Tensor
 
 from clipmini.data.pairs import CachedPairs
 from clipmini.inference.encode import encode_images, encode_texts
+from clipmini.inference.encoders import DualEncoder, check_widths
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.encoding_clipmini import eval_mode
 from modeling_clipmini.modeling_clipmini import normalise
 
+from .diagnostics import Diagnostics, cut_off, diagnose, quantise
 from .intervals import Interval, bootstrap_intervals
-from .metrics import QueryScores, chance_metrics, retrieval_scores, summarise_scores
+from .retrieval import (
+    DIRECTIONS,
+    PRECISION_AT,
+    QueryScores,
+    Ranking,
+    chance_metrics,
+    rank_answers,
+    retrieval_metrics,
+    retrieval_scores,
+    score_rankings,
+    summarise_scores,
+)
 
 CACHED_CHUNK_SIZE = 8192  # rows of cached features projected at once
 
@@ -138,3 +152,225 @@ def _embed_features(model: ClipMiniModel, features: np.ndarray, name: str, batch
         embeds = output.text_embeds if name == "pooled_text" else output.image_embeds
         results.append(embeds.float().cpu())
     return torch.cat(results)
+
+
+CURVE_END = 100  # the last k of a recall curve
+MAX_COMPARED = 2000  # pictures, and captions, whose similarities the histogram of non-matches counts
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A split's pictures and captions in a model's space.
+
+    Attributes:
+        images: (I, D) float32, each of length 1.
+        texts: (T, D) likewise, captions in the order of the rows.
+        image_ids: (I,) integers; copies that share an id share it here.
+        text_ids: (T,) the id of each caption's image.
+        captions: the T captions.
+        row_of_text: (T,) the row of each caption's image.
+    """
+
+    images: Tensor
+    texts: Tensor
+    image_ids: Tensor
+    text_ids: Tensor
+    captions: list[str]
+    row_of_text: Tensor
+
+    def without(self, rows: Sequence[int], texts: Sequence[int]) -> "Embeddings":
+        """Leave out some pictures with all their captions, and some captions more."""
+        keeps_image = torch.ones(len(self.images), dtype=torch.bool)
+        keeps_image[torch.tensor(list(rows), dtype=torch.long)] = False
+        keeps_text = keeps_image[self.row_of_text]
+        keeps_text[torch.tensor(list(texts), dtype=torch.long)] = False
+        new_row = keeps_image.cumsum(dim=0) - 1
+        return Embeddings(
+            images=self.images[keeps_image],
+            texts=self.texts[keeps_text],
+            image_ids=self.image_ids[keeps_image],
+            text_ids=self.text_ids[keeps_text],
+            captions=[caption for caption, keeps in zip(self.captions, keeps_text.tolist(), strict=True) if keeps],
+            row_of_text=new_row[self.row_of_text[keeps_text]],
+        )
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A caption whose picture came late.
+
+    Attributes:
+        caption: what was asked.
+        row: the row of its picture.
+        rank: that picture's place, 1 being first.
+        similarity: its cosine with the caption.
+        beaten_by: rows of the pictures that came first, with their cosines.
+    """
+
+    caption: str
+    row: int
+    rank: int
+    similarity: float
+    beaten_by: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """A model's retrieval on a split.
+
+    Attributes:
+        num_images: I.
+        num_texts: T.
+        width: D.
+        metrics: by name as in `summarise_scores`, with 95 % intervals.
+        chance: recalls of a random order, under the same names.
+        diagnostics: the shape of the shared space.
+        by_width: metrics of embeddings cut off at some widths, the whole width last.
+        by_precision: metrics of embeddings rounded to fewer bits, by name as in `PRECISIONS`, "float32" first.
+        recall_curve: for each direction R@k for k from 1 to 100, or to all answers where there are fewer.
+        chance_curve: the same of a random order.
+        own_similarities: (P,) cosines of the captions and their own pictures.
+        other_similarities: cosines of captions and other pictures, of at most 2,000 of either.
+        scores: of every query, to be compared with another model's.
+        misses: the captions whose pictures came latest.
+    """
+
+    num_images: int
+    num_texts: int
+    width: int
+    metrics: dict[str, Interval]
+    chance: dict[str, float]
+    diagnostics: Diagnostics
+    by_width: dict[int, dict[str, float]]
+    by_precision: dict[str, dict[str, float]]
+    recall_curve: dict[str, list[float]]
+    chance_curve: dict[str, list[float]]
+    own_similarities: np.ndarray
+    other_similarities: np.ndarray
+    scores: dict[str, QueryScores]
+    misses: list[Miss]
+
+
+def embed_split(encoder: DualEncoder, pairs: Dataset, batch_size: int = 16) -> Embeddings:
+    """Embed every picture and every caption of a split once.
+
+    Args:
+        encoder: the model.
+        pairs: one row per image, as `load_pairs` gives.
+        batch_size: pictures per forward; captions go eight times as many at once.
+
+    Returns:
+        The embeddings, in the order of the rows.
+
+    Raises:
+        ImageError: a picture cannot be read.
+        ValueError: pictures and captions are embedded in different widths.
+    """
+    rows = CachedPairs(pairs)
+    image_ids, row_of_text = torch.tensor(pairs["image_id"][:]), rows.image_of_captions()
+    captions = rows.captions
+    images = encoder.encode_images(pairs["image"], batch_size)
+    texts = encoder.encode_texts(captions, 8 * batch_size)
+    check_widths(encoder, images, texts)
+    return Embeddings(images, texts, image_ids, image_ids[row_of_text], captions, row_of_text)
+
+
+def measure_retrieval(
+    embeds: Embeddings,
+    *,
+    temperature: float | None = None,
+    widths: Sequence[int] = (),
+    precisions: Sequence[str] = (),
+    num_misses: int = 20,
+    num_resamples: int = 1000,
+) -> RetrievalResult:
+    """Measure retrieval, all captions of every image against all images and the other way round.
+
+    Args:
+        embeds: as `embed_split` gives.
+        temperature: the model's, to be told with the diagnostics.
+        widths: measure embeddings cut off at these widths as well.
+        precisions: measure embeddings rounded to these as well, of `PRECISIONS`.
+        num_misses: captions to list whose pictures came latest.
+        num_resamples: resamples of the intervals.
+
+    Returns:
+        The result.
+
+    Raises:
+        ValueError: a width is larger than the embeddings' own, or below 1.
+    """
+    full_width = embeds.images.shape[1]
+    if any(not 1 <= width <= full_width for width in widths):
+        raise ValueError(f"widths={list(widths)} are not all allowed; embeddings are {full_width} wide.")
+    ids = embeds.text_ids, embeds.image_ids
+    rankings = rank_answers(embeds.images, embeds.texts, *ids, PRECISION_AT)
+    scores = score_rankings(rankings, *ids)
+    metrics = bootstrap_intervals(scores, num_resamples)
+    whole = {name: interval.value for name, interval in metrics.items()}
+
+    def metrics_of(images: Tensor, texts: Tensor) -> dict[str, float]:
+        return retrieval_metrics(images, texts, *ids)
+
+    own, others = _similarities(embeds)
+    by_chance = chance_metrics(*ids, recall_at=range(1, CURVE_END + 1))
+    num_answers = dict(zip(DIRECTIONS, (len(embeds.images), len(embeds.texts)), strict=True))
+    places = {direction: range(1, min(CURVE_END, number) + 1) for direction, number in num_answers.items()}
+    return RetrievalResult(
+        num_images=len(embeds.images),
+        num_texts=len(embeds.texts),
+        width=full_width,
+        metrics=metrics,
+        chance=chance_metrics(*ids),
+        diagnostics=diagnose(embeds.images, embeds.texts, *ids, temperature),
+        by_width={
+            **{
+                width: metrics_of(cut_off(embeds.images, width), cut_off(embeds.texts, width))
+                for width in sorted(set(widths) - {full_width})
+            },
+            full_width: whole,
+        },
+        by_precision={
+            "float32": whole,
+            **{
+                name: metrics_of(quantise(embeds.images, name), quantise(embeds.texts, name))
+                for name in precisions
+                if name != "float32"
+            },
+        },
+        recall_curve={
+            direction: [(score.ranks < k).double().mean().item() for k in places[direction]]
+            for direction, score in scores.items()
+        },
+        chance_curve={direction: [by_chance[f"{direction}_r{k}"] for k in ks] for direction, ks in places.items()},
+        own_similarities=own,
+        other_similarities=others,
+        scores=scores,
+        misses=_misses(embeds, rankings[0], num_misses),
+    )
+
+
+def _similarities(embeds: Embeddings) -> tuple[np.ndarray, np.ndarray]:
+    """Give cosines of captions with their own pictures, and of some captions with some other pictures."""
+    own = (embeds.texts * embeds.images[embeds.row_of_text]).sum(dim=1)
+    draw = torch.Generator().manual_seed(0)
+    texts, images = (
+        torch.randperm(len(rows), generator=draw)[:MAX_COMPARED] for rows in (embeds.texts, embeds.images)
+    )
+    similarity = embeds.texts[texts] @ embeds.images[images].T
+    is_other = embeds.text_ids[texts, None] != embeds.image_ids[None, images]
+    return own.numpy(), similarity[is_other].numpy()
+
+
+def _misses(embeds: Embeddings, ranking: Ranking, num_misses: int) -> list[Miss]:
+    latest = ranking.ranks.argsort(descending=True, stable=True)[:num_misses]
+    misses = []
+    for text in latest.tolist():
+        rank = int(ranking.ranks[text])
+        if rank < 1:
+            break  # the rest were found
+        row = int(embeds.row_of_text[text])
+        pairs = zip(ranking.other_rows[text].tolist(), ranking.others[text].tolist(), strict=True)
+        beaten_by = [(other, similarity) for other, similarity in pairs if other >= 0][:rank]
+        misses.append(Miss(embeds.captions[text], row, rank + 1, ranking.own[text, 0].item(), beaten_by))
+    return misses

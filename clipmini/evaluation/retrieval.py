@@ -1,246 +1,338 @@
-"""Retrieval of a whole split, with intervals, what it rests on, and where it fails."""
+"""Retrieval metrics, as pure functions of embeddings.
 
-from collections.abc import Sequence
+Shape letters: I images, T captions, D the width of the shared space, Q queries of one direction.
+
+A caption's right answers are the images with its id, an image's the captions with its id: any number of either. Each
+query counts once, in its direction; one without a right answer stands in the way of others, and is itself no query.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 
-from clipmini.data.pairs import CachedPairs
-from clipmini.inference.encoders import DualEncoder, check_widths
+IMAGE_BLOCK, TEXT_BLOCK = 768, 768  # similarities computed at once: 2 MB, which stay in the processor's cache
 
-from .compression import cut_off, quantise
-from .diagnostics import Diagnostics, diagnose
-from .intervals import Interval, bootstrap_intervals
-from .metrics import (
-    DIRECTIONS,
-    PRECISION_AT,
-    QueryScores,
-    chance_metrics,
-    retrieval_metrics,
-    score_rankings,
+
+@dataclass(frozen=True)
+class Ranking:
+    """How the answers to each query of one direction are ranked, most similar first.
+
+    Attributes:
+        ranks: (Q,) place of the best placed right answer among the wrong ones, 0 being first; -1 for a query without a
+            right answer.
+        own: (Q, K) similarities of right answers; -inf where there are fewer.
+        others: (Q, K) similarities of wrong answers; -inf where there are fewer.
+        other_rows: (Q, K) which wrong answers these are; -1 where there are fewer.
+        num_own: (Q,) how many right answers there are in all.
+    """
+
+    ranks: Tensor
+    own: Tensor
+    others: Tensor
+    other_rows: Tensor
+    num_own: Tensor
+
+    def average_precision(self) -> Tensor:
+        """Average precision among the first K answers (AP@K).
+
+        Over the places p of right answers, of which a query has m: the sum of the share of right answers among the
+        first p, for p up to K, divided by min(m, K). Ties and NaN count against the model, as in `ranks`.
+
+        Returns:
+            (Q,) in [0, 1]; 1 if all right answers come first. NaN for a query without a right answer.
+        """
+        num_kept = self.own.shape[1]
+        is_there = torch.arange(num_kept) < self.num_own[:, None]
+        wrong_before = (~(self.others[:, None, :] < self.own[:, :, None])).sum(dim=2)  # (Q, K): before each right one
+        right_before = torch.arange(num_kept)
+        place = wrong_before + right_before + 1
+        precision = (right_before + 1) / place
+        total = precision.where(is_there & (place <= num_kept), 0).sum(dim=1)
+        return total / self.num_own.clamp(max=num_kept).where(self.num_own > 0, torch.nan)
+
+
+def rank_answers(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    text_ids: Tensor,
+    image_ids: Tensor | None = None,
+    num_kept: int = 10,
+) -> tuple[Ranking, Ranking]:
+    """Rank all images for every caption, and all captions for every image.
+
+    Right is an answer with the query's id; other right answers do not stand in the way of the best one. Ties count
+    against the model, and so does NaN: neither a collapsed model, which gives every pair the same similarity, nor a
+    diverged one must look perfect.
+
+    Args:
+        image_embeds: (I, D), of length 1.
+        text_embeds: (T, D), of length 1.
+        text_ids: (T,) integers, the id of the image that each caption describes.
+        image_ids: (I,) integers, several images may share one; by default 0 to I - 1.
+        num_kept: K, right answers and wrong ones each, to keep; 0 for the ranks alone.
+
+    Returns:
+        The rankings of images for each caption, and of captions for each image. On the CPU.
+
+    Raises:
+        ValueError: there is not one id for each embedding.
+    """
+    pairs = _SortedPairs(image_embeds, text_embeds, text_ids, image_ids)
+    of_text = _Direction(pairs.num_texts, num_kept, image_embeds.device)
+    of_image = _Direction(pairs.num_images, num_kept, image_embeds.device)
+    # Right answers first: how many wrong ones stand before the best of them is counted block by block.
+    for block in pairs.blocks(only_with_own=True):
+        assert block.is_own is not None
+        of_image.take_own(block.images, block.similarity, block.is_own)
+        of_text.take_own(block.texts, block.similarity.T, block.is_own.T)
+    for block in pairs.blocks():
+        is_own = block.is_own
+        of_image.take_others(block.images, block.texts, block.similarity, is_own)
+        of_text.take_others(block.texts, block.images, block.similarity.T, None if is_own is None else is_own.T)
+    return (
+        of_text.ranking(pairs.text_order, pairs.image_order, pairs.images_of_text),
+        of_image.ranking(pairs.image_order, pairs.text_order, pairs.texts_of_image),
+    )
+
+
+class _Block(NamedTuple):
+    """Similarities of some images and some captions, both by their places in the sorted order."""
+
+    images: slice
+    texts: slice
+    similarity: Tensor  # (images, texts); the next block overwrites it
+    is_own: Tensor | None  # of the same shape: what belongs together; None where nothing does
+
+
+class _SortedPairs:
+    """Embeddings sorted by id, and the blocks of their similarities."""
+
+    def __init__(self, image_embeds: Tensor, text_embeds: Tensor, text_ids: Tensor, image_ids: Tensor | None) -> None:
+        self.num_images, self.num_texts = len(image_embeds), len(text_embeds)
+        if image_ids is None:
+            image_ids = torch.arange(self.num_images)
+        if len(image_ids) != self.num_images or len(text_ids) != self.num_texts:
+            raise ValueError(
+                f"{self.num_images} images with {len(image_ids)} ids and {self.num_texts} captions with "
+                f"{len(text_ids)} do not go together; give one id for each."
+            )
+        device = image_embeds.device
+        self.image_ids, self.image_order = image_ids.to(device).sort(stable=True)
+        self.text_ids, self.text_order = text_ids.to(device).sort(stable=True)
+        self.images = _in_order(image_embeds, self.image_order)
+        self.texts = _in_order(text_embeds, self.text_order)
+        self.texts_of_image = count_ids(self.image_ids, self.text_ids)
+        self.images_of_text = count_ids(self.text_ids, self.image_ids)
+
+    def blocks(self, only_with_own: bool = False) -> Iterator[_Block]:
+        """Compute the similarities; those of blocks in which something belongs together alone, if asked for."""
+        buffer = torch.empty(IMAGE_BLOCK * TEXT_BLOCK, device=self.images.device)
+        for text_start in range(0, self.num_texts, TEXT_BLOCK):
+            texts = slice(text_start, min(text_start + TEXT_BLOCK, self.num_texts))
+            ids = self.text_ids[texts]
+            # Sorted, the images of these captions stand beside each other.
+            first = torch.searchsorted(self.image_ids, ids[0]).item()
+            end = torch.searchsorted(self.image_ids, ids[-1], right=True).item()
+            for image_start in range(0, self.num_images, IMAGE_BLOCK):
+                images = slice(image_start, min(image_start + IMAGE_BLOCK, self.num_images))
+                may_have_own = images.start < end and first < images.stop
+                if only_with_own and not may_have_own:
+                    continue
+                shape = (images.stop - images.start, texts.stop - texts.start)
+                similarity = buffer[: shape[0] * shape[1]].view(shape)
+                with torch.autocast(self.images.device.type, enabled=False), torch.no_grad():
+                    torch.mm(self.images[images], self.texts[texts].T, out=similarity)
+                is_own = self.image_ids[images, None] == ids[None, :] if may_have_own else None
+                yield _Block(images, texts, similarity, is_own)
+
+
+class _Direction:
+    """What is known so far of the answers to the queries of one direction, both in sorted order."""
+
+    def __init__(self, num_queries: int, num_kept: int, device: torch.device) -> None:
+        self.num_kept = num_kept
+        self.own = torch.full((num_queries, max(num_kept, 1)), -torch.inf, device=device)
+        self.others = torch.full((num_queries, num_kept), -torch.inf, device=device)
+        self.rows = torch.full((num_queries, num_kept), -1, device=device)
+        self.num_worse = torch.zeros(num_queries, dtype=torch.long, device=device)
+
+    def take_own(self, queries: slice, similarity: Tensor, is_own: Tensor) -> None:
+        """Keep the most similar right answers of a (queries, answers) block; NaN is the least similar of all."""
+        own = similarity.nan_to_num(nan=-torch.inf).masked_fill(~is_own, -torch.inf)
+        num_kept = self.own.shape[1]
+        own = own.topk(min(num_kept, own.shape[1]), dim=1).values
+        self.own[queries] = torch.cat([self.own[queries], own], dim=1).topk(num_kept, dim=1).values
+
+    def take_others(self, queries: slice, answers: slice, similarity: Tensor, is_own: Tensor | None) -> None:
+        """Count and keep wrong answers of a block, once all right ones are known."""
+        # Counted is what is worse than the best right answer: NaN never is, and nothing is worse than -inf.
+        others = similarity if is_own is None else similarity.masked_fill(is_own, torch.inf)
+        is_worse = others < self.own[queries, :1]
+        # Added up as whole numbers: truth values take torch several times as long.
+        self.num_worse[queries] += is_worse.view(torch.uint8).sum(dim=1, dtype=torch.int32)
+        if not self.num_kept:
+            return
+        others = similarity if is_own is None else similarity.masked_fill(is_own, -torch.inf)
+        # Once some blocks have been seen, few queries find anything in the next that is worth keeping.
+        is_closer = ~(others.amax(dim=1) <= self.others[queries, -1])
+        closer = is_closer.nonzero().squeeze(1)
+        # NaN counts as most similar: here it is wrong.
+        others = others[closer].nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        others, columns = others.topk(min(self.num_kept, others.shape[1]), dim=1)
+        closer += queries.start
+        values = torch.cat([self.others[closer], others], dim=1)
+        rows = torch.cat([self.rows[closer], (columns + answers.start).where(others > -torch.inf, -1)], dim=1)
+        self.others[closer], best = values.topk(self.num_kept, dim=1)
+        self.rows[closer] = rows.gather(1, best)
+
+    def ranking(self, queries: Tensor, answers: Tensor, num_own: Tensor) -> Ranking:
+        """Give what was found in the order of embeddings as they were given, of which these are the sorting orders."""
+        ranks = (len(answers) - num_own - self.num_worse).where(num_own > 0, -1)
+        rows = answers[self.rows.clamp(min=0)].where(self.rows >= 0, -1) if len(answers) else self.rows
+        found = (ranks, self.own[:, : self.num_kept], self.others, rows, num_own)
+        return Ranking(*(torch.empty_like(values).index_copy_(0, queries, values).cpu() for values in found))
+
+
+def _in_order(embeds: Tensor, order: Tensor) -> Tensor:
+    """Sort embeddings, without a copy where they are in float32 and in order already."""
+    is_sorted = bool((order[1:] > order[:-1]).all())
+    return embeds.float() if is_sorted else embeds.float()[order]
+
+
+def count_ids(ids: Tensor, sorted_ids: Tensor) -> Tensor:
+    """Count for every one of `ids` how often it stands in `sorted_ids`."""
+    return torch.searchsorted(sorted_ids, ids, right=True) - torch.searchsorted(sorted_ids, ids)
+
+
+RECALL_AT = (1, 5, 10)
+PRECISION_AT = 10
+DIRECTIONS = ("text_to_image", "image_to_text")
+METRIC_NAMES = (
+    *(f"{direction}_r{k}" for direction in DIRECTIONS for k in RECALL_AT),
+    "mean_recall",
+    *(
+        f"{direction}_{name}"
+        for direction in DIRECTIONS
+        for name in (f"map{PRECISION_AT}", "median_rank", "mean_rank")
+    ),
 )
-from .ranking import Ranking, rank_answers
-
-CURVE_END = 100  # the last k of a recall curve
-MAX_COMPARED = 2000  # pictures, and captions, whose similarities the histogram of non-matches counts
 
 
 @dataclass(frozen=True)
-class Embeddings:
-    """A split's pictures and captions in a model's space.
+class QueryScores:
+    """How each query of one direction did; queries without a right answer are left out.
 
     Attributes:
-        images: (I, D) float32, each of length 1.
-        texts: (T, D) likewise, captions in the order of the rows.
-        image_ids: (I,) integers; copies that share an id share it here.
-        text_ids: (T,) the id of each caption's image.
-        captions: the T captions.
-        row_of_text: (T,) the row of each caption's image.
+        ranks: (Q,) place of the best placed right answer among the wrong ones, 0 being first.
+        average_precision: (Q,) AP@10, in [0, 1]; see `Ranking.average_precision`.
+        ids: (Q,) the image that each query shows or describes.
     """
 
-    images: Tensor
-    texts: Tensor
-    image_ids: Tensor
-    text_ids: Tensor
-    captions: list[str]
-    row_of_text: Tensor
-
-    def without(self, rows: Sequence[int], texts: Sequence[int]) -> "Embeddings":
-        """Leave out some pictures with all their captions, and some captions more."""
-        keeps_image = torch.ones(len(self.images), dtype=torch.bool)
-        keeps_image[torch.tensor(list(rows), dtype=torch.long)] = False
-        keeps_text = keeps_image[self.row_of_text]
-        keeps_text[torch.tensor(list(texts), dtype=torch.long)] = False
-        new_row = keeps_image.cumsum(dim=0) - 1
-        return Embeddings(
-            images=self.images[keeps_image],
-            texts=self.texts[keeps_text],
-            image_ids=self.image_ids[keeps_image],
-            text_ids=self.text_ids[keeps_text],
-            captions=[caption for caption, keeps in zip(self.captions, keeps_text.tolist(), strict=True) if keeps],
-            row_of_text=new_row[self.row_of_text[keeps_text]],
-        )
+    ranks: Tensor
+    average_precision: Tensor
+    ids: Tensor
 
 
-@dataclass(frozen=True)
-class Miss:
-    """A caption whose picture came late.
-
-    Attributes:
-        caption: what was asked.
-        row: the row of its picture.
-        rank: that picture's place, 1 being first.
-        similarity: its cosine with the caption.
-        beaten_by: rows of the pictures that came first, with their cosines.
-    """
-
-    caption: str
-    row: int
-    rank: int
-    similarity: float
-    beaten_by: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class RetrievalResult:
-    """A model's retrieval on a split.
-
-    Attributes:
-        num_images: I.
-        num_texts: T.
-        width: D.
-        metrics: by name as in `summarise_scores`, with 95 % intervals.
-        chance: recalls of a random order, under the same names.
-        diagnostics: the shape of the shared space.
-        by_width: metrics of embeddings cut off at some widths, the whole width last.
-        by_precision: metrics of embeddings rounded to fewer bits, by name as in `PRECISIONS`, "float32" first.
-        recall_curve: for each direction R@k for k from 1 to 100, or to all answers where there are fewer.
-        chance_curve: the same of a random order.
-        own_similarities: (P,) cosines of the captions and their own pictures.
-        other_similarities: cosines of captions and other pictures, of at most 2,000 of either.
-        scores: of every query, to be compared with another model's.
-        misses: the captions whose pictures came latest.
-    """
-
-    num_images: int
-    num_texts: int
-    width: int
-    metrics: dict[str, Interval]
-    chance: dict[str, float]
-    diagnostics: Diagnostics
-    by_width: dict[int, dict[str, float]]
-    by_precision: dict[str, dict[str, float]]
-    recall_curve: dict[str, list[float]]
-    chance_curve: dict[str, list[float]]
-    own_similarities: np.ndarray
-    other_similarities: np.ndarray
-    scores: dict[str, QueryScores]
-    misses: list[Miss]
-
-
-def embed_split(encoder: DualEncoder, pairs: Dataset, batch_size: int = 16) -> Embeddings:
-    """Embed every picture and every caption of a split once.
+def retrieval_scores(
+    image_embeds: Tensor, text_embeds: Tensor, text_ids: Tensor, image_ids: Tensor | None = None
+) -> dict[str, QueryScores]:
+    """Score every query of both directions, from which metrics and their intervals are made.
 
     Args:
-        encoder: the model.
-        pairs: one row per image, as `load_pairs` gives.
-        batch_size: pictures per forward; captions go eight times as many at once.
+        image_embeds: (I, D), of length 1.
+        text_embeds: (T, D), of length 1.
+        text_ids: (T,) integers, the id of the image that each caption describes.
+        image_ids: (I,) integers, several images may share one; by default 0 to I - 1.
 
     Returns:
-        The embeddings, in the order of the rows.
-
-    Raises:
-        ImageError: a picture cannot be read.
-        ValueError: pictures and captions are embedded in different widths.
+        Scores by direction: "text_to_image" and "image_to_text".
     """
-    rows = CachedPairs(pairs)
-    image_ids, row_of_text = torch.tensor(pairs["image_id"][:]), rows.image_of_captions()
-    captions = rows.captions
-    images = encoder.encode_images(pairs["image"], batch_size)
-    texts = encoder.encode_texts(captions, 8 * batch_size)
-    check_widths(encoder, images, texts)
-    return Embeddings(images, texts, image_ids, image_ids[row_of_text], captions, row_of_text)
+    if image_ids is None:
+        image_ids = torch.arange(len(image_embeds))
+    rankings = rank_answers(image_embeds, text_embeds, text_ids, image_ids, PRECISION_AT)
+    return score_rankings(rankings, text_ids, image_ids)
 
 
-def measure_retrieval(
-    embeds: Embeddings,
-    *,
-    temperature: float | None = None,
-    widths: Sequence[int] = (),
-    precisions: Sequence[str] = (),
-    num_misses: int = 20,
-    num_resamples: int = 1000,
-) -> RetrievalResult:
-    """Measure retrieval, all captions of every image against all images and the other way round.
+def score_rankings(rankings: tuple[Ranking, Ranking], text_ids: Tensor, image_ids: Tensor) -> dict[str, QueryScores]:
+    """Make scores of what `rank_answers` found; see `retrieval_scores`."""
+    scores = {}
+    for direction, ranking, ids in zip(DIRECTIONS, rankings, (text_ids, image_ids), strict=True):
+        is_query = ranking.ranks >= 0
+        precision = ranking.average_precision()[is_query]
+        scores[direction] = QueryScores(ranking.ranks[is_query], precision, ids.cpu()[is_query])
+    return scores
+
+
+def retrieval_metrics(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    text_ids: Tensor,
+    image_ids: Tensor | None = None,
+    recall_at: Sequence[int] = RECALL_AT,
+) -> dict[str, float]:
+    """Measure retrieval in both directions, over the whole set.
 
     Args:
-        embeds: as `embed_split` gives.
-        temperature: the model's, to be told with the diagnostics.
-        widths: measure embeddings cut off at these widths as well.
-        precisions: measure embeddings rounded to these as well, of `PRECISIONS`.
-        num_misses: captions to list whose pictures came latest.
-        num_resamples: resamples of the intervals.
+        image_embeds: (I, D), of length 1.
+        text_embeds: (T, D), of length 1.
+        text_ids: (T,) integers, the id of the image that each caption describes.
+        image_ids: (I,) integers, several images may share one; by default 0 to I - 1.
+        recall_at: the values of k.
 
     Returns:
-        The result.
-
-    Raises:
-        ValueError: a width is larger than the embeddings' own, or below 1.
+        As [`summarise_scores`] gives it.
     """
-    full_width = embeds.images.shape[1]
-    if any(not 1 <= width <= full_width for width in widths):
-        raise ValueError(f"widths={list(widths)} are not all allowed; embeddings are {full_width} wide.")
-    ids = embeds.text_ids, embeds.image_ids
-    rankings = rank_answers(embeds.images, embeds.texts, *ids, PRECISION_AT)
-    scores = score_rankings(rankings, *ids)
-    metrics = bootstrap_intervals(scores, num_resamples)
-    whole = {name: interval.value for name, interval in metrics.items()}
-
-    def metrics_of(images: Tensor, texts: Tensor) -> dict[str, float]:
-        return retrieval_metrics(images, texts, *ids)
-
-    own, others = _similarities(embeds)
-    by_chance = chance_metrics(*ids, recall_at=range(1, CURVE_END + 1))
-    num_answers = dict(zip(DIRECTIONS, (len(embeds.images), len(embeds.texts)), strict=True))
-    places = {direction: range(1, min(CURVE_END, number) + 1) for direction, number in num_answers.items()}
-    return RetrievalResult(
-        num_images=len(embeds.images),
-        num_texts=len(embeds.texts),
-        width=full_width,
-        metrics=metrics,
-        chance=chance_metrics(*ids),
-        diagnostics=diagnose(embeds.images, embeds.texts, *ids, temperature),
-        by_width={
-            **{
-                width: metrics_of(cut_off(embeds.images, width), cut_off(embeds.texts, width))
-                for width in sorted(set(widths) - {full_width})
-            },
-            full_width: whole,
-        },
-        by_precision={
-            "float32": whole,
-            **{
-                name: metrics_of(quantise(embeds.images, name), quantise(embeds.texts, name))
-                for name in precisions
-                if name != "float32"
-            },
-        },
-        recall_curve={
-            direction: [(score.ranks < k).double().mean().item() for k in places[direction]]
-            for direction, score in scores.items()
-        },
-        chance_curve={direction: [by_chance[f"{direction}_r{k}"] for k in ks] for direction, ks in places.items()},
-        own_similarities=own,
-        other_similarities=others,
-        scores=scores,
-        misses=_misses(embeds, rankings[0], num_misses),
-    )
+    return summarise_scores(retrieval_scores(image_embeds, text_embeds, text_ids, image_ids), recall_at)
 
 
-def _similarities(embeds: Embeddings) -> tuple[np.ndarray, np.ndarray]:
-    """Give cosines of captions with their own pictures, and of some captions with some other pictures."""
-    own = (embeds.texts * embeds.images[embeds.row_of_text]).sum(dim=1)
-    draw = torch.Generator().manual_seed(0)
-    texts, images = (
-        torch.randperm(len(rows), generator=draw)[:MAX_COMPARED] for rows in (embeds.texts, embeds.images)
-    )
-    similarity = embeds.texts[texts] @ embeds.images[images].T
-    is_other = embeds.text_ids[texts, None] != embeds.image_ids[None, images]
-    return own.numpy(), similarity[is_other].numpy()
+def summarise_scores(scores: dict[str, QueryScores], recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+    """Average the scores of all queries.
+
+    Args:
+        scores: as `retrieval_scores` gives.
+        recall_at: the values of k.
+
+    Returns:
+        For each direction `{direction}_r{k}`, the share of queries, in [0, 1], with a right answer among the first k;
+        `{direction}_map10`, the mean of AP@10, in [0, 1]; `{direction}_median_rank` and `{direction}_mean_rank`, of
+        the best placed right answer, 1 being first. `mean_recall`: the mean of all recalls. NaN without a query.
+    """
+    recalls, others = {}, {}
+    for direction, score in scores.items():
+        for k in recall_at:
+            recalls[f"{direction}_r{k}"] = (score.ranks < k).double().mean().item()
+        places = score.ranks.double() + 1
+        others[f"{direction}_map{PRECISION_AT}"] = score.average_precision.double().mean().item()
+        others[f"{direction}_median_rank"] = float(np.median(places)) if len(places) else float("nan")
+        others[f"{direction}_mean_rank"] = places.mean().item()
+    return {**recalls, "mean_recall": sum(recalls.values()) / len(recalls), **others}
 
 
-def _misses(embeds: Embeddings, ranking: Ranking, num_misses: int) -> list[Miss]:
-    latest = ranking.ranks.argsort(descending=True, stable=True)[:num_misses]
-    misses = []
-    for text in latest.tolist():
-        rank = int(ranking.ranks[text])
-        if rank < 1:
-            break  # the rest were found
-        row = int(embeds.row_of_text[text])
-        pairs = zip(ranking.other_rows[text].tolist(), ranking.others[text].tolist(), strict=True)
-        beaten_by = [(other, similarity) for other, similarity in pairs if other >= 0][:rank]
-        misses.append(Miss(embeds.captions[text], row, rank + 1, ranking.own[text, 0].item(), beaten_by))
-    return misses
+def chance_metrics(text_ids: Tensor, image_ids: Tensor, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+    """Give the recalls that a random order reaches on the same set, under the same keys as `retrieval_metrics`.
+
+    A query with c right answers among N misses all of them in k draws without replacement with probability
+    C(N - c, k) / C(N, k).
+
+    Args:
+        text_ids: (T,) integers, the id of the image that each caption describes.
+        image_ids: (I,) integers.
+        recall_at: the values of k.
+
+    Returns:
+        The expected recalls, in [0, 1].
+    """
+    metrics = {}
+    for direction, queries, answers in zip(DIRECTIONS, (text_ids, image_ids), (image_ids, text_ids), strict=True):
+        num_answers = len(answers)
+        num_right = count_ids(queries, answers.sort().values).double()
+        num_right, num_queries = num_right[num_right > 0].unique(return_counts=True)
+        for k in recall_at:
+            drawn = torch.arange(min(k, num_answers))
+            miss = ((num_answers - num_right[:, None] - drawn) / (num_answers - drawn)).clamp(min=0).prod(dim=1)
+            metrics[f"{direction}_r{k}"] = ((1 - miss) @ num_queries.double() / num_queries.sum()).item()
+    return {**metrics, "mean_recall": sum(metrics.values()) / len(metrics)}

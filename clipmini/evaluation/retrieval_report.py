@@ -13,10 +13,10 @@ from clipmini.data.pairs import DataArguments, choose_split, load_data
 from clipmini.files import versions
 from clipmini.inference.encoders import DualEncoder, load_encoders
 
-from .compression import PRECISIONS
+from .diagnostics import PRECISIONS
 from .figures import draw_compression, draw_ranks, draw_recall_curve, draw_similarities
 from .intervals import NUM_RESAMPLES, Difference, Interval, bootstrap_intervals, paired_bootstrap
-from .metrics import RECALL_AT, retrieval_scores
+from .measure import Embeddings, RetrievalResult, embed_split, measure_retrieval
 from .naming import (
     METRIC_LABELS,
     format_figure,
@@ -25,9 +25,8 @@ from .naming import (
     model_index,
     public_name,
 )
-from .page import render_page, show_misses
-from .results import Evaluation, Table, as_json
-from .retrieval import Embeddings, RetrievalResult, embed_split, measure_retrieval
+from .results import Evaluation, Table, as_json, render_page, show_misses
+from .retrieval import RECALL_AT, retrieval_scores
 
 MIN_WIDTH = 32  # down to which widths are halved
 MAX_SIMILARITIES = 200_000_000  # of larger sets, embeddings are not measured again at other sizes unless asked for

@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from clipmini.data.licences import UNKNOWN, strictest
 from clipmini.evaluation.intervals import NUM_RESAMPLES, Interval
-from clipmini.evaluation.metrics import DIRECTIONS, RECALL_AT
 from clipmini.evaluation.naming import (
     eval_results,
     format_figure,
@@ -19,6 +18,7 @@ from clipmini.evaluation.naming import (
     hub_id,
     public_name,
 )
+from clipmini.evaluation.retrieval import DIRECTIONS, RECALL_AT
 from modeling_clipmini import ClipMiniConfig
 from modeling_clipmini.processing_clipmini import image_processor_for
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clipmini.evaluation.compression import PRECISIONS, cut_off, quantise
+from clipmini.evaluation.diagnostics import PRECISIONS, cut_off, quantise
 
 
 def test_cut_off_vectors_have_length_1():

@@ -6,7 +6,7 @@ import torch
 
 from clipmini.evaluation import intervals
 from clipmini.evaluation.intervals import bootstrap_intervals, paired_bootstrap
-from clipmini.evaluation.metrics import METRIC_NAMES, QueryScores, retrieval_scores, summarise_scores
+from clipmini.evaluation.retrieval import METRIC_NAMES, QueryScores, retrieval_scores, summarise_scores
 
 
 def scores_of(text_ranks, image_ranks, captions=1):

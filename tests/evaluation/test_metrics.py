@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipmini.evaluation.metrics import METRIC_NAMES, chance_metrics, retrieval_metrics
+from clipmini.evaluation.retrieval import METRIC_NAMES, chance_metrics, retrieval_metrics
 
 
 def unit_vectors(similarities):

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from clipmini.data.images import Skipped
-from clipmini.evaluation.metrics import retrieval_metrics, retrieval_scores
+from clipmini.evaluation.retrieval import retrieval_metrics, retrieval_scores
 from clipmini.inference.encode import encode_images, encode_texts, load_model
 from clipmini.training.recipes import load_recipe
 from clipmini.training.run import load_recipe_pairs, train

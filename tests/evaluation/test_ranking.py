@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipmini.evaluation import ranking
-from clipmini.evaluation.ranking import rank_answers
+from clipmini.evaluation import retrieval as ranking
+from clipmini.evaluation.retrieval import rank_answers
 
 
 def unit_vectors(similarities):

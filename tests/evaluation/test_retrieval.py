@@ -2,9 +2,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from clipmini.evaluation.measure import evaluate_retrieval
-from clipmini.evaluation.metrics import retrieval_metrics
-from clipmini.evaluation.retrieval import Embeddings, embed_split, measure_retrieval
+from clipmini.evaluation.measure import Embeddings, embed_split, evaluate_retrieval, measure_retrieval
+from clipmini.evaluation.retrieval import retrieval_metrics
 from clipmini.inference.encoders import load_encoder
 
 

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from clipmini.evaluation.metrics import METRIC_NAMES
+from clipmini.evaluation.retrieval import METRIC_NAMES
 from clipmini.publishing.folder import save_model_folder
 from clipmini.training.facts import render_recipe_card
 from clipmini.training.recipes import load_recipe

@@ -4,7 +4,7 @@ from transformers import Trainer, TrainingArguments
 
 from clipmini.data.pairs import CachedPairs
 from clipmini.evaluation.measure import chance_level, embed_pairs, evaluate_retrieval
-from clipmini.evaluation.metrics import retrieval_metrics
+from clipmini.evaluation.retrieval import retrieval_metrics
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.collator import ClipMiniCollator
 from clipmini.training.optimizer import parameter_groups

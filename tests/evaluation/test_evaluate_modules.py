@@ -1,14 +1,11 @@
 """The modules as anyone loads them, offline, by path."""
 
-from pathlib import Path
-
 import evaluate
 import pytest
 import torch
 
-from clipmini.evaluation.metrics import retrieval_metrics
-
-METRICS = Path(__file__).parents[2] / "metrics"
+import clipmini
+from clipmini.evaluation.retrieval import retrieval_metrics
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -22,7 +19,7 @@ def offline(tmp_path_factory):
 
 
 def test_retrieval_by_hand():
-    metric = evaluate.load(str(METRICS / "image_text_retrieval"))
+    metric = evaluate.load(clipmini.metric("image_text_retrieval"))
     result = metric.compute(image_embeds=[[2.0, 0.0], [0.0, 1.0]], text_embeds=[[[1.0, 0.1]], [[0.9, 0.2], [0, 3]]])
     assert result["text_to_image_r1"] == pytest.approx(2 / 3)
     assert result["image_to_text_r1"] == 1
@@ -30,7 +27,7 @@ def test_retrieval_by_hand():
 
 
 def test_retrieval_is_that_of_the_trainer():
-    metric = evaluate.load(str(METRICS / "image_text_retrieval"))
+    metric = evaluate.load(clipmini.metric("image_text_retrieval"))
     images, texts = torch.randn(30, 8), torch.randn(30, 2, 8)
     for start in range(0, 30, 10):
         rows = slice(start, start + 10)
@@ -44,7 +41,7 @@ def test_retrieval_is_that_of_the_trainer():
 
 
 def test_accuracy_by_hand():
-    metric = evaluate.load(str(METRICS / "zero_shot_accuracy"))
+    metric = evaluate.load(clipmini.metric("zero_shot_accuracy"))
     result = metric.compute(
         predictions=[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], references=[0, 1, 1], are_probabilities=True, intervals=True
     )
@@ -56,7 +53,12 @@ def test_accuracy_by_hand():
 
 @pytest.mark.parametrize("name", ["image_text_retrieval", "zero_shot_accuracy"])
 def test_modules_say_what_they_are(name):
-    metric = evaluate.load(str(METRICS / name))
+    metric = evaluate.load(clipmini.metric(name))
     assert metric.citation
     assert metric.features
     assert ">>>" in metric.inputs_description
+
+
+def test_a_metric_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match="no metric 'recall'; there are image_text_retrieval, zero_shot_accuracy"):
+        clipmini.metric("recall")

@@ -1,4 +1,4 @@
-"""Image-text retrieval as a module of the `evaluate` library: evaluate.load("metrics/image_text_retrieval")."""
+"""Image-text retrieval for the `evaluate` library: evaluate.load(clipmini.metric("image_text_retrieval"))."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import evaluate
 import torch
 
 from clipmini.evaluation.intervals import bootstrap_intervals
-from clipmini.evaluation.metrics import retrieval_scores, summarise_scores
+from clipmini.evaluation.retrieval import retrieval_scores, summarise_scores
 
 DESCRIPTION = """
 Recall at k, mAP@10, median and mean rank of image-text retrieval, in both directions, over the whole set. Each row is
@@ -29,7 +29,7 @@ Returns:
     directions, 1 being first. With intervals, `intervals` holds [low, high] by name.
 
 Example:
-    >>> metric = evaluate.load("metrics/image_text_retrieval")
+    >>> metric = evaluate.load(clipmini.metric("image_text_retrieval"))
     >>> result = metric.compute(image_embeds=[[1.0, 0.0], [0.0, 1.0]], text_embeds=[[[1.0, 0.1]], [[0.9, 0.2]]])
     >>> result["text_to_image_r1"]
     0.5

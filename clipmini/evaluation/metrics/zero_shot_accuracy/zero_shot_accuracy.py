@@ -1,4 +1,4 @@
-"""Zero-shot accuracy as a module of the `evaluate` library: evaluate.load("metrics/zero_shot_accuracy")."""
+"""Zero-shot accuracy for the `evaluate` library: evaluate.load(clipmini.metric("zero_shot_accuracy"))."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ Returns:
     all in [0, 1]. With intervals, `intervals` holds [low, high] by name.
 
 Example:
-    >>> metric = evaluate.load("metrics/zero_shot_accuracy")
+    >>> metric = evaluate.load(clipmini.metric("zero_shot_accuracy"))
     >>> metric.compute(predictions=[[0.9, 0.1], [0.6, 0.4]], references=[0, 1])["top1"]
     0.5
 """
