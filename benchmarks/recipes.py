@@ -117,8 +117,8 @@ def run(variant: Variant, source: str, seed: int, max_steps: int, folder: Path) 
 def steps_in(variant: Variant, seconds: float, source: str, folder: Path) -> int:
     """Measure a variant's speed over some steps, after the first few, and say how many fit the time."""
     result = run(variant, source, 0, NUM_CALIBRATION_STEPS, folder)
-    lines = (folder / "run" / "main" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rates = [entry["pairs_per_second"] for entry in map(json.loads, lines) if "pairs_per_second" in entry]
+    logged = json.loads((folder / "run" / "main" / "stage.json").read_text(encoding="utf-8"))["log_history"]
+    rates = [entry["pairs_per_second"] for entry in logged if "pairs_per_second" in entry]
     batch_size = variant.training["per_device_train_batch_size"]
     steps = seconds * statistics.median(rates[1:]) / batch_size
     if variant.max_epochs is not None:

@@ -15,7 +15,7 @@ import torch
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "curves.png", "model"
-METRICS_FILE, STAGE_FILE, RECORD_FILE = "metrics.jsonl", "stage.json", "written_files.json"
+STAGE_FILE, RECORD_FILE = "stage.json", "written_files.json"
 OF_NOBODY = {"__pycache__", ".DS_Store"}  # what Python and systems leave anywhere
 CHECKPOINTS = "checkpoint-*"  # stands in a record for all that Trainer names by a step
 PACKAGES = ("clipmini", "torch", "torchvision", "transformers", "timm", "datasets", "accelerate", "peft")
@@ -82,7 +82,7 @@ class RunRecord:
     def _entries(self, stage: str) -> Iterator[Path]:
         """List what is there of all that a run writes, of its model every file."""
         folder = self.folder / stage
-        files = (METRICS_FILE, STAGE_FILE) if stage else (RECIPE_FILE, RESULTS_FILE, CURVES_FILE, METRICS_FILE)
+        files = (STAGE_FILE,) if stage else (RECIPE_FILE, RESULTS_FILE, CURVES_FILE)
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name == MODEL_FOLDER and path.is_dir() and not path.is_symlink():
                 inside = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())

@@ -26,7 +26,6 @@ from clipmini.evaluation.naming import public_name
 from clipmini.files import (
     CHECKPOINTS,
     CURVES_FILE,
-    METRICS_FILE,
     MODEL_FOLDER,
     RECIPE_FILE,
     RESULTS_FILE,
@@ -48,7 +47,6 @@ from .lora import merge_lora
 from .memory import keep_freed_memory
 from .offline_towers import resolve_tower
 from .recipes import Recipe
-from .runlog import MetricsLog
 from .trainer import ClipMiniTrainer
 
 logger = logging.getLogger(__name__)
@@ -61,8 +59,8 @@ class TrainResult:
     """What a run leaves.
 
     Attributes:
-        output_dir: the run's folder: `recipe_as_run.yaml`, `results.json`, `curves.png`, and `metrics.jsonl` and
-            checkpoints, which of a recipe in stages are in a folder for each.
+        output_dir: the run's folder: `recipe_as_run.yaml`, `results.json`, `curves.png`, and checkpoints, which of a
+            recipe in stages are in a folder for each.
         model_dir: the trained model, complete: code, config, weights, processor.
         results: what `results.json` holds: per split the recalls by chance, before and after training, all in [0, 1],
             and the ends of the 95 % bootstrap intervals of the last.
@@ -266,7 +264,6 @@ def _make_trainer(
             train_dataset=pairs["train"],
             eval_dataset=None if args.eval_strategy == IntervalStrategy.NO else pairs.get("validation"),
             processing_class=processor,
-            callbacks=[MetricsLog(Path(str(args.output_dir)) / METRICS_FILE)],
         )
     except (ImportError, RuntimeError) as error:  # an integration or an optimizer that is not installed
         raise ValueError(f"the recipe's training section cannot be used: {error}") from error
@@ -370,8 +367,7 @@ def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], over
     output_dir = record.folder
     files = [output_dir / name for name in (RECIPE_FILE, RESULTS_FILE, CURVES_FILE)]
     for stage in wanted or [""]:
-        own = (METRICS_FILE, CHECKPOINTS, *([STAGE_FILE] if stage else []))
-        files += [output_dir / stage / name for name in own]
+        files += [output_dir / stage / name for name in (CHECKPOINTS, *([STAGE_FILE] if stage else []))]
     record.add(files)
     for stage in ("", *recipe.stages):
         for path in (output_dir / stage).glob(f".{MODEL_FOLDER}.*"):  # left by a run that was killed while it saved

@@ -19,6 +19,7 @@ from clipmini.evaluation.measure import evaluate_retrieval
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
+from .callbacks import TrainingBar, check_finite
 from .collator import ClipMiniCollator
 from .distributed import world_size
 from .features import TowerFeatures
@@ -28,8 +29,6 @@ from .lora import add_lora
 from .objective import ContrastiveObjective, Embeddings
 from .optimizer import parameter_groups
 from .pairs import EpochPairs
-from .progress import LiveTable
-from .runlog import check_finite
 from .sampling import PairSampler
 from .saving import SavingTrainer
 from .teacher import TeacherEmbeddings
@@ -98,7 +97,7 @@ class ClipMiniTrainer(SavingTrainer):
             **kwargs,
         )
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LiveTable)
+            self.add_callback(TrainingBar)
         self.features = TowerFeatures(self.model, processing_class, args)
         self.last_logged: tuple[float, int] | None = None
         self.objective = ContrastiveObjective(
@@ -147,14 +146,9 @@ class ClipMiniTrainer(SavingTrainer):
         )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as `Trainer` does; the live table is closed in any case."""
+        """Train as `Trainer` does; the speed is measured anew."""
         self.last_logged = None
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, LiveTable):
-                    callback.close()
+        return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed from a checkpoint of the last step amid an epoch, Trainer would take one step more. (Before

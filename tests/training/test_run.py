@@ -53,7 +53,6 @@ def test_a_folder_of_pictures_becomes_a_model(recipe, tmp_path, caplog):
     result = train(recipe())
     assert {file.name for file in result.output_dir.iterdir() if not file.name.startswith("checkpoint")} == {
         "curves.png",
-        "metrics.jsonl",
         "model",
         "recipe_as_run.yaml",
         "results.json",
@@ -120,7 +119,7 @@ def test_a_run_that_was_cut_off_goes_on(recipe, tmp_path, caplog, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("clipmini.training.progress.RecallProgress.on_epoch_begin", kill)
+        patch.setattr("clipmini.training.callbacks.TrainingBar.on_epoch_begin", kill)
         with pytest.raises(Killed):
             train(recipe())
     assert not (tmp_path / "run" / "model").exists()

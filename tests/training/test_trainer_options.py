@@ -7,8 +7,8 @@ import torch
 
 from clipmini.evaluation.measure import evaluate_retrieval
 from clipmini.training.arguments import ClipMiniTrainingArguments
+from clipmini.training.callbacks import NonFiniteLossError
 from clipmini.training.features import TowerFeatures
-from clipmini.training.runlog import NonFiniteLossError
 from clipmini.training.trainer import ClipMiniTrainer
 from modeling_clipmini import ClipMiniModel
 
