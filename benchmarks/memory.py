@@ -32,8 +32,8 @@ def step(batch_size: int, chunk: int | None) -> dict[str, float]:
     from clipmini.data.pairs import load_pairs
     from clipmini.training.arguments import ClipMiniTrainingArguments
     from clipmini.training.build import build_model
-    from clipmini.training.memory import keep_freed_memory
     from clipmini.training.recipes import load_recipe
+    from clipmini.training.run import keep_freed_memory
     from clipmini.training.trainer import ClipMiniTrainer
 
     keep_freed_memory()

@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from clipmini.data.augment import normalise_pixels
-from clipmini.training.collator import ClipMiniCollator
+from clipmini.training.batches import ClipMiniCollator
 from modeling_clipmini.images_clipmini import ImageError
 
 

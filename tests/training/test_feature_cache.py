@@ -15,8 +15,8 @@ from datasets import Image as ImageFeature
 from torch import nn
 
 from clipmini.files import cache_root
-from clipmini.training import feature_cache
-from clipmini.training.feature_cache import cached_array, hash_rows, hash_weights
+from clipmini.training import features as feature_cache
+from clipmini.training.features import cached_array, hash_rows, hash_weights
 
 SHAPE = (10, 2, 3)
 ROWS = np.arange(60, dtype=np.float32).reshape(SHAPE)

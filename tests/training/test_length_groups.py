@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clipmini.training.length_groups import pool_by_length
+from clipmini.training.batches import pool_by_length
 
 CAPTIONS = ["a red square", "b", "a much longer caption about a green disc", "blue bar", "c"]
 

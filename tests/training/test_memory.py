@@ -2,12 +2,12 @@ import platform
 import subprocess
 import sys
 
-from clipmini.training.memory import keep_freed_memory
+from clipmini.training.run import keep_freed_memory
 
 # How often the system has to clear a page for a block that is allocated, touched and freed twenty times.
 COUNT_PAGE_FAULTS = """
 import resource, sys, torch
-from clipmini.training.memory import keep_freed_memory
+from clipmini.training.run import keep_freed_memory
 if "keep" in sys.argv:
     keep_freed_memory()
 for _ in range(10):  # until the heap has grown to its size

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipmini.training.sampling import PairSampler, draw_index
+from clipmini.training.batches import PairSampler, draw_index
 
 
 def epoch(sampler, number):

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from clipmini.training.tower_split import FrozenFront, num_stages, stage_parts
+from clipmini.training.stages import FrozenFront, num_stages, stage_parts
 
 ARCHITECTURES = [
     "test_resnet",

@@ -6,8 +6,8 @@ from clipmini.data.pairs import CachedPairs
 from clipmini.evaluation.measure import chance_level, embed_pairs, evaluate_retrieval
 from clipmini.evaluation.retrieval import retrieval_metrics
 from clipmini.training.arguments import ClipMiniTrainingArguments
-from clipmini.training.collator import ClipMiniCollator
-from clipmini.training.optimizer import parameter_groups
+from clipmini.training.batches import ClipMiniCollator
+from clipmini.training.stages import parameter_groups
 from clipmini.training.trainer import ClipMiniTrainer
 from modeling_clipmini import ClipMiniModel
 

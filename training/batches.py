@@ -1,0 +1,285 @@
+"""Which pairs make up a batch: drawn by seed, epoch and image, collated, and captions of like length grouped.
+
+Where towers are frozen, features stand in place of their inputs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipmini.data.augment import ImageAugmenter, drop_words, raw_pixels
+from clipmini.data.pairs import CachedPairs
+from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini.images_clipmini import read_named
+
+from .teacher import TeacherEmbeddings
+
+
+class PairSampler(torch.utils.data.Sampler[tuple[int, int]]):
+    """Every image in a new order each epoch, `captions_per_epoch` times.
+
+    It yields (row, turn): counted over all epochs, this is the turn-th time that the image comes up. `draw_index`
+    makes of the turn which caption and which augmented view it meets.
+
+    Args:
+        image_ids: the image id of each row.
+        num_captions: the number of captions of each row.
+        seed: another seed gives another order.
+        captions_per_epoch: captions of each image in an epoch; an image with fewer comes up once for each it has.
+        unique_within: if above 0, the pairs of every such block, one global batch, have different image ids; pairs
+            that fit into no block are left out of the epoch.
+
+    Raises:
+        ValueError: there are fewer image ids than `unique_within`.
+    """
+
+    def __init__(
+        self,
+        image_ids: Sequence[int],
+        num_captions: Sequence[int],
+        *,
+        seed: int = 0,
+        captions_per_epoch: int = 1,
+        unique_within: int = 0,
+    ) -> None:
+        self.seed, self.unique_within, self.epoch = seed, unique_within, 0
+        self.turns_per_epoch = np.minimum(num_captions, captions_per_epoch)
+        self.rows = np.repeat(np.arange(len(image_ids)), self.turns_per_epoch)
+        starts = np.cumsum(self.turns_per_epoch) - self.turns_per_epoch
+        self.offsets = np.arange(len(self.rows)) - starts[self.rows]  # 0, 1, ... within each image's turns
+        self.ids = np.unique(np.asarray(image_ids), return_inverse=True)[1][self.rows]
+        self.num_blocks = _count_blocks(np.bincount(self.ids), unique_within) if unique_within else 0
+        if unique_within and self.num_blocks == 0:
+            raise ValueError(
+                f"unique_images_in_batch: a batch of {unique_within} pairs with different images cannot be filled "
+                f"from {len(np.unique(self.ids))} images. Use a smaller batch, or leave the option out."
+            )
+
+    def __len__(self) -> int:
+        return self.num_blocks * self.unique_within if self.unique_within else len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(len(self.rows))
+        if self.unique_within:
+            order = self._deal_into_blocks(order, generator)
+        rows = self.rows[order]
+        turns = self.epoch * self.turns_per_epoch[rows] + self.offsets[order]
+        return zip(rows.tolist(), turns.tolist(), strict=True)
+
+    def _deal_into_blocks(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Deal the pairs, those of one image after each other, to the blocks in turn, like cards to players.
+
+        An image with no more pairs than there are blocks then never meets itself in one (McNaughton 1959).
+        """
+        ids = self.ids[order]
+        order = order[_rank_within(ids) < self.num_blocks]
+        order = order[: len(self)]  # it is shuffled: what is left out is random
+        together = np.argsort(generator.permutation(self.ids.max() + 1)[self.ids[order]], kind="stable")
+        blocks = order[together].reshape(self.unique_within, self.num_blocks).T
+        return generator.permuted(generator.permutation(blocks), axis=1).reshape(-1)
+
+
+def draw_index(count: int, turn: int, *seed: int) -> int:
+    """Draw one of `count` things without replacement: over `count` turns in a row each comes up once.
+
+    Args:
+        count: at least 1.
+        turn: from 0.
+        *seed: another seed, such as the run's and the image's, gives another order.
+
+    Returns:
+        An index in [0, count).
+    """
+    cycle, position = divmod(turn, count)
+    return int(np.random.default_rng((*seed, cycle)).permutation(count)[position])
+
+
+def draw_seed(*seed: int) -> int:
+    """Mix some non-negative integers into one seed in [0, 2**32)."""
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def _count_blocks(pairs_per_id: np.ndarray, block_size: int) -> int:
+    """The most blocks of different ids that can be filled: the largest b with b x size <= sum of min(pairs, b)."""
+    low, high = 0, int(pairs_per_id.sum()) // block_size
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = np.minimum(pairs_per_id, middle).sum() >= middle * block_size
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def _rank_within(ids: np.ndarray) -> np.ndarray:
+    """Count for each entry how many entries before it have the same id."""
+    by_id = np.argsort(ids, kind="stable")
+    starts = np.searchsorted(ids[by_id], ids[by_id])
+    ranks = np.empty(len(ids), dtype=np.int64)
+    ranks[by_id] = np.arange(len(ids)) - starts
+    return ranks
+
+
+# Independent draws for one and the same pair take different last words of the seed.
+CAPTION, VIEW, AUGMENTATION, WORDS = range(4)
+
+
+class EpochPairs(torch.utils.data.Dataset):
+    """The pairs that a `PairSampler` asks for: an image in its turn, with that turn's caption and view.
+
+    Which caption, view, crop and words a turn meets depends on the seed, the image and the turn alone. Over the turns
+    an image meets its captions evenly, and so its cached views.
+
+    Args:
+        pairs: what to train on.
+        seed: another seed gives other draws.
+        augment: draws pixels of a picture that is not cached; None to leave that to the collator.
+        word_dropout: probability with which a word is left out of a caption that is not cached.
+        teacher: gives the teacher's embeddings of a row's image and caption.
+    """
+
+    def __init__(
+        self,
+        pairs: CachedPairs,
+        *,
+        seed: int = 0,
+        augment: ImageAugmenter | None = None,
+        word_dropout: float = 0.0,
+        teacher: TeacherEmbeddings | None = None,
+    ) -> None:
+        self.pairs, self.seed = pairs, seed
+        self.augment, self.word_dropout, self.teacher = augment, word_dropout, teacher
+        self.caption_starts = np.concatenate([[0], np.cumsum(pairs.num_captions)])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        row, turn = key
+        pairs = self.pairs
+        caption = draw_index(pairs.num_captions[row], turn, self.seed, row, CAPTION)
+        item: dict[str, Any] = {"image_id": pairs.image_ids[row], "row": row}
+        needs_row = pairs.image_features is None or pairs.text_features is None
+        content = pairs.rows[row] if needs_row else {}
+        if pairs.image_features is None:
+            item.update(self._picture(content, row, turn))
+        else:
+            view = draw_index(pairs.image_features.shape[1], turn, self.seed, row, VIEW)
+            name = "pooled_image" if pairs.front is None else "vision_hidden"
+            item[name] = torch.tensor(pairs.image_features[row, view], dtype=torch.float32)
+        if pairs.text_features is None:
+            item["caption"] = content["captions"][caption]
+            if self.word_dropout:
+                item["caption"] = drop_words(
+                    item["caption"], self.word_dropout, draw_seed(self.seed, row, turn, WORDS)
+                )
+        else:
+            features = pairs.text_features[self.caption_starts[row] + caption]
+            item["pooled_text"] = torch.tensor(features, dtype=torch.float32)
+        if self.teacher is not None:
+            image, text = self.teacher.rows(row, caption)
+            item["teacher_image"], item["teacher_text"] = torch.as_tensor(image), torch.as_tensor(text)
+        return item
+
+    def _picture(self, content: dict[str, Any], row: int, turn: int) -> dict[str, Any]:
+        if self.augment is None:
+            return {"image": content["image"]}
+        picture = read_named(content["image"], f"image_id {content['image_id']}")
+        return {
+            "pixels": self.augment.draw(picture, content["captions"], draw_seed(self.seed, row, turn, AUGMENTATION))
+        }
+
+    def names(self, rows: Sequence[int]) -> list[str]:
+        """Name the pictures of some rows, for messages: their paths, or their image ids where they have none."""
+        table = self.pairs.rows.select_columns(["image"])
+        structs = [table[int(row)]["image"] for row in rows]
+        ids = [self.pairs.image_ids[int(row)] for row in rows]
+        return [
+            (isinstance(image, dict) and image["path"]) or f"image_id {image_id}"
+            for image, image_id in zip(structs, ids, strict=True)
+        ]
+
+
+TENSORS = ("pixels", "vision_hidden", "pooled_image", "pooled_text", "teacher_image", "teacher_text")
+
+
+@dataclass
+class ClipMiniCollator:
+    """Make a training batch: stack tensors, prepare pictures, tokenise captions padded to the batch's longest.
+
+    Items are those of [`EpochPairs`], in which everything is drawn, or the plain rows of [`load_pairs`] (`image`,
+    `captions`, `image_id`), such as transformers' own `Trainer` hands over: of these a caption is drawn with torch's
+    random state.
+
+    Attributes:
+        processor: the model's processor.
+    """
+
+    processor: ClipMiniProcessor
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collate B items.
+
+        Args:
+            items: B items of the same kind.
+
+        Returns:
+            `image_ids` (B,), and `rows` (B,) from `EpochPairs`; of the picture `pixel_values` (B, 3, height, width),
+            or from `EpochPairs` `pixels`, the same in bytes, not normalised yet, a quarter of the memory;
+            `pooled_image` (B, V) or `vision_hidden` (B, ...); of the caption `input_ids` and `attention_mask` (B, L)
+            or `pooled_text` (B, W); and the teacher's (B, E) `teacher_image` and `teacher_text` where there is one.
+
+        Raises:
+            ImageError: a picture cannot be read; the message names it. `load_pairs` leaves such out.
+        """
+        batch = {"image_ids": torch.tensor([item["image_id"] for item in items])}
+        if "row" in items[0]:
+            batch["rows"] = torch.tensor([item["row"] for item in items])
+        for name in TENSORS:
+            if name in items[0]:
+                batch[name] = torch.stack([item[name] for item in items])
+        if "image" in items[0]:
+            images = (read_named(item["image"], f"image_id {item['image_id']}") for item in items)
+            if "row" in items[0]:
+                batch["pixels"] = torch.stack([raw_pixels(self.processor.image_processor, image) for image in images])
+            else:
+                batch["pixel_values"] = self.processor(images=list(images))["pixel_values"]
+        if "pooled_text" not in items[0]:
+            captions = [item["caption"] if "caption" in item else _draw(item["captions"]) for item in items]
+            batch.update(self.processor(text=captions))
+        return batch
+
+
+def _draw(captions: Sequence[str]) -> str:
+    return captions[int(torch.randint(len(captions), ()))]
+
+
+def pool_by_length(model: ClipMiniModel, input_ids: Tensor, attention_mask: Tensor, num_groups: int) -> Tensor:
+    """Run the text tower over a batch in groups of captions of like length, each cut to its own longest.
+
+    A batch is padded to its longest caption, often twice as long as most. Padding is masked out, so the result is the
+    same; only what dropout drops is another draw.
+
+    Args:
+        model: its `pool_texts` is run.
+        input_ids: (B, L), padded on the right.
+        attention_mask: (B, L).
+        num_groups: at least 1; no more than B are made.
+
+    Returns:
+        (B, W) what `pooled_text` takes, in the order of the batch.
+    """
+    lengths = attention_mask.sum(dim=1)
+    order = lengths.argsort(stable=True)
+    pooled = []
+    for rows in order.tensor_split(min(num_groups, len(order))):
+        longest = int(lengths[rows].max())
+        pooled.append(model.pool_texts(input_ids[rows, :longest], attention_mask[rows, :longest]))
+    return torch.cat(pooled)[order.argsort()]
