@@ -12,7 +12,7 @@ help:  ## list the targets
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmini needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,search,lora,serve,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,lora,serve,dev]'
 	touch $@
 
 .PHONY: demo

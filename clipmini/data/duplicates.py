@@ -8,13 +8,15 @@ import hashlib
 import itertools
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from modeling_clipmini.images_clipmini import read_named
 
@@ -197,22 +199,17 @@ def _sort_by_split(
     return within, across
 
 
-def _join(groups: Iterable[list[int]]) -> dict[int, int]:
-    """Map each id to the smallest that it is linked to over any number of groups (union-find, path halving)."""
-    parents: dict[int, int] = {}
-
-    def find_root(image_id: int) -> int:
-        parents.setdefault(image_id, image_id)
-        while parents[image_id] != image_id:
-            parents[image_id] = parents[parents[image_id]]
-            image_id = parents[image_id]
-        return image_id
-
-    for group in groups:
-        for image_id in group[1:]:
-            one, other = find_root(group[0]), find_root(image_id)
-            parents[max(one, other)] = min(one, other)
-    return {image_id: find_root(image_id) for image_id in list(parents)}
+def _join(groups: Sequence[list[int]]) -> dict[int, int]:
+    """Map each id to the smallest that it is linked to over any number of groups."""
+    ids = sorted({image_id for group in groups for image_id in group})
+    place = {image_id: index for index, image_id in enumerate(ids)}
+    links = np.array([(place[group[0]], place[other]) for group in groups for other in group]).reshape(-1, 2)
+    graph = coo_array((np.ones(len(links)), (links[:, 0], links[:, 1])), shape=(len(ids), len(ids)))
+    _, components = connected_components(graph, directed=False)
+    smallest: dict[int, int] = {}
+    for image_id, component in zip(ids, components.tolist(), strict=True):  # the smallest comes first
+        smallest.setdefault(component, image_id)
+    return {image_id: smallest[component] for image_id, component in zip(ids, components.tolist(), strict=True)}
 
 
 def _replace_ids(pairs: Dataset, new_ids: dict[int, int]) -> Dataset:
