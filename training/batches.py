@@ -1,6 +1,8 @@
-"""Which pairs make up a batch: drawn by seed, epoch and image, collated, and captions of like length grouped.
+"""Which pairs make up an epoch, in what order, and how they become batches: a pure function of seed, epoch and image.
 
-Where towers are frozen, features stand in place of their inputs.
+Nothing here draws from the global random state. The same epoch gives the same batches on any number of data workers,
+and in a run that was killed and resumed. Where towers are frozen, features stand in place of their inputs. Captions of
+like length can be embedded together: less padding to compute.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,11 @@
 """What frozen parts of the towers make of a data set, computed once and kept on disk.
 
-A frozen tower in eval mode gives the same output for the same picture or caption in every epoch. Computing it once
-turns an hour of training into minutes. The rest then trains on exactly the vectors it would have seen; augmentation
-becomes a fixed number of views of each picture.
+A frozen tower in eval mode gives the same output for the same image or caption in every epoch. Computing it once turns
+an hour of training into minutes. The rest then trains on exactly the vectors it would have seen; augmentation becomes
+a fixed number of views of each image.
+
+The arrays are memory-mapped and resumable. The folder of each is named by a hash of what it depends on, so that other
+data, weights or transforms find another folder: nothing has to be invalidated, and nothing is ever overwritten.
 """
 
 import hashlib

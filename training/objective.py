@@ -1,4 +1,7 @@
-"""What training minimises: a contrastive loss and its options, a few rows of the similarity matrix at a time."""
+"""What training minimizes: a contrastive loss and its options, a few rows of the similarity matrix at a time.
+
+Negatives come from every process: embeddings are gathered with their gradient.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,8 @@
-"""A timm tower by depth: its stages, the frozen first of them cached, and a learning rate for every parameter."""
+"""A timm tower by depth: its stages, the frozen first of them cached, and a learning rate for every parameter.
+
+While the first stages of a tower are frozen, what they give for an image never changes. Computed once, it is all that
+training the rest needs.
+"""
 
 import logging
 import re

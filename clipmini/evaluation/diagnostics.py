@@ -1,4 +1,4 @@
-"""What the shape of the shared space tells about a model, beyond what it retrieves.
+"""What the shape of the shared space tells about a model, and what smaller embeddings lose: cut off, or of fewer bits.
 
 Shape letters: I images, T captions, N vectors, G ids, D the width of the shared space.
 """

@@ -1,4 +1,4 @@
-"""Measure retrieval over a whole split: recalls with intervals, and where a model fails."""
+"""Measure retrieval over a whole split: every image and caption embedded once, recalls with intervals, failures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

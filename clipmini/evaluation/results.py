@@ -1,4 +1,7 @@
-"""What an evaluation writes: `results.json`, a Markdown table, an entry for a model card, and one page."""
+"""What an evaluation writes: `results.json`, a Markdown table, an entry for a model card, and one page.
+
+The page opens without a network: drawings and small images are inside it.
+"""
 
 import base64
 import io

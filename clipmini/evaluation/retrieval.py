@@ -1,9 +1,12 @@
-"""Retrieval metrics, as pure functions of embeddings.
+"""Retrieval metrics, as pure functions of embeddings, from exact ranks over all similarities.
 
-Shape letters: I images, T captions, D the width of the shared space, Q queries of one direction.
+Shape letters: I images, T captions, D the width of the shared space, Q queries of one direction, K answers kept.
 
 A caption's right answers are the images with its id, an image's the captions with its id: any number of either. Each
 query counts once, in its direction; one without a right answer stands in the way of others, and is itself no query.
+
+The (I, T) matrix of similarities is never whole in memory: it is computed block by block, and each block serves both
+directions. Images and captions are first sorted by id, so that few blocks hold what belongs together.
 """
 
 from collections.abc import Iterator, Sequence
