@@ -31,7 +31,7 @@ MAX_WHOLE_PIXELS = 50_000_000
 # benchmarks/images.py. Pillow's own image takes 4.
 BYTES_PER_PIXEL = {"WEBP": 17, "AVIF": 18, "HEIF": 18, "JPEG2000": 25, "TIFF": 5}
 READ_WHOLE = ("WEBP", "AVIF", "HEIF")  # the whole file is in memory too
-TIFF_WIDTH, TIFF_ROWS, TIFF_TILE_WIDTH, TIFF_TILE_ROWS, TIFF_SAMPLES, TIFF_BITS = 256, 278, 322, 323, 277, 258  # tags
+TIFF_ROWS, TIFF_TILE_WIDTH, TIFF_TILE_ROWS, TIFF_SAMPLES, TIFF_BITS = 278, 322, 323, 277, 258  # tags
 STRIP_PIXELS = 2**20  # that are converted at once
 
 MAX_ADDRESS_BYTES = 64 * 2**20
