@@ -93,7 +93,7 @@ def _is_refused(file: str, key: tuple[str, ...], value: Any, is_own: bool) -> bo
     if not value:
         return False
     if name == "auto_map":
-        is_outermost = len(key) == 1 or file == PROCESSOR_FILE  # which holds its parts' files
+        is_outermost = len(key) == 1 or file_name == PROCESSOR_FILE  # which holds its parts' files
         return not (is_own and is_outermost and isinstance(value, dict) and set(value) <= set(OWN_CLASSES))
     if file_name == MODULES_FILE and len(key) == 2 and name in ("type", "path"):
         path = Path(str(value))

@@ -192,6 +192,12 @@ def test_good_folders_pass(tiny_folder, clip_folder, siglip_folder):
         assert refuse_code(folder) == folder
 
 
+def test_a_folder_with_checkpoints_in_it_passes(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "tuned")
+    shutil.copytree(tiny_folder, tmp_path / "tuned" / "checkpoint-12")
+    refuse_code(tmp_path / "tuned")
+
+
 @pytest.mark.parametrize(
     "content",
     [
