@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import typer
 
-from clipmini.evaluation.retrieval import DIRECTIONS, QueryScores, rank_answers, summarise_scores
+from clipmini.evaluation.retrieval import DIRECTIONS, QueryScores, rank_answers, summarize_scores
 
 CAPTIONS_PER_IMAGE = 5
 PRODUCT_BYTES = 1 << 30
@@ -79,7 +79,7 @@ def main(
                 "product_s": round(statistics.median(times["product"]), 1),
                 "ratio": round(statistics.median(ratios), 2),
                 "peak_gib": round(peak_gib, 2),
-                "mean_recall": round(summarise_scores(scores)["mean_recall"], 4),
+                "mean_recall": round(summarize_scores(scores)["mean_recall"], 4),
             }
         )
     )

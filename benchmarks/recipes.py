@@ -3,7 +3,7 @@
     python benchmarks/recipes.py --source ../shared/data/flickr8k
 
 Each variant trains for the same time on the same machine, from the same pretrained towers, with three seeds, and is
-measured once, at the end, on the validation split (1000 pictures, all five captions each). How many steps fit the time
+measured once, at the end, on the validation split (1000 images, all five captions each). How many steps fit the time
 is measured before any run, so that every learning-rate schedule ends with the time; only then must the machine do
 nothing else, since a run's steps are counted and not its seconds. What a variant may cache is cached before the clock
 starts; those that train on cached features alone would see each pair hundreds of times, learn them by heart and come

@@ -2,9 +2,9 @@
 
     python benchmarks/serving.py runs/demo/model
 
-Starts the server in a process of its own, with its default limits. All clients send at the same moment: pictures of
+Starts the server in a process of its own, with its default limits. All clients send at the same moment: images of
 4 MB (noise, so that they do not compress), as base64 in JSON or as they are; and among them, one in five, broken JSON,
-a truncated picture, a body over the limit, a decompression bomb, and a picture of as many pixels as are allowed. Every
+a truncated image, a body over the limit, a decompression bomb, and an image of as many pixels as are allowed. Every
 answer is compared with that of the handler run directly; a client that is told that the server is busy comes again.
 Resident memory is Linux's own count.
 """
@@ -31,8 +31,8 @@ import typer
 from PIL import Image
 
 LABELS = ["a dog on a beach", "two people", "a red car", "a bowl of soup", "noise"]
-NUM_PICTURES = 8
-PICTURE_BYTES = 4_000_000
+NUM_IMAGES = 8
+IMAGE_BYTES = 4_000_000
 TOLERANCE = 1e-5  # of a score: torch adds in another order with other numbers of threads
 QUERY = "/?" + urlencode({"candidate_labels": LABELS}, doseq=True)
 
@@ -47,37 +47,36 @@ class Call:
 
 
 def make_calls(model: str, count: int) -> list[Call]:
-    """Make the requests: four in five are pictures of `PICTURE_BYTES`, the rest is meant to do harm."""
+    """Make the requests: four in five are images of `IMAGE_BYTES`, the rest is meant to do harm."""
     from clipmini.inference.encode import load_model
     from clipmini.inference.server import Limits
     from modeling_clipmini.handler import MAX_PIXELS, RequestHandler
 
     handler = RequestHandler(*load_model(model))
 
-    def score(picture: bytes) -> dict[str, float]:
-        answer = handler({"inputs": picture, "parameters": {"candidate_labels": LABELS}})
+    def score(image: bytes) -> dict[str, float]:
+        answer = handler({"inputs": image, "parameters": {"candidate_labels": LABELS}})
         return {item["label"]: item["score"] for item in answer}
 
-    pictures = []
-    for seed in range(NUM_PICTURES):
-        picture = noise(seed)
-        scores = score(picture)
+    images = []
+    for seed in range(NUM_IMAGES):
+        image = noise(seed)
+        scores = score(image)
         as_json = {
-            "inputs": {"image": base64.b64encode(picture).decode()},
+            "inputs": {"image": base64.b64encode(image).decode()},
             "parameters": {"candidate_labels": LABELS},
         }
-        pictures += [Call(picture, 200, scores), Call(json.dumps(as_json).encode(), 200, scores)]
+        images += [Call(image, 200, scores), Call(json.dumps(as_json).encode(), 200, scores)]
     largest = encoded(Image.linear_gradient("L").resize((7000, MAX_PIXELS // 7000)).convert("RGB"))
     harmful = [
-        Call(pictures[1].body[:-1], 400),
-        Call(pictures[0].body[: PICTURE_BYTES // 2], 422),
+        Call(images[1].body[:-1], 400),
+        Call(images[0].body[: IMAGE_BYTES // 2], 422),
         Call(b"x" * (Limits().max_body_bytes + 1), 413),
         Call(encoded(Image.new("RGB", (13_000, 13_000))), 413),  # 169 megapixels, 676 MB decoded
         Call(largest, 200, score(largest)),
     ]
     return [
-        harmful[index // 5 % len(harmful)] if index % 5 == 4 else pictures[index % len(pictures)]
-        for index in range(count)
+        harmful[index // 5 % len(harmful)] if index % 5 == 4 else images[index % len(images)] for index in range(count)
     ]
 
 
@@ -89,13 +88,13 @@ def encoded(image: Image.Image) -> bytes:
 
 
 def noise(seed: int) -> bytes:
-    """Make a JPEG of a little over `PICTURE_BYTES`."""
+    """Make a JPEG of a little over `IMAGE_BYTES`."""
     generator = np.random.default_rng(seed)
     for width in range(1000, 10_000, 100):
         file = io.BytesIO()
         pixels = generator.integers(0, 256, (width * 3 // 4, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(file, "JPEG", quality=90)
-        if file.tell() >= PICTURE_BYTES:
+        if file.tell() >= IMAGE_BYTES:
             return file.getvalue()
     raise AssertionError
 

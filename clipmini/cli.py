@@ -59,7 +59,7 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
 ) -> None:
-    """Train your own small CLIP, and use it to search and classify pictures with words."""
+    """Train your own small CLIP, and use it to search and classify images with words."""
 
 
 @app.command(
@@ -93,7 +93,7 @@ def train(
         print_json({**result.results, **places})
         return
     for name, split in result.results["splits"].items():
-        typer.echo(f"{name}: {split['num_images']} pictures, {split['num_captions']} captions; recall in percent")
+        typer.echo(f"{name}: {split['num_images']} images, {split['num_captions']} captions; recall in percent")
         print_table(_recall_table(split))
     folder = shlex.quote(_folder_to_search(loaded.data.source))
     typer.echo(f"The model is in {result.model_dir}")
@@ -128,20 +128,20 @@ def teach(
     if as_json:
         print_json({"file": str(out), "num_images": len(pairs)})
     else:
-        typer.echo(f"{len(pairs)} pictures and their captions are in {out}")
+        typer.echo(f"{len(pairs)} images and their captions are in {out}")
 
 
-@app.command(epilog='Example: clipmini search runs/demo/model ~/Pictures "a red fish near coral" --out result.png')
+@app.command(epilog='Example: clipmini search runs/demo/model ~/Images "a red fish near coral" --out result.png')
 def search(
     model: ModelName,
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Pictures, in sub-folders too.")],
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What the picture should show, in words.")],
-    top: Annotated[int, typer.Option("--top", help="How many pictures to give.")] = 9,
-    out: Annotated[Path | None, typer.Option("--out", help="Draw the results as a picture, such as x.png.")] = None,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Images, in sub-folders too.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What the image should show, in words.")],
+    top: Annotated[int, typer.Option("--top", help="How many images to give.")] = 9,
+    out: Annotated[Path | None, typer.Option("--out", help="Draw the results as an image, such as x.png.")] = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the pictures of a folder that fit a description."""
+    """Find the images of a folder that fit a description."""
     from clipmini.data.images import Skipped
     from clipmini.inference.encode import load_model
     from clipmini.inference.search import check_search, draw_results, search_folder
@@ -154,7 +154,7 @@ def search(
         found = [{"path": str(hit.path), "score": hit.score} for hit in hits]
         print_json({"query": query, "hits": found, **skipped_as_json(skipped)})
     else:
-        table = Table("rank", "score", "picture")
+        table = Table("rank", "score", "image")
         for number, hit in enumerate(hits, start=1):
             table.add_row(str(number), f"{hit.score:.3f}", visible(hit.path))
         print_table(table)
@@ -167,13 +167,13 @@ def search(
 @app.command(epilog='Example: clipmini classify runs/demo/model photo.jpg --labels "cat,dog"')
 def classify(
     model: ModelName,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Picture files.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files.")],
     labels: Annotated[str, typer.Option("--labels", help="What they may show, with commas between.")],
     template: Template = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say which of some labels fits each picture best; no training on them is needed."""
+    """Say which of some labels fits each image best; no training on them is needed."""
     from clipmini.data.images import Skipped
     from clipmini.inference.encode import load_model
     from clipmini.inference.zero_shot import DEFAULT_TEMPLATE, classify_files, fill_template, load_templates
@@ -189,7 +189,7 @@ def classify(
         found = [{"path": str(path), "scores": [vars(item) for item in scores]} for path, scores in results]
         print_json({"template": template, "results": found, **skipped_as_json(skipped)})
     else:
-        table = Table("picture", "label", "score")
+        table = Table("image", "label", "score")
         for path, scores in results:
             for index, item in enumerate(scores):
                 table.add_row("" if index else visible(path), visible(item.label), f"{item.score:.1%}")
@@ -209,8 +209,8 @@ def push(
         list[str] | None,
         typer.Option(
             "--example",
-            metavar="PICTURE=LABEL,LABEL",
-            help="A picture that may be published, for the Hub's widget; repeatable.",
+            metavar="IMAGE=LABEL,LABEL",
+            help="An image that may be published, for the Hub's widget; repeatable.",
         ),
     ] = None,
     allow_code_drift: Annotated[
@@ -224,10 +224,8 @@ def push(
     from clipmini.publishing.push import push as upload
 
     with working():
-        pictures = [read_example(example) for example in examples or []]
-        prepared = prepare_push(
-            folder, repo_id, revision=revision, allow_code_drift=allow_code_drift, examples=pictures
-        )
+        images = [read_example(example) for example in examples or []]
+        prepared = prepare_push(folder, repo_id, revision=revision, allow_code_drift=allow_code_drift, examples=images)
         pushed = None
         if not dry_run:
             pushed = upload(prepared, private=private or None, revision=revision, message=message)
@@ -261,7 +259,7 @@ def evaluate(
         typer.Argument(
             metavar="DATA",
             help="Pairs: a folder, a table, a Hub id, or a recipe, whose data is taken. For zero-shot and probe, "
-            "labelled pictures: a folder with a sub-folder for each class, or a Hub id.",
+            "labeled images: a folder with a sub-folder for each class, or a Hub id.",
         ),
     ],
     task: Annotated[str, typer.Option("--task", help="retrieval, zero-shot or probe.")] = "retrieval",
@@ -368,7 +366,7 @@ def _report_folder(model: str, data: str, task: str, split: str | None) -> Path:
 
 
 def _folder_to_search(source: str) -> str:
-    """Name the folder that was trained on where it holds pictures, as one with only tables does not."""
+    """Name the folder that was trained on where it holds images, as one with only tables does not."""
     from clipmini.data.images import find_images
 
     try:

@@ -59,9 +59,9 @@ class ClipMiniConfig(PreTrainedConfig):
         projection_dim: width of the shared space, at least 1.
         projection: "linear" (one matrix, as CLIP) or "mlp" (linear, GELU, linear, dropout, residual, LayerNorm).
         projection_dropout: dropout of the "mlp" projection, in [0, 1).
-        vision_levels: stages of the vision tower whose feature maps, averaged over the picture, stand beside its own
+        vision_levels: stages of the vision tower whose feature maps, averaged over the image, stand beside its own
             pooled output: indices as timm's `out_indices` counts them, such as [2, 3, 4]; none by default. Early
-            stages know colours and textures that the last one, trained to name objects, has dropped.
+            stages know colors and textures that the last one, trained to name objects, has dropped.
         vision_dropout: share of the pooled image features that training drops before the projection, in [0, 1).
         text_pooling: "mean" over the caption's tokens or "cls", its first token.
         loss: "infonce" (CLIP) or "sigmoid" (SigLIP).

@@ -32,7 +32,7 @@ def encode(
         model: the dual encoder or a half of it.
         inputs: one input, or any iterable of inputs.
         kinds: the types that one input may have.
-        embed: a batch of (position, input) to features (N, D) before normalisation.
+        embed: a batch of (position, input) to features (N, D) before normalization.
         order: inputs for which it is least come first, for which all are held; the result keeps the order given. None
             takes them as they come, a batch at a time.
         batch_size: inputs per call of `embed`.

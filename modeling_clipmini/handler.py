@@ -34,7 +34,7 @@ FIXED = {"truncate": True, "truncation_direction": "right", "encoding_format": "
 DEFAULT_TEMPLATE = "This is a photo of {}."  # of transformers' pipeline
 
 MAX_IMAGE_BYTES = 32 * 2**20
-MAX_PIXELS = 50_000_000  # of all pictures of a request together
+MAX_PIXELS = 50_000_000  # of all images of a request together
 MANY_PIXELS = 16_000_000  # images of more are decoded one after the other: each takes up to 20 bytes a pixel
 MAX_IMAGES = 32
 MAX_TEXTS = 1000
@@ -60,7 +60,7 @@ class RequestError(ValueError):
 
 
 class RequestHandler:
-    """Classifies pictures by labels, and embeds pictures and texts, as requests ask.
+    """Classifies images by labels, and embeds images and texts, as requests ask.
 
     A request is what Hugging Face's clients send:
 
@@ -68,11 +68,11 @@ class RequestHandler:
         {"inputs": TEXT, "normalize": true, "truncate_dim": 64}
         {"inputs": {"image": BASE64}, "parameters": {"task": "feature-extraction"}}
 
-    IMAGE is base64, a data URL, `{"image": ...}` with one of these, bytes, or a Pillow picture; the Hub's widget sends
-    `image` in place of `inputs`. Labels are a list, or one string with commas between them. In place of one picture or
+    IMAGE is base64, a data URL, `{"image": ...}` with one of these, bytes, or a Pillow image; the Hub's widget sends
+    `image` in place of `inputs`. Labels are a list, or one string with commas between them. In place of one image or
     text a list may stand, and then the answer is a list of answers. Where no `task` is given, strings without labels
     are texts to embed, and all else is to be classified; the task "image-feature-extraction" takes strings for
-    pictures.
+    images.
 
     Threads may share it.
 
@@ -140,9 +140,9 @@ class RequestHandler:
         return vectors
 
     def _embed_images(self, sources: list[Any]) -> Tensor:
-        """Embed pictures, before normalisation: to (I, D) float32. One at a time is decoded, whatever their number."""
+        """Embed images, before normalization: to (I, D) float32. One at a time is decoded, whatever their number."""
         if not 1 <= len(sources) <= MAX_IMAGES:
-            raise RequestError(f"{len(sources)} pictures are not allowed; send 1 to {MAX_IMAGES} in a request.")
+            raise RequestError(f"{len(sources)} images are not allowed; send 1 to {MAX_IMAGES} in a request.")
         images = [read_content(source) for source in sources]
         sizes = [self._open(self.model.image_size, image) for image in images]
         num_pixels = [width * height for width, height in sizes]
@@ -170,7 +170,7 @@ class RequestHandler:
             raise RequestError(f"The image {error}.", 413 if is_too_large else 422) from error
 
     def _embed_texts(self, texts: tuple[str, ...]) -> Tensor:
-        """Embed texts, before normalisation: to (T, D) float32."""
+        """Embed texts, before normalization: to (T, D) float32."""
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # texts of like length share their padding
         batches = []
         for start in range(0, len(texts), TEXT_BATCH):
@@ -227,7 +227,7 @@ def read_content(source: Any) -> bytes | bytearray | Image.Image:
     if isinstance(source, str):
         source = _decode_base64(source)
     if not isinstance(source, (bytes, bytearray, Image.Image)):
-        raise RequestError(f"{reprlib.repr(source)} is no picture; send its bytes, in JSON as base64.")
+        raise RequestError(f"{reprlib.repr(source)} is no image; send its bytes, in JSON as base64.")
     if not isinstance(source, Image.Image) and len(source) > MAX_IMAGE_BYTES:
         raise RequestError(f"The image has {len(source)} bytes, over the limit of {MAX_IMAGE_BYTES}.", 413)
     return source
@@ -235,7 +235,7 @@ def read_content(source: Any) -> bytes | bytearray | Image.Image:
 
 def _decode_base64(text: str) -> bytes:
     if text.startswith(("http://", "https://")):
-        raise RequestError("Web addresses are not fetched; send the picture itself, as base64.")
+        raise RequestError("Web addresses are not fetched; send the image itself, as base64.")
     if text.startswith("data:"):
         header, _, text = text.partition(",")
         if not header.endswith(";base64"):
@@ -243,7 +243,7 @@ def _decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:
-        raise RequestError(f"{reprlib.repr(text)} is neither a picture's base64 nor a data URL ({error}).") from error
+        raise RequestError(f"{reprlib.repr(text)} is neither an image's base64 nor a data URL ({error}).") from error
 
 
 def _read_request(data: Any) -> tuple[str, Any, dict[str, Any]]:
@@ -260,7 +260,7 @@ def _read_request(data: Any) -> tuple[str, Any, dict[str, Any]]:
     if inputs is None and data.get("image") is not None:
         inputs = {"image": data["image"]}
     if inputs is None:
-        raise RequestError("The request has no inputs; send a picture or texts as `inputs`.")
+        raise RequestError("The request has no inputs; send an image or texts as `inputs`.")
     is_zero_shot = "candidate_labels" in parameters or _is_image(inputs)
     task = parameters.pop("task", ZERO_SHOT if is_zero_shot else FEATURES)
     if not isinstance(task, str) or task not in PARAMETERS:

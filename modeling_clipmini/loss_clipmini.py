@@ -6,7 +6,7 @@ a batch can be taken a few rows at a time, and each of several processes can tak
 
 Shapes: B pairs in the batch, D the width of the shared space; R queries, N answers (R = N = B on one process). Row i
 of `image_embeds` and of `text_embeds` is pair i. An *image id* says which image a caption describes. Two pairs with
-the same id are positives of each other: a batch that holds two captions of one picture must not be told that the
+the same id are positives of each other: a batch that holds two captions of one image must not be told that the
 second caption is wrong.
 """
 

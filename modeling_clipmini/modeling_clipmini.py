@@ -78,7 +78,7 @@ class ClipMiniOutput(ModelOutput):
         logits_per_text: (T, I), its transpose.
         text_embeds: (T, D) caption embeddings of length 1.
         image_embeds: (I, D) image embeddings of length 1.
-        text_model_output: the text tower's output; its `pooler_output` is the projection before normalisation.
+        text_model_output: the text tower's output; its `pooler_output` is the projection before normalization.
         vision_model_output: the same of the vision tower.
     """
 
@@ -204,7 +204,7 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
         return self.processor
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise our own heads; the towers bring their own `_init_weights`.
+        """Initialize our own heads; the towers bring their own `_init_weights`.
 
         `init` leaves alone what a checkpoint has filled. Linear layers start with standard deviation 1/sqrt(fan in),
         as CLIP's projections do.
@@ -324,7 +324,7 @@ def load_safetensors(load: Callable[..., Any], name_or_path: Any, *args: Any, **
         raise ValueError(f"{name_or_path} has no {SAFE_WEIGHTS_NAME}{doubt}. {NO_PICKLES}") from error
 
 
-def normalise(features: Tensor) -> Tensor:
+def normalize(features: Tensor) -> Tensor:
     """Scale rows to length 1, in float32: (N, D) to (N, D)."""
     return F.normalize(features.float(), dim=-1)
 
@@ -391,10 +391,10 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor | None = None, pooled_image: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Embed images, before normalisation.
+        """Embed images, before normalization.
 
         Args:
-            pixel_values: (I, 3, height, width), normalised as the processor does.
+            pixel_values: (I, 3, height, width), normalized as the processor does.
             pooled_image: (I, V) pooled outputs of the vision tower that were computed earlier; the tower is skipped.
             **kwargs: `output_hidden_states` and `return_dict`. `labels`, `token_type_ids` and `num_items_in_batch`,
                 which Trainer and the collators of others send, are passed over.
@@ -424,18 +424,18 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         convert_to_tensor: bool = False,
         truncate_dim: int | None = None,
     ) -> np.ndarray | Tensor:
-        """Embed pictures as they are, with the model's own processor.
+        """Embed images as they are, with the model's own processor.
 
         Args:
             images: a Pillow image, a path or an http(s) address, or any iterable of these, which is read a batch at a
                 time, as `read_image` does: upright, what is transparent white, within limits.
-            batch_size: pictures per forward.
+            batch_size: images per forward.
             show_progress_bar: draw one, or not; None draws it for what takes over two seconds.
             convert_to_tensor: give a tensor on the model's device rather than an array.
             truncate_dim: keep the first so many dimensions, for models trained with such widths (Matryoshka).
 
         Returns:
-            (I, D) or (I, truncate_dim) float32, rows of length 1; one row alone for one picture that is not in a list.
+            (I, D) or (I, truncate_dim) float32, rows of length 1; one row alone for one image that is not in a list.
 
         Raises:
             ValueError: an image cannot be read (the message names it), or an argument is out of range.
@@ -507,7 +507,7 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         """Reduce (T, L, W) token states to (T, W): the first token, or the mean over tokens that are not padding.
 
         DistilBERT has no pooler of its own. The mask matters: without it a caption's embedding would change with the
-        length of its neighbours in the batch.
+        length of its neighbors in the batch.
         """
         if self.config.text_pooling == "cls":
             return hidden[:, 0]
@@ -547,7 +547,7 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         pooled_text: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Embed captions, before normalisation.
+        """Embed captions, before normalization.
 
         Args:
             input_ids: (T, L) token ids; past the tower's last position they are cut.
@@ -635,7 +635,7 @@ class ClipMiniVisionModel(ClipMiniVisionHalf):
         """Embed `pixel_values` (I, 3, height, width); `image_embeds` of the output is (I, D), of length 1."""
         outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
         return ClipMiniVisionOutput(
-            image_embeds=normalise(outputs.pooler_output),
+            image_embeds=normalize(outputs.pooler_output),
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
         )
@@ -658,7 +658,7 @@ class ClipMiniTextModel(ClipMiniTextHalf):
         """Embed captions, (T, L) token ids; `text_embeds` of the output is (T, D), of length 1."""
         outputs = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
         return ClipMiniTextOutput(
-            text_embeds=normalise(outputs.pooler_output),
+            text_embeds=normalize(outputs.pooler_output),
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -713,7 +713,7 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
 
         Args:
             input_ids: (T, L) token ids, or None for images alone.
-            pixel_values: (I, 3, height, width), normalised as the processor does, or None for captions alone.
+            pixel_values: (I, 3, height, width), normalized as the processor does, or None for captions alone.
             attention_mask: (T, L), 1 for tokens and 0 for padding.
             image_ids: (B,) integers saying which image each pair is of; pairs that share an id are positives of each
                 other in the loss. None: each pair is its own.
@@ -740,10 +740,10 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
         vision_output = text_output = images = texts = logits = loss = None
         if has_image:
             vision_output = self.get_image_features(pixel_values, pooled_image, return_dict=True, **kwargs)
-            images = normalise(vision_output.pooler_output)  # (I, D)
+            images = normalize(vision_output.pooler_output)  # (I, D)
         if has_text:
             text_output = self.get_text_features(input_ids, attention_mask, pooled_text, return_dict=True, **kwargs)
-            texts = normalise(text_output.pooler_output)  # (T, D)
+            texts = normalize(text_output.pooler_output)  # (T, D)
         if images is not None and texts is not None and return_logits:
             scale = self.get_logit_scale()
             logits = pairwise_logits(images, texts, scale, self.logit_bias)  # (I, T)
@@ -804,7 +804,7 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
             "vision_model": _load_tower(TimmWrapperModel, vision_model_name_or_path, vision_kwargs),
             "text_model": _load_tower(AutoModel, text_model_name_or_path, text_kwargs),
         }
-        # Put in whole, after construction: `post_init` initialises what it finds during it.
+        # Put in whole, after construction: `post_init` initializes what it finds during it.
         for name, tower in towers.items():
             setattr(model, name, tower)
         if hasattr(model.text_model, "pooler"):

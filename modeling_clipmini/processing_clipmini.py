@@ -1,4 +1,4 @@
-"""ClipMiniProcessor: pictures to `pixel_values`, captions to `input_ids` and `attention_mask`."""
+"""ClipMiniProcessor: images to `pixel_values`, captions to `input_ids` and `attention_mask`."""
 
 import math
 from os import PathLike
@@ -19,7 +19,7 @@ TIMM_INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, 
 def image_processor_for(vision_config: TimmWrapperConfig) -> CLIPImageProcessor:
     """Express a timm tower's evaluation transform as a stock image processor, which needs no remote code.
 
-    timm resizes the shorter edge to floor(size / crop_pct) and cuts the centre ("center"), or resizes both edges
+    timm resizes the shorter edge to floor(size / crop_pct) and cuts the center ("center"), or resizes both edges
     ("squash"). Pixels agree with `timm.data.create_transform` but for one thing: where an odd number of pixels has to
     go, stock processors leave the extra one always on the same side, torchvision on alternating ones.
 
@@ -104,10 +104,10 @@ class ClipMiniProcessor(ProcessorMixin):
         return cls(image_processor=image_processor_for(config.vision_config), tokenizer=tokenizer)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """Prepare pictures, captions or both.
+        """Prepare images, captions or both.
 
         Args:
-            images: a picture or a list of them; Pillow pictures are turned upright and made opaque first.
+            images: an image or a list of them; Pillow images are turned upright and made opaque first.
             text: a caption or a list of them.
             **kwargs: as in `ProcessorMixin`; by default captions are padded to the longest and cut to
                 `model_max_length`, and tensors are returned.

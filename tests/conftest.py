@@ -74,8 +74,8 @@ def make_card(tiny_config):
     """Make a card of the tiny model as a run writes it, without figures."""
     stages = [describe_stage("", ClipMiniTrainingArguments(output_dir="run", use_cpu=True))]
 
-    def make(licence="apache-2.0"):
-        return render_card(CardFacts("tiny", tiny_config(), "photos", licence, [], stages))
+    def make(license="apache-2.0"):
+        return render_card(CardFacts("tiny", tiny_config(), "photos", license, [], stages))
 
     return make
 
@@ -121,7 +121,7 @@ def siglip_folder(tmp_path_factory):
 
 @pytest.fixture
 def class_folder(tmp_path):
-    """Ten pictures of each of three classes, a folder for each."""
+    """Ten images of each of three classes, a folder for each."""
     for number, (name, color) in enumerate((("red_fox", "red"), ("tree", "green"), ("sea", "blue"))):
         folder = tmp_path / "classes" / name
         folder.mkdir(parents=True)
@@ -138,7 +138,7 @@ SHAPES = ("square", "disc", "bar")
 
 @pytest.fixture(scope="session")
 def toy_pairs():
-    """Twelve pictures of coloured shapes with two captions each, as `load_pairs` gives them."""
+    """Twelve images of colored shapes with two captions each, as `load_pairs` gives them."""
     rows = []
     for image_id, (color, shape) in enumerate((color, shape) for color in COLORS for shape in SHAPES):
         image = Image.new("RGB", (80, 64), "black")

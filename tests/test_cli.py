@@ -33,8 +33,8 @@ def run():
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for index, color in enumerate(("red", "green", "blue")):
         Image.new("RGB", (40 + 30 * index, 60), color).save(folder / f"{color}.png")
@@ -70,10 +70,10 @@ class TestHelp:
 
 
 class TestSearch:
-    def test_table(self, run, tiny_folder, pictures):
-        result = run("search", tiny_folder, pictures, "a fish", "--top", 2)
+    def test_table(self, run, tiny_folder, images):
+        result = run("search", tiny_folder, images, "a fish", "--top", 2)
         assert result.exit_code == 0, result.output
-        best = json.loads(run("search", tiny_folder, pictures, "a fish", "--json").stdout)["hits"]
+        best = json.loads(run("search", tiny_folder, images, "a fish", "--json").stdout)["hits"]
         assert [hit["score"] for hit in best] == sorted((hit["score"] for hit in best), reverse=True)
         rows = [line for line in result.stdout.splitlines() if ".png" in line]
         assert len(rows) == 2
@@ -81,30 +81,30 @@ class TestSearch:
             cells = [cell.strip() for cell in row.strip("│").split("│")]
             assert cells == [str(number), f"{hit['score']:.3f}", hit["path"]]
 
-    def test_top_may_exceed_what_is_there(self, run, tiny_folder, pictures):
-        result = run("search", tiny_folder, pictures, "a fish", "--top", 50, "--json")
+    def test_top_may_exceed_what_is_there(self, run, tiny_folder, images):
+        result = run("search", tiny_folder, images, "a fish", "--top", 50, "--json")
         assert len(json.loads(result.stdout)["hits"]) == 3
 
-    def test_broken_pictures_are_counted(self, run, tiny_folder, pictures):
-        (pictures / "bad.jpg").write_bytes(b"no picture")
-        result = run("search", tiny_folder, pictures, "a fish", "--json")
+    def test_broken_images_are_counted(self, run, tiny_folder, images):
+        (images / "bad.jpg").write_bytes(b"no image")
+        result = run("search", tiny_folder, images, "a fish", "--json")
         assert result.exit_code == 0, result.output
         answer = json.loads(result.stdout)
         assert len(answer["hits"]) == 3
         (skipped,) = answer["skipped"]
-        assert skipped["path"] == str(pictures / "bad.jpg")
+        assert skipped["path"] == str(images / "bad.jpg")
         assert skipped["reason"].startswith("is not an image of a format that is read here: JPEG, PNG")
         lines = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
         assert len(lines) == 2
         assert "bad.jpg" in lines[0]
         assert lines[1] == "warning: 1 input skipped"
 
-    def test_strict(self, run, tiny_folder, pictures):
-        (pictures / "bad.jpg").write_bytes(b"no picture")
-        assert_refused(run("search", tiny_folder, pictures, "a fish", "--strict"), "bad.jpg", "is not an image")
+    def test_strict(self, run, tiny_folder, images):
+        (images / "bad.jpg").write_bytes(b"no image")
+        assert_refused(run("search", tiny_folder, images, "a fish", "--strict"), "bad.jpg", "is not an image")
 
-    def test_draws(self, run, tiny_folder, pictures, tmp_path):
-        result = run("search", tiny_folder, pictures, "a fish", "--out", tmp_path / "new" / "result.png")
+    def test_draws(self, run, tiny_folder, images, tmp_path):
+        result = run("search", tiny_folder, images, "a fish", "--out", tmp_path / "new" / "result.png")
         assert result.exit_code == 0, result.output
         with Image.open(tmp_path / "new" / "result.png") as image:
             assert image.format == "PNG"
@@ -112,36 +112,36 @@ class TestSearch:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["{pictures}", ""], ["query is empty"]),
-            (["{pictures}", "a \udcff fish"], ["query", "\\udcff", "UTF-8"]),
-            (["{pictures}", "a fish", "--top", "0"], ["top=0"]),
-            (["{pictures}", "a fish", "--top", "many"], ["--top"]),
-            (["{pictures}", "a fish", "--out", "result.gif"], ["result.gif", ".png"]),
-            (["{pictures}/none", "a fish"], ["does not exist"]),
-            (["{pictures}/red.png", "a fish"], ["not a folder"]),
-            (["{tiny_folder}", "a fish"], ["no pictures"]),
-            (["{pictures}"], ["QUERY"]),
-            (["{pictures}", "a", "fish"], ["fish"]),
-            (["{pictures}", "a fish", "--tip", "3"], ["--tip"]),
+            (["{images}", ""], ["query is empty"]),
+            (["{images}", "a \udcff fish"], ["query", "\\udcff", "UTF-8"]),
+            (["{images}", "a fish", "--top", "0"], ["top=0"]),
+            (["{images}", "a fish", "--top", "many"], ["--top"]),
+            (["{images}", "a fish", "--out", "result.gif"], ["result.gif", ".png"]),
+            (["{images}/none", "a fish"], ["does not exist"]),
+            (["{images}/red.png", "a fish"], ["not a folder"]),
+            (["{tiny_folder}", "a fish"], ["no images"]),
+            (["{images}"], ["QUERY"]),
+            (["{images}", "a", "fish"], ["fish"]),
+            (["{images}", "a fish", "--tip", "3"], ["--tip"]),
         ],
     )
-    def test_bad_input(self, run, tiny_folder, pictures, options, words):
-        options = [option.format(pictures=pictures, tiny_folder=tiny_folder) for option in options]
+    def test_bad_input(self, run, tiny_folder, images, options, words):
+        options = [option.format(images=images, tiny_folder=tiny_folder) for option in options]
         assert_refused(run("search", tiny_folder, *options), *words)
 
-    def test_not_a_model(self, run, tiny_folder, pictures, tmp_path):
-        assert_refused(run("search", tmp_path / "none", pictures, "a"), "none does not exist")
-        assert_refused(run("search", "none", pictures, "a"), "none does not exist")
-        assert_refused(run("search", pictures, pictures, "a"), "no config.json")
+    def test_not_a_model(self, run, tiny_folder, images, tmp_path):
+        assert_refused(run("search", tmp_path / "none", images, "a"), "none does not exist")
+        assert_refused(run("search", "none", images, "a"), "none does not exist")
+        assert_refused(run("search", images, images, "a"), "no config.json")
         other = tmp_path / "other"
         other.mkdir()
         (other / "config.json").write_text('{"model_type": "bert"}')
-        assert_refused(run("search", other, pictures, "a"), "'bert'", "clipmini")
+        assert_refused(run("search", other, images, "a"), "'bert'", "clipmini")
         (other / "config.json").write_text("{")
-        assert_refused(run("search", other, pictures, "a"), "not a JSON object")
+        assert_refused(run("search", other, images, "a"), "not a JSON object")
 
     @pytest.mark.parametrize("damage", ["truncated", "missing", "tokenizer", "other shapes"])
-    def test_damaged_model(self, run, tiny_folder, pictures, tmp_path, damage):
+    def test_damaged_model(self, run, tiny_folder, images, tmp_path, damage):
         damaged = tmp_path / "damaged"
         shutil.copytree(tiny_folder, damaged)
         weights = damaged / "model.safetensors"
@@ -154,39 +154,39 @@ class TestSearch:
         else:
             config = json.loads((damaged / "config.json").read_text())
             (damaged / "config.json").write_text(json.dumps({**config, "projection_dim": 8}))
-        assert_refused(run("search", damaged, pictures, "a"), "damaged is incomplete or damaged")
+        assert_refused(run("search", damaged, images, "a"), "damaged is incomplete or damaged")
 
 
 class TestClassify:
-    def test_table(self, run, tiny_folder, pictures):
-        result = run("classify", tiny_folder, pictures / "red.png", pictures / "blue.png", "--labels", "cat, dog")
+    def test_table(self, run, tiny_folder, images):
+        result = run("classify", tiny_folder, images / "red.png", images / "blue.png", "--labels", "cat, dog")
         assert result.exit_code == 0, result.output
         assert [result.stdout.count(word) for word in ("red.png", "blue.png", "cat", "dog")] == [1, 1, 2, 2]
 
-    def test_json(self, run, tiny_folder, pictures):
+    def test_json(self, run, tiny_folder, images):
         options = ["--labels", "cat,dog", "--json", "--template", "{}!"]
-        result = run("classify", tiny_folder, pictures / "red.png", *options)
+        result = run("classify", tiny_folder, images / "red.png", *options)
         answer = json.loads(result.stdout)
         assert answer["template"] == "{}!"
         (row,) = answer["results"]
-        assert row["path"] == str(pictures / "red.png")
+        assert row["path"] == str(images / "red.png")
         assert sum(item["score"] for item in row["scores"]) == pytest.approx(1.0)
         assert sorted(item["label"] for item in row["scores"]) == ["cat", "dog"]
         assert row["scores"][0]["score"] >= row["scores"][1]["score"]
 
-    def test_some_pictures_are_broken(self, run, tiny_folder, pictures):
-        result = run("classify", tiny_folder, "none.png", pictures / "red.png", "--labels", "cat,dog", "--json")
+    def test_some_images_are_broken(self, run, tiny_folder, images):
+        result = run("classify", tiny_folder, "none.png", images / "red.png", "--labels", "cat,dog", "--json")
         assert result.exit_code == 0, result.output
         answer = json.loads(result.stdout)
         assert len(answer["results"]) == 1
         assert answer["skipped"] == [{"path": "none.png", "reason": "does not exist"}]
         assert "warning: 1 input skipped" in result.stderr
 
-    def test_all_pictures_are_broken(self, run, tiny_folder):
-        assert_refused(run("classify", tiny_folder, "none.png", "no.png", "--labels", "cat"), "No picture", "no.png")
+    def test_all_images_are_broken(self, run, tiny_folder):
+        assert_refused(run("classify", tiny_folder, "none.png", "no.png", "--labels", "cat"), "No image", "no.png")
 
-    def test_strict(self, run, tiny_folder, pictures):
-        arguments = ["classify", tiny_folder, pictures / "red.png", "none.png", "--labels", "cat", "--strict"]
+    def test_strict(self, run, tiny_folder, images):
+        arguments = ["classify", tiny_folder, images / "red.png", "none.png", "--labels", "cat", "--strict"]
         assert_refused(run(*arguments), "none.png")
 
     @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ class TestClassify:
             (["--labels", "cat,\udcff"], ["label", "\\udcff", "UTF-8"]),
         ],
     )
-    def test_bad_input(self, run, tiny_folder, pictures, options, words):
-        assert_refused(run("classify", tiny_folder, pictures / "red.png", *options), *words)
+    def test_bad_input(self, run, tiny_folder, images, options, words):
+        assert_refused(run("classify", tiny_folder, images / "red.png", *options), *words)
 
 
 RECALLS = {f"{direction}_r{k}": 0.25 for direction in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
@@ -246,7 +246,7 @@ class TestTrain:
         assert (loaded.training.num_train_epochs, loaded.training.seed, overwrite) == (3, 7, True)
         assert loaded.data.strict
         lines = result.stdout.splitlines()
-        assert "test: 32 pictures, 33 captions; recall in percent" in lines
+        assert "test: 32 images, 33 captions; recall in percent" in lines
         row = next(line for line in lines if "mean recall" in line)
         assert [cell.strip() for cell in row.strip("│").split("│")] == ["mean recall", "3.1", "50.0", "100.0"]
         row = next(line for line in lines if "text to image R@10" in line)
@@ -255,8 +255,8 @@ class TestTrain:
         assert "'loss'" in result.stderr
         assert "'loss'" not in result.stdout
 
-    def test_what_to_try_names_a_folder_of_pictures(self, run, calls, recipe, pictures):
-        for source, suggested in ((pictures, str(pictures)), (pictures / "red.png", "FOLDER"), ("a/b", "FOLDER")):
+    def test_what_to_try_names_a_folder_of_images(self, run, calls, recipe, images):
+        for source, suggested in ((images, str(images)), (images / "red.png", "FOLDER"), ("a/b", "FOLDER")):
             result = run("train", recipe, "--set", f"data.source={source}")
             assert result.exit_code == 0, result.output
             assert result.stdout.splitlines()[-1].endswith(f' {suggested} "a dog on a beach"')
@@ -311,13 +311,13 @@ class TestErrors:
     """Every verb fails the same way; `search` stands for all."""
 
     @pytest.fixture
-    def fail_with(self, monkeypatch, run, tiny_folder, pictures):
+    def fail_with(self, monkeypatch, run, tiny_folder, images):
         def fail(error, *options):
             def load_model(name):
                 raise error
 
             monkeypatch.setattr(clipmini.inference.encode, "load_model", load_model)
-            return run(*options, "search", tiny_folder, pictures, "a")
+            return run(*options, "search", tiny_folder, images, "a")
 
         return fail
 
@@ -358,7 +358,7 @@ class TestErrors:
         assert_refused(run("serch"), "serch", "clipmini --help")
 
 
-def test_warnings_are_short_lines(run, tiny_folder, pictures, monkeypatch):
+def test_warnings_are_short_lines(run, tiny_folder, images, monkeypatch):
     load_model = clipmini.inference.encode.load_model
 
     def noisy_load(name):
@@ -370,7 +370,7 @@ def test_warnings_are_short_lines(run, tiny_folder, pictures, monkeypatch):
 
     monkeypatch.setattr(clipmini.inference.encode, "load_model", noisy_load)
     handlers = list(logging.getLogger().handlers)
-    result = run("search", tiny_folder, pictures, "a", "--json")
+    result = run("search", tiny_folder, images, "a", "--json")
     assert json.loads(result.stdout)["num_skipped"] == 0
     lines = result.stderr.splitlines()
     for line in ("warning: mind the gap", "warning: from transformers", "warning: from timm", "from print"):
@@ -385,7 +385,7 @@ class TestTeach:
     def test_a_recipes_training_pairs_are_embedded(self, run, tiny_folder, tmp_path, monkeypatch):
         for index in range(6):
             Image.new("RGB", (32, 32), (40 * index, 90, 90)).save(tmp_path / f"{index}.png")
-        lines = [f"{index}.png,picture {index},{'train' if index else 'validation'}" for index in range(6)]
+        lines = [f"{index}.png,image {index},{'train' if index else 'validation'}" for index in range(6)]
         (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption,split", *lines]))
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(f"model: tiny\ndata:\n  source: {tmp_path}\n")

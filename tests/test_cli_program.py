@@ -15,8 +15,8 @@ COMMAND = [sys.executable, "-m", "clipmini.cli"]
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for index, color in enumerate(("red", "green", "blue")):
         Image.new("RGB", (40 + 30 * index, 60), color).save(folder / f"{color}.png")
@@ -36,14 +36,14 @@ def test_help_imports_nothing_slow():
     assert done.returncode == 0, done.stderr
 
 
-def test_search(tiny_folder, pictures):
-    (pictures / "bad.png").write_bytes(b"")
+def test_search(tiny_folder, images):
+    (images / "bad.png").write_bytes(b"")
     if sys.platform == "linux":  # elsewhere file names are text
         odd_name = b"\xff[red] :fish:\x1b[31m.png".decode("utf-8", "surrogateescape")
-        (pictures / "red.png").rename(pictures / odd_name)
-    out = pictures.parent / "result.png"
+        (images / "red.png").rename(images / odd_name)
+    out = images.parent / "result.png"
     done = subprocess.run(
-        [*COMMAND, "search", tiny_folder, pictures, "日本", "--out", out],
+        [*COMMAND, "search", tiny_folder, images, "日本", "--out", out],
         capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )

@@ -45,7 +45,7 @@ def test_push_then_push_again(run, hub):
     [
         ([], "clipmini", "name one as owner/name"),
         ([], "others/clipmini", "may not write there"),
-        (["--example", "cat.jpg"], "org/clipmini", "not of the form PICTURE=LABEL,LABEL"),
+        (["--example", "cat.jpg"], "org/clipmini", "not of the form IMAGE=LABEL,LABEL"),
         (["--example", "cat.jpg=a", "--example", "cat.jpg=b"], "org/clipmini", "have the same name"),
         (["--example", "cat.jpg=a,b"], "org/clipmini", "cat.jpg"),
     ],

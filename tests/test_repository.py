@@ -99,7 +99,7 @@ def test_files_have_a_name_that_says_something(path):
     assert path.name != "utils.py"
 
 
-def test_every_photograph_keeps_licence_and_source():
+def test_every_photograph_keeps_license_and_source():
     import json
 
     for split, count in (("train", 168), ("validation", 24), ("test", 32)):

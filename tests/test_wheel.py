@@ -60,15 +60,15 @@ def test_help_and_a_tiny_training_work_from_it(site, tmp_path):
     )
     assert where.count(str(site)) == 2
     assert "Train your own" in run(site, tmp_path, "-m", "clipmini.cli", "--help")
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     lines = ["file_name,caption"]
     for index in range(12):
-        Image.new("RGB", (40, 40), (20 * index, 90, 200)).save(pictures / f"{index}.png")
-        lines.append(f"{index}.png,picture {index}")
-    (pictures / "metadata.csv").write_text("\n".join(lines))
+        Image.new("RGB", (40, 40), (20 * index, 90, 200)).save(images / f"{index}.png")
+        lines.append(f"{index}.png,image {index}")
+    (images / "metadata.csv").write_text("\n".join(lines))
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: tiny\ndata:\n  source: pictures\ntraining:\n  num_train_epochs: 1\n")
+    recipe.write_text("model: tiny\ndata:\n  source: images\ntraining:\n  num_train_epochs: 1\n")
     output = run(site, tmp_path, "-m", "clipmini.cli", "train", recipe, "--json")
     assert json.loads(output)["splits"]["test"]["num_images"] >= 1
     assert (tmp_path / "runs" / "recipe" / "model" / "README.md").exists()

@@ -67,14 +67,14 @@ class ClipMiniTrainingArguments(TrainingArguments):
     )
 
     # On what
-    captions_per_epoch: int = field(default=1, metadata={"help": "Captions of each picture in an epoch."})
+    captions_per_epoch: int = field(default=1, metadata={"help": "Captions of each image in an epoch."})
     unique_images_in_batch: bool = field(
-        default=False, metadata={"help": "Never put two captions of one picture into a batch."}
+        default=False, metadata={"help": "Never put two captions of one image into a batch."}
     )
     augment: dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "Vary the pictures: crop_scale, color_jitter, rand_augment, flip and resolution; {} for all "
+            "help": "Vary the images: crop_scale, color_jitter, rand_augment, flip and resolution; {} for all "
             "defaults."
         },
     )
@@ -82,7 +82,7 @@ class ClipMiniTrainingArguments(TrainingArguments):
     cache_features: bool = field(
         default=True, metadata={"help": "Compute what frozen parts of the towers give once, and keep it on disk."}
     )
-    num_views: int = field(default=1, metadata={"help": "Augmented views of each picture in the cache."})
+    num_views: int = field(default=1, metadata={"help": "Augmented views of each image in the cache."})
     feature_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder of the cache; by default CLIPMINI_CACHE, else ~/.cache/clipmini."}
     )
@@ -127,7 +127,7 @@ class ClipMiniTrainingArguments(TrainingArguments):
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step."})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Pictures per forward when embedding."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Images per forward when embedding."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Trainer integrations to log to."})
     hub_strategy: str = field(default="end", metadata={"help": "Leave this: only whole models are pushed."})
     # Every parameter that is trained gets a gradient at every step, also where the step is taken in chunks; and the
@@ -173,7 +173,7 @@ class ClipMiniTrainingArguments(TrainingArguments):
 
     def _check_choices(self) -> None:
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would take pictures and captions away; leave it out.")
+            raise ValueError("remove_unused_columns=True would take images and captions away; leave it out.")
         if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
             raise ValueError("hub_strategy other than 'end' would push checkpoints, which hold pickles; leave it out.")
         if self.save_only_model:
@@ -205,7 +205,7 @@ class ClipMiniTrainingArguments(TrainingArguments):
                 if getattr(self, name) != default:
                     logger.warning("%s has no effect: what the frozen text tower gives is cached", name)
         if self.cache_features and self.freeze_vision and self.augment is not None and self.num_views == 1:
-            logger.warning("augment makes one view of each picture, the same in every epoch: set num_views higher")
+            logger.warning("augment makes one view of each image, the same in every epoch: set num_views higher")
 
     @property
     def lora_towers(self) -> list[str]:

@@ -142,7 +142,7 @@ class EpochPairs(torch.utils.data.Dataset):
     Args:
         pairs: what to train on.
         seed: another seed gives other draws.
-        augment: draws pixels of a picture that is not cached; None to leave that to the collator.
+        augment: draws pixels of an image that is not cached; None to leave that to the collator.
         word_dropout: probability with which a word is left out of a caption that is not cached.
         teacher: gives the teacher's embeddings of a row's image and caption.
     """
@@ -171,7 +171,7 @@ class EpochPairs(torch.utils.data.Dataset):
         needs_row = pairs.image_features is None or pairs.text_features is None
         content = pairs.rows[row] if needs_row else {}
         if pairs.image_features is None:
-            item.update(self._picture(content, row, turn))
+            item.update(self._image(content, row, turn))
         else:
             view = draw_index(pairs.image_features.shape[1], turn, self.seed, row, VIEW)
             name = "pooled_image" if pairs.front is None else "vision_hidden"
@@ -186,20 +186,18 @@ class EpochPairs(torch.utils.data.Dataset):
             features = pairs.text_features[self.caption_starts[row] + caption]
             item["pooled_text"] = torch.tensor(features, dtype=torch.float32)
         if self.teacher is not None:
-            image, text = self.teacher.rows(row, caption)
-            item["teacher_image"], item["teacher_text"] = torch.as_tensor(image), torch.as_tensor(text)
+            embeds = self.teacher.rows(row, caption)
+            item["teacher_image"], item["teacher_text"] = map(torch.as_tensor, embeds)
         return item
 
-    def _picture(self, content: dict[str, Any], row: int, turn: int) -> dict[str, Any]:
+    def _image(self, content: dict[str, Any], row: int, turn: int) -> dict[str, Any]:
         if self.augment is None:
             return {"image": content["image"]}
-        picture = read_named(content["image"], f"image_id {content['image_id']}")
-        return {
-            "pixels": self.augment.draw(picture, content["captions"], draw_seed(self.seed, row, turn, AUGMENTATION))
-        }
+        image = read_named(content["image"], f"image_id {content['image_id']}")
+        return {"pixels": self.augment.draw(image, content["captions"], draw_seed(self.seed, row, turn, AUGMENTATION))}
 
     def names(self, rows: Sequence[int]) -> list[str]:
-        """Name the pictures of some rows, for messages: their paths, or their image ids where they have none."""
+        """Name the images of some rows, for messages: their paths, or their image ids where they have none."""
         table = self.pairs.rows.select_columns(["image"])
         structs = [table[int(row)]["image"] for row in rows]
         ids = [self.pairs.image_ids[int(row)] for row in rows]
@@ -214,7 +212,7 @@ TENSORS = ("pixels", "vision_hidden", "pooled_image", "pooled_text", "teacher_im
 
 @dataclass
 class ClipMiniCollator:
-    """Make a training batch: stack tensors, prepare pictures, tokenise captions padded to the batch's longest.
+    """Make a training batch: stack tensors, prepare images, tokenize captions padded to the batch's longest.
 
     Items are those of [`EpochPairs`], in which everything is drawn, or the plain rows of [`load_pairs`] (`image`,
     `captions`, `image_id`), such as transformers' own `Trainer` hands over: of these a caption is drawn with torch's
@@ -233,13 +231,13 @@ class ClipMiniCollator:
             items: B items of the same kind.
 
         Returns:
-            `image_ids` (B,), and `rows` (B,) from `EpochPairs`; of the picture `pixel_values` (B, 3, height, width),
-            or from `EpochPairs` `pixels`, the same in bytes, not normalised yet, a quarter of the memory;
+            `image_ids` (B,), and `rows` (B,) from `EpochPairs`; of the image `pixel_values` (B, 3, height, width),
+            or from `EpochPairs` `pixels`, the same in bytes, not normalized yet, a quarter of the memory;
             `pooled_image` (B, V) or `vision_hidden` (B, ...); of the caption `input_ids` and `attention_mask` (B, L)
             or `pooled_text` (B, W); and the teacher's (B, E) `teacher_image` and `teacher_text` where there is one.
 
         Raises:
-            ImageError: a picture cannot be read; the message names it. `load_pairs` leaves such out.
+            ImageError: an image cannot be read; the message names it. `load_pairs` leaves such out.
         """
         batch = {"image_ids": torch.tensor([item["image_id"] for item in items])}
         if "row" in items[0]:

@@ -16,7 +16,7 @@ from modeling_clipmini.processing_clipmini import image_processor_for
 
 from .offline_towers import resolve_tower
 
-PREPARATION = ("crop_mode", "crop_pct", "input_size", "interpolation", "mean", "std")  # of pictures, in timm's words
+PREPARATION = ("crop_mode", "crop_pct", "input_size", "interpolation", "mean", "std")  # of images, in timm's words
 
 
 @dataclass
@@ -27,7 +27,7 @@ class ModelPreset:
         vision: a timm model: Hub id, local folder or `offline:` name; without pretrained weights, a timm architecture.
         text: a text encoder: Hub id, local folder or `offline:` name; without pretrained weights, a DistilBERT config.
         pretrained: start from pretrained towers; otherwise from random ones.
-        pretrained_cfg: changes to how timm says that the vision tower's pictures are prepared: `crop_pct`,
+        pretrained_cfg: changes to how timm says that the vision tower's images are prepared: `crop_pct`,
             `input_size`, `interpolation`, ...
         config: fields of `ClipMiniConfig` other than the towers.
     """
@@ -64,7 +64,7 @@ def build_model(preset: ModelPreset) -> tuple[ClipMiniModel, ClipMiniProcessor]:
 
 
 def _prepare_otherwise(tower: TimmWrapperConfig, changes: dict[str, Any]) -> None:
-    """Change how a vision tower's pictures are prepared; the config keeps it, and so every saved model."""
+    """Change how a vision tower's images are prepared; the config keeps it, and so every saved model."""
     for key in changes:
         if key not in PREPARATION:
             raise ValueError(f"pretrained_cfg has no {key!r} that can be changed; it has {', '.join(PREPARATION)}.")

@@ -56,17 +56,17 @@ def check_finite(loss: Tensor | float, step: int, names: Sequence[str]) -> None:
     Args:
         loss: of one batch, a scalar.
         step: the optimizer step that the batch belongs to.
-        names: the batch's pictures, as far as they have names.
+        names: the batch's images, as far as they have names.
 
     Raises:
-        NonFiniteLossError: the loss is NaN or infinite; the message names step, pictures and remedies.
+        NonFiniteLossError: the loss is NaN or infinite; the message names step, images and remedies.
     """
     value = float(loss)
     if math.isfinite(value):
         return
     where = f"at step {step}"
     if names:
-        where += f", on the pictures {', '.join(names[:NUM_NAMES_SHOWN])}"
+        where += f", on the images {', '.join(names[:NUM_NAMES_SHOWN])}"
     if len(names) > NUM_NAMES_SHOWN:
         where += f" and {len(names) - NUM_NAMES_SHOWN} more"
     raise NonFiniteLossError(

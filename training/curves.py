@@ -1,4 +1,4 @@
-"""Training curves as a picture."""
+"""Training curves as an image."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

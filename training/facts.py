@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from clipmini.data.licences import strictest
+from clipmini.data.licenses import strictest
 from clipmini.evaluation.naming import hub_id, public_name
 from clipmini.publishing.card import DATA, STARTING_MODEL, TOWERS, CardFacts, Part, Stage, render_card
 from modeling_clipmini import ClipMiniConfig
@@ -29,7 +29,7 @@ def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[
         results: as `results.json` holds them.
 
     Returns:
-        The card, with metadata that the Hub reads. The licence is the strictest of the towers' and the data's, and
+        The card, with metadata that the Hub reads. The license is the strictest of the towers' and the data's, and
         absent where one of them is not stated, or they cannot be compared.
     """
     parts = recipe_parts(recipe)
@@ -39,7 +39,7 @@ def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[
             name=Path(str(recipe.training.output_dir)).absolute().name,
             config=config,
             source=recipe.data.source,
-            licence=strictest(part.licence for part in parts),
+            license=strictest(part.license for part in parts),
             parts=parts,
             stages=[describe_stage(name, recipe.stages[name]) for name in wanted]
             or [describe_stage("", recipe.training)],
@@ -64,9 +64,9 @@ def model_parts(model: ModelPreset | str) -> list[Part]:
         Both towers, or the model that training goes on from; nothing for a model that starts at random.
     """
     if isinstance(model, str):
-        licence, base_models = _from_card(model)
+        license, base_models = _from_card(model)
         own_id = hub_id(model)
-        return [Part(STARTING_MODEL, public_name(model), licence, base_models=(own_id,) if own_id else base_models)]
+        return [Part(STARTING_MODEL, public_name(model), license, base_models=(own_id,) if own_id else base_models)]
     if not model.pretrained:
         return []
     return [_tower_part(TOWERS["vision"], model.vision), _tower_part(TOWERS["text"], str(model.text))]
@@ -111,20 +111,20 @@ def _what_trains(args: ClipMiniTrainingArguments) -> Iterable[str]:
 def _tower_part(role: str, name: str) -> Part:
     if name.startswith(OFFLINE_PREFIX):
         tower = OFFLINE_TOWERS[name.removeprefix(OFFLINE_PREFIX)]
-        return Part(role, tower.hub_id, tower.licence.lower(), f"{tower.note} {tower.changes}", (tower.hub_id,))
+        return Part(role, tower.hub_id, tower.license.lower(), f"{tower.note} {tower.changes}", (tower.hub_id,))
     own_id = hub_id(name)
     return Part(role, public_name(name), _from_card(name)[0], base_models=(own_id,) if own_id else ())
 
 
 def _from_card(name_or_path: str) -> tuple[str | None, tuple[str, ...]]:
-    """Read licence and base models off another model's card; nothing where it has none, or it cannot be had."""
+    """Read license and base models off another model's card; nothing where it has none, or it cannot be had."""
     path = Path(name_or_path)
     try:
         data = ModelCard.load(path / "README.md" if path.is_dir() else name_or_path, ignore_metadata_errors=True).data
     except (OSError, ValueError, yaml.YAMLError):
         return None, ()
-    bases, licence = data.get("base_model") or [], data.get("license")
-    return licence if isinstance(licence, str) else None, (bases,) if isinstance(bases, str) else tuple(bases)
+    bases, license = data.get("base_model") or [], data.get("license")
+    return license if isinstance(license, str) else None, (bases,) if isinstance(bases, str) else tuple(bases)
 
 
 def _recipe_for_others(values: Mapping[str, Any]) -> str:

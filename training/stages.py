@@ -63,7 +63,7 @@ class FrozenFront:
     Attributes:
         modules: the modules, by their names in the timm model.
         entry: name of the module that the activation enters.
-        activation_shape: shape of one picture's activation, for pictures of the size that `find` was shown.
+        activation_shape: shape of one image's activation, for images of the size that `find` was shown.
     """
 
     modules: dict[str, nn.Module]
@@ -86,7 +86,7 @@ class FrozenFront:
         Args:
             timm_model: the model. It is left as it was.
             num_trainable_stages: how many of the last stages are trained, at least 1 and fewer than `num_stages`.
-            example: (B, 3, height, width) normalised pictures, on the model's device and in its dtype.
+            example: (B, 3, height, width) normalized images, on the model's device and in its dtype.
 
         Returns:
             The front; None, with a warning that says why, where the architecture does not permit it. The whole tower
@@ -123,7 +123,7 @@ class FrozenFront:
         """Run the first modules only.
 
         Args:
-            pixel_values: (B, 3, height, width) normalised pictures, on the model's device and in its dtype.
+            pixel_values: (B, 3, height, width) normalized images, on the model's device and in its dtype.
 
         Returns:
             (B, *activation_shape) what enters the first trainable module, without gradient.
@@ -142,7 +142,7 @@ class FrozenFront:
 
     @contextmanager
     def resuming(self) -> Iterator[None]:
-        """Let the model take activations in place of pictures, and run only the rest, for the time of the context.
+        """Let the model take activations in place of images, and run only the rest, for the time of the context.
 
         The first modules hand on what they are given. Parameters, their names and the state dict stay as they are. The
         model may overwrite the activations: some stages begin with an operation in place.
@@ -169,7 +169,7 @@ class FrozenFront:
         try:
             activation = self.front(example)
             if len(activation) != len(example):
-                return f"what enters it has shape {tuple(activation.shape)}, not one row for each of the pictures"
+                return f"what enters it has shape {tuple(activation.shape)}, not one row for each of the images"
             hook = self._timm_model.get_submodule(self.entry).register_forward_pre_hook(
                 lambda module, inputs: came_through.append(torch.equal(inputs[0], activation))
             )
@@ -181,7 +181,7 @@ class FrozenFront:
             # The output alone could agree by chance: blocks of an untrained model often start as good as empty.
             if came_through != [True] or not torch.allclose(resumed, whole, rtol=1e-6, atol=1e-6):
                 return "the model resumed there gives another output, so it does more than to run its modules in turn"
-        except Exception as error:  # nearly anything can go wrong in a model that gets activations for pictures
+        except Exception as error:  # nearly anything can go wrong in a model that gets activations for images
             return f"{type(error).__name__}: {error}"
         self.activation_shape = tuple(activation.shape[1:])
         return None
@@ -232,11 +232,11 @@ def parameter_groups(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> l
     """Split the trainable parameters by learning rate and weight decay.
 
     Each tower has its own rate, the heads and the temperature another. Within a tower the rate falls by `layer_decay`
-    from layer to layer towards the input: what a tower learnt first, edges and word senses, fits any pictures and
+    from layer to layer toward the input: what a tower learned first, edges and word senses, fits any images and
     captions, and a few thousand pairs should not unlearn it.
 
     Weight decay pulls matrices and kernels only: on norms and biases it does nothing useful, on the temperature it
-    would be a pull towards a logit scale of 1.
+    would be a pull toward a logit scale of 1.
 
     Args:
         model: the dual encoder.

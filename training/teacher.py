@@ -1,8 +1,8 @@
 """Embeddings of a larger image-text model, computed once, for the small one to learn from.
 
-A student that copies how similar a teacher finds pictures and captions learns more from each pair than that they match
+A student that copies how similar a teacher finds images and captions learns more from each pair than that they match
 (TinyCLIP, Wu et al., 2023, arXiv:2309.12314; MobileCLIP, Vasu et al., 2024, arXiv:2311.17049). The teacher is too slow
-to run at every step, so its embeddings go to a parquet file, a row per picture (E is the teacher's width):
+to run at every step, so its embeddings go to a parquet file, a row per image (E is the teacher's width):
 
     image_id           int64
     image_embedding    (E,) float16, of length 1
@@ -47,18 +47,18 @@ def embed_with_teacher(
     logit_scale: float | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a teacher's embeddings of all pictures and captions to a parquet file, as the module describes it.
+    """Write a teacher's embeddings of all images and captions to a parquet file, as the module describes it.
 
     Args:
         model_name_or_path: whatever `load_encoder` takes.
         pairs: as `load_pairs` gives; the rows of all splits go to the one file.
         out: the file; it is written beside and renamed.
-        batch_size: pictures per forward; captions go eight times as many at once.
+        batch_size: images per forward; captions go eight times as many at once.
         logit_scale: what to scale the teacher's similarities by, above 0; None for what it was trained with.
         overwrite: replace the file if it is there.
 
     Raises:
-        ImageError: a picture cannot be read; the message names it.
+        ImageError: an image cannot be read; the message names it.
         ValueError: the file is there, there are no pairs, or the teacher cannot be used.
     """
     splits = list(pairs.values()) if isinstance(pairs, DatasetDict) else [pairs]
@@ -151,11 +151,11 @@ class TeacherEmbeddings:
         """Give the embeddings of a pair.
 
         Args:
-            row: the picture's row in the data set.
+            row: the image's row in the data set.
             caption: which of its captions, from 0.
 
         Returns:
-            (E,) of the picture and (E,) of the caption: float32, of length 1 to the precision of float16.
+            (E,) of the image and (E,) of the caption: float32, of length 1 to the precision of float16.
         """
         start, stop = self.caption_starts[row : row + 2]
         assert 0 <= caption < stop - start
@@ -165,14 +165,14 @@ class TeacherEmbeddings:
 def _embed(
     encoder: DualEncoder, splits: Sequence[Dataset], batch_size: int, metadata: dict[bytes, str]
 ) -> Iterator[pa.Table]:
-    """Embed up to `ROWS_PER_GROUP` pictures, and all their captions, at a time."""
-    with tqdm(total=sum(map(len, splits)), desc="teacher", unit="picture") as progress:
+    """Embed up to `ROWS_PER_GROUP` images, and all their captions, at a time."""
+    with tqdm(total=sum(map(len, splits)), desc="teacher", unit="image") as progress:
         for rows in itertools.chain.from_iterable(map(_in_groups, splits)):
             ids, captions = rows["image_id"][:], rows["captions"][:]
-            pictures = (
+            opened = (
                 read_named(image, f"image_id {image_id}") for image, image_id in zip(rows["image"], ids, strict=True)
             )
-            images = encoder.encode_images(pictures, batch_size)
+            images = encoder.encode_images(opened, batch_size)
             texts = encoder.encode_texts(list(itertools.chain(*captions)), 8 * batch_size)
             check_widths(encoder, images, texts)
             offsets = pa.array([0, *itertools.accumulate(map(len, captions))], pa.int32())
@@ -207,7 +207,7 @@ def _find_rows(file: pq.ParquetFile, pairs: Dataset, path: Path) -> dict[int, in
     """Find each row of a data set in the file: the file's row to the data set's."""
     stored = file.read(columns=["image_id", "captions_hash"])
     hashes = stored["captions_hash"].to_pylist()
-    rows_of = defaultdict(list)  # several, where copies of a picture share an id
+    rows_of = defaultdict(list)  # several, where copies of an image share an id
     for row, image_id in enumerate(stored["image_id"].to_pylist()):
         rows_of[image_id].append(row)
     places: dict[int, int] = {}

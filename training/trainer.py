@@ -20,8 +20,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from clipmini.data.augment import normalise_pixels
-from clipmini.data.licences import check_licence
+from clipmini.data.augment import normalize_pixels
+from clipmini.data.licenses import check_license
 from clipmini.data.pairs import CachedPairs
 from clipmini.evaluation.measure import chance_level, evaluate_retrieval, evaluate_with_intervals
 from clipmini.evaluation.naming import public_name
@@ -221,7 +221,7 @@ class ClipMiniTrainer(Trainer):
             self.accelerator.backward(loss)
             return loss.detach()
         check_batch_norm(self.model)
-        # Leaves of their own: their gradients reach the parameters with the last chunk, when processes synchronise.
+        # Leaves of their own: their gradients reach the parameters with the last chunk, when processes synchronize.
         own_scale = scale.detach().requires_grad_()
         own_bias = None if bias is None else bias.detach().requires_grad_()
 
@@ -248,7 +248,7 @@ class ClipMiniTrainer(Trainer):
             inputs["pixel_values"] = inputs.pop("vision_hidden")
             rest_of_tower = self.features.front.resuming()
         if "pixels" in inputs:
-            inputs["pixel_values"] = normalise_pixels(self.processing_class.image_processor, inputs.pop("pixels"))
+            inputs["pixel_values"] = normalize_pixels(self.processing_class.image_processor, inputs.pop("pixels"))
         if "pixel_values" in inputs and inputs["pixel_values"].ndim == 4:  # some towers pass tokens on
             inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
         if "input_ids" in inputs and self.args.length_groups > 1:
@@ -409,7 +409,7 @@ class ClipMiniTrainer(Trainer):
             The `CommitInfo`, or unless `blocking` a `Future` of it; None on processes other than the first.
 
         Raises:
-            ValueError: licence or data are not named, or the Hub refused.
+            ValueError: license or data are not named, or the Hub refused.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not self.is_world_process_zero():
@@ -449,7 +449,7 @@ class ClipMiniTrainer(Trainer):
                 folder. Trainer's `tasks`, `dataset_tags` and `dataset_args` have no effect.
 
         Raises:
-            ValueError: licence or data are not named.
+            ValueError: license or data are not named.
         """
         if self.is_world_process_zero():
             self._make_card(**about).save(Path(str(self.args.output_dir)) / CARD)
@@ -471,7 +471,7 @@ class ClipMiniTrainer(Trainer):
             logger.warning("tasks, dataset_tags and dataset_args have no effect: the card tells task and data itself")
         if license is None or dataset is None:
             raise ValueError(
-                "a card must tell under which licence the model may be used and what it was trained on: pass "
+                "a card must tell under which license the model may be used and what it was trained on: pass "
                 'push_to_hub(license="apache-2.0", dataset="owner/name").'
             )
         args = self.args
@@ -486,7 +486,7 @@ class ClipMiniTrainer(Trainer):
                 name=model_name or Path(str(args.hub_model_id or args.output_dir)).name,
                 config=self.model.config,
                 source=dataset,
-                licence=check_licence(license),
+                license=check_license(license),
                 parts=[
                     *(part for origin in origins for part in model_parts(origin)),
                     Part(DATA, public_name(dataset)),

@@ -1,7 +1,7 @@
-"""Random views of pictures and captions, each a pure function of its seed.
+"""Random views of images and captions, each a pure function of its seed.
 
-A model that sees a picture from the same angle in every epoch learns the picture by heart. Training therefore shows it
-a part of the picture, mirrored or in other colours, and captions with words missing.
+A model that sees an image from the same angle in every epoch learns the image by heart. Training therefore shows it
+a part of the image, mirrored or in other colors, and captions with words missing.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ SIDE = re.compile(r"(?<![^\W\d_])(?:left|right)(?:most|wards?|hand(?:ed)?)?(?![^
 
 @dataclass(frozen=True)
 class ImageAugmentation:
-    """How training pictures are varied; the defaults crop and mirror, and leave colours as captions name them.
+    """How training images are varied; the defaults crop and mirror, and leave colors as captions name them.
 
     Attributes:
-        crop_scale: smallest share of the picture's area that a random crop keeps, over 0; at 1 there is no random
-            crop, and the picture is resized and cut as in inference.
+        crop_scale: smallest share of the image's area that a random crop keeps, over 0; at 1 there is no random
+            crop, and the image is resized and cut as in inference.
         color_jitter: strength s from 0 to 1; brightness, contrast and saturation are each multiplied by a factor
             from 1 - s to 1 + s.
-        rand_augment: RandAugment operations per picture, at magnitude 9 of 30; 0 for none. They shear, shift and
-            rotate, and change colours more than `color_jitter` does, up to turning bright ones into their negative.
-        flip: mirror every other picture: "safe" spares those with a caption that names left or right, "always" does
+        rand_augment: RandAugment operations per image, at magnitude 9 of 30; 0 for none. They shear, shift and
+            rotate, and change colors more than `color_jitter` does, up to turning bright ones into their negative.
+        flip: mirror every other image: "safe" spares those with a caption that names left or right, "always" does
             not look at captions, "never" mirrors none.
 
     Raises:
@@ -51,10 +51,10 @@ class ImageAugmentation:
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale <= 1:
             raise ValueError(
-                f"crop_scale={self.crop_scale} must be over 0 and at most 1, where pictures are not cropped at random."
+                f"crop_scale={self.crop_scale} must be over 0 and at most 1, where images are not cropped at random."
             )
         if not 0 <= self.color_jitter <= 1:
-            raise ValueError(f"color_jitter={self.color_jitter} must be from 0 (colours stay) to 1.")
+            raise ValueError(f"color_jitter={self.color_jitter} must be from 0 (colors stay) to 1.")
         if not isinstance(self.rand_augment, int) or self.rand_augment < 0:
             raise ValueError(
                 f"rand_augment={self.rand_augment} must be a whole number of operations, 0 for none; 2 is usual."
@@ -64,14 +64,14 @@ class ImageAugmentation:
 
 
 class ImageAugmenter:
-    """Make the `pixel_values` of a random view of a picture.
+    """Make the `pixel_values` of a random view of an image.
 
     The same arguments give the same pixels, whichever worker, rank or resumed run asks. Torch's random state is the
     same afterwards as before; during the call it is not, so threads must not call it at the same time.
 
     Args:
-        image_processor: the stock image processor of the model's processor; resizes, crops and normalises.
-        augmentation: how to vary pictures.
+        image_processor: the stock image processor of the model's processor; resizes, crops and normalizes.
+        augmentation: how to vary images.
         resolution: shorter edge of the result in pixels; None for that of inference. Somewhat less than in inference
             is faster, and since random crops show things larger than they come up later, often no worse (the FixRes
             effect, Touvron et al. 2019, https://arxiv.org/abs/1906.06423).
@@ -95,7 +95,7 @@ class ImageAugmenter:
             self.crop = v2.RandomResizedCrop(edges, scale=(augmentation.crop_scale, 1.0))
         self.transforms: list[v2.Transform] = []  # of pixels from 0 to 255, in the size that the model sees
         if augmentation.rand_augment:
-            # What a shift uncovers becomes the mean colour: zero to the model, as nothing at all would be.
+            # What a shift uncovers becomes the mean color: zero to the model, as nothing at all would be.
             fill = [round(mean / settings["rescale_factor"]) for mean in settings["image_mean"]]
             self.transforms.append(
                 v2.RandAugment(augmentation.rand_augment, RAND_AUGMENT_MAGNITUDE, interpolation="bilinear", fill=fill)
@@ -107,16 +107,16 @@ class ImageAugmenter:
         """Draw a view; see `draw`.
 
         Returns:
-            (3, height, width) float32, normalised as in inference.
+            (3, height, width) float32, normalized as in inference.
         """
-        return normalise_pixels(self.image_processor, self.draw(image, captions, seed)[None])[0]
+        return normalize_pixels(self.image_processor, self.draw(image, captions, seed)[None])[0]
 
     def draw(self, image: Image.Image, captions: Sequence[str], seed: int) -> Tensor:
-        """Draw a view, not yet normalised, in a quarter of the memory.
+        """Draw a view, not yet normalized, in a quarter of the memory.
 
         Args:
-            image: a picture of mode "RGB", as `read_image` gives it.
-            captions: all captions of the picture, whichever it is trained with: a cached view meets each of them.
+            image: an image of mode "RGB", as `read_image` gives it.
+            captions: all captions of the image, whichever it is trained with: a cached view meets each of them.
             seed: any whole number; another one draws another view.
 
         Returns:
@@ -127,7 +127,7 @@ class ImageAugmenter:
             torch.default_generator.manual_seed(_hash(seed))
             geometry: dict[str, Any] = {"size": self.size, "crop_size": self.crop_size}
             if self.crop is not None:
-                # Only the draw is torchvision's, so that the processor resizes crops exactly as it resizes pictures.
+                # Only the draw is torchvision's, so that the processor resizes crops exactly as it resizes images.
                 box = self.crop.make_params([image])
                 left, top = box["left"], box["top"]
                 image = image.crop((left, top, left + box["width"], top + box["height"]))
@@ -162,11 +162,11 @@ class ImageAugmenter:
 
 
 def raw_pixels(image_processor: Any, image: Image.Image, **geometry: Any) -> Tensor:
-    """Resize and crop a picture as a stock image processor does, and stop there.
+    """Resize and crop an image as a stock image processor does, and stop there.
 
     Args:
         image_processor: the stock image processor.
-        image: a picture of mode "RGB".
+        image: an image of mode "RGB".
         **geometry: the processor's `size`, `crop_size`, ... where they are to be others.
 
     Returns:
@@ -177,19 +177,19 @@ def raw_pixels(image_processor: Any, image: Image.Image, **geometry: Any) -> Ten
     ][0]
 
 
-def normalise_pixels(image_processor: Any, pixels: Tensor) -> Tensor:
-    """Do the rest of a stock image processor's work: (N, 3, height, width) bytes to normalised float32."""
+def normalize_pixels(image_processor: Any, pixels: Tensor) -> Tensor:
+    """Do the rest of a stock image processor's work: (N, 3, height, width) bytes to normalized float32."""
     options = {"do_resize": False, "do_center_crop": False, "input_data_format": "channels_first"}
     return image_processor(pixels, return_tensors="pt", **options)["pixel_values"]
 
 
 def names_a_side(captions: Sequence[str]) -> bool:
-    """Tell whether a mirrored picture might no longer fit its captions.
+    """Tell whether a mirrored image might no longer fit its captions.
 
     English only, and on the safe side: "he left the room" and "the right answer" count too.
 
     Args:
-        captions: the captions of a picture.
+        captions: the captions of an image.
 
     Returns:
         Whether one has the word left or right, in any case and also as in left-hand, right-handed or leftmost.

@@ -1,6 +1,6 @@
-"""Find pictures and captions that come up under more than one image id.
+"""Find images and captions that come up under more than one image id.
 
-A copy of a picture in the same batch is a negative of itself: the loss then pushes a caption away from the picture it
+A copy of an image in the same batch is a negative of itself: the loss then pushes a caption away from the image it
 describes. A copy in the test split makes figures flatter. Sharing an id repairs the first, not the second.
 """
 
@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from modeling_clipmini.images_clipmini import read_named
 
 OWN_ID = "own_image_id"  # the column that keeps what `image_id` was before ids were shared
-MAX_EXAMPLES = 5  # groups in `as_dict`, and ids of each: a grey placeholder can have thousands
+MAX_EXAMPLES = 5  # groups in `as_dict`, and ids of each: a gray placeholder can have thousands
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class DuplicateReport:
 
     Attributes:
         num_images: images looked at.
-        pictures: groups of images with the same picture, over all splits.
-        within: by split, the groups of the same picture in that split.
-        across: by pair of splits, the groups of the same picture that reach into both, with their images in either.
-        captions: by normalised caption, the images that share it, unless all of them have the same picture.
+        images: groups of images with the same image, over all splits.
+        within: by split, the groups of the same image in that split.
+        across: by pair of splits, the groups of the same image that reach into both, with their images in either.
+        captions: by normalized caption, the images that share it, unless all of them have the same image.
     """
 
     num_images: int
-    pictures: list[list[int]]
+    images: list[list[int]]
     within: dict[str, list[list[int]]]
     across: dict[tuple[str, str], list[list[int]]]
     captions: dict[str, list[int]]
@@ -47,9 +47,9 @@ class DuplicateReport:
         leaks = [f"; {len(groups):,} in both {one} and {other}" for (one, other), groups in self.across.items()]
         warning = ", where copies flatter figures" if leaks else ""
         return (
-            f"{_say('picture', len(self.pictures))} up under more than one image id "
-            f"({_num_images(self.pictures):,} of {self.num_images:,} images{''.join(leaks)}{warning}). "
-            f"{_say('caption', len(self.captions))} up with different pictures "
+            f"{_say('image', len(self.images))} up under more than one image id "
+            f"({_num_images(self.images):,} of {self.num_images:,} images{''.join(leaks)}{warning}). "
+            f"{_say('caption', len(self.captions))} up with different images "
             f"({_num_images(self.captions.values()):,} images)."
         )
 
@@ -57,16 +57,16 @@ class DuplicateReport:
         """Give counts and the first few groups, ready for JSON.
 
         Returns:
-            `num_images`; `pictures` and `captions`, each with `num_groups`, `num_images` and `examples`; `within` by
+            `num_images`; `images` and `captions`, each with `num_groups`, `num_images` and `examples`; `within` by
             split and `across` by "one+other" pair of splits, both numbers of groups.
         """
         captions = list(itertools.islice(self.captions.items(), MAX_EXAMPLES))
         return {
             "num_images": self.num_images,
-            "pictures": {
-                "num_groups": len(self.pictures),
-                "num_images": _num_images(self.pictures),
-                "examples": [ids[:MAX_EXAMPLES] for ids in self.pictures[:MAX_EXAMPLES]],
+            "images": {
+                "num_groups": len(self.images),
+                "num_images": _num_images(self.images),
+                "examples": [ids[:MAX_EXAMPLES] for ids in self.images[:MAX_EXAMPLES]],
             },
             "within": {split: len(groups) for split, groups in self.within.items()},
             "across": {f"{one}+{other}": len(groups) for (one, other), groups in self.across.items()},
@@ -79,48 +79,48 @@ class DuplicateReport:
 
 
 def find_duplicates(pairs: DatasetDict | Dataset, *, num_proc: int | None = None) -> DuplicateReport:
-    """Find pictures that are exactly the same, and captions that say the same of different pictures.
+    """Find images that are exactly the same, and captions that say the same of different images.
 
-    Pictures are compared by a hash of their size and decoded pixels. It finds the same file under two names, and also
-    the same pixels in files that differ, by their metadata or their (lossless) compression; not a picture saved anew
-    as JPEG. Captions are compared by [`normalise_caption`].
+    Images are compared by a hash of their size and decoded pixels. It finds the same file under two names, and also
+    the same pixels in files that differ, by their metadata or their (lossless) compression; not an image saved anew
+    as JPEG. Captions are compared by [`normalize_caption`].
 
-    Every picture is read and decoded, one at a time, with a progress bar; only hashes and captions stay in memory.
+    Every image is read and decoded, one at a time, with a progress bar; only hashes and captions stay in memory.
 
     Args:
         pairs: what `load_pairs` gives, or one split of it; image ids are unique over all splits.
-        num_proc: processes that read pictures; None for this one alone.
+        num_proc: processes that read images; None for this one alone.
 
     Returns:
         The groups of image ids.
 
     Raises:
-        ImageError: a picture cannot be read; the message names it. `load_pairs` leaves such out.
+        ImageError: an image cannot be read; the message names it. `load_pairs` leaves such out.
     """
     splits = pairs if isinstance(pairs, DatasetDict) else DatasetDict({str(pairs.split or "pairs"): pairs})
-    ids_of_picture: dict[str, set[int]] = {}
+    ids_of_image: dict[str, set[int]] = {}
     ids_of_caption: dict[str, set[int]] = {}
     split_of: dict[int, str] = {}
-    picture_of: dict[int, str] = {}
+    image_of: dict[int, str] = {}
     for split, dataset in splits.items():
         image_ids = dataset["image_id"][:]
-        for image_id, picture in zip(image_ids, _hash_pictures(dataset, str(split), num_proc), strict=True):
-            ids_of_picture.setdefault(picture, set()).add(image_id)
-            picture_of[image_id], split_of[image_id] = picture, str(split)
+        for image_id, image in zip(image_ids, _hash_images(dataset, str(split), num_proc), strict=True):
+            ids_of_image.setdefault(image, set()).add(image_id)
+            image_of[image_id], split_of[image_id] = image, str(split)
         for image_id, captions in zip(image_ids, dataset["captions"], strict=True):
-            for caption in filter(None, map(normalise_caption, captions)):
+            for caption in filter(None, map(normalize_caption, captions)):
                 ids_of_caption.setdefault(caption, set()).add(image_id)
-    pictures = sorted(sorted(ids) for ids in ids_of_picture.values() if len(ids) > 1)
-    within, across = _sort_by_split(pictures, split_of, list(splits))
+    images = sorted(sorted(ids) for ids in ids_of_image.values() if len(ids) > 1)
+    within, across = _sort_by_split(images, split_of, list(splits))
     shared = {
         caption: sorted(ids)
         for caption, ids in sorted(ids_of_caption.items())
-        if len({picture_of[image_id] for image_id in ids}) > 1
+        if len({image_of[image_id] for image_id in ids}) > 1
     }
-    return DuplicateReport(len(picture_of), pictures, within, across, captions=shared)
+    return DuplicateReport(len(image_of), images, within, across, captions=shared)
 
 
-def normalise_caption(caption: str) -> str:
+def normalize_caption(caption: str) -> str:
     """Take from a caption what makes no difference to its meaning, mostly.
 
     Args:
@@ -137,57 +137,57 @@ def normalise_caption(caption: str) -> str:
 def share_ids(pairs: DatasetDict, report: DuplicateReport, *, captions: bool = False) -> DatasetDict:
     """Give all images of a group the smallest image id in it, so that training takes them for positives of each other.
 
-    Rows stay as they are, also those in other splits: copies of training pictures in a test split flatter its figures
+    Rows stay as they are, also those in other splits: copies of training images in a test split flatter its figures
     as before.
 
     Args:
         pairs: what the report was made of.
         report: what `find_duplicates` found in it.
-        captions: join images that share a normalised caption too. Ids belong to images, not to captions: such images
+        captions: join images that share a normalized caption too. Ids belong to images, not to captions: such images
             become positives of each other wholly, with all their other captions, and so does whatever else is linked
-            to one of them. "A dog." of a hundred pictures makes one image of them; read the report first.
+            to one of them. "A dog." of a hundred images makes one image of them; read the report first.
 
     Returns:
-        The same pairs with other values in `image_id`, and those they had in `own_image_id`; pictures are not copied.
+        The same pairs with other values in `image_id`, and those they had in `own_image_id`; images are not copied.
     """
-    groups = [*report.pictures, *(report.captions.values() if captions else ())]
+    groups = [*report.images, *(report.captions.values() if captions else ())]
     new_ids = _join(groups)
     return DatasetDict({split: _replace_ids(dataset, new_ids) for split, dataset in pairs.items()})
 
 
-def _hash_pictures(pairs: Dataset, split: str, num_proc: int | None) -> list[str]:
+def _hash_images(pairs: Dataset, split: str, num_proc: int | None) -> list[str]:
     if not len(pairs):
         return []
     return pairs.select_columns(["image", "image_id"]).map(
         _hash_row,
         remove_columns=["image", "image_id"],
-        features=Features({"picture": Value("string")}),
+        features=Features({"image": Value("string")}),
         num_proc=min(num_proc, len(pairs)) if num_proc and num_proc > 1 else None,
         keep_in_memory=True,
         # `datasets` would serve what it once computed from files that have changed since.
         load_from_cache_file=False,
         new_fingerprint=os.urandom(8).hex(),
-        desc=f"comparing pictures of {split}",
-    )["picture"][:]
+        desc=f"comparing images of {split}",
+    )["image"][:]
 
 
 def _hash_row(row: dict[str, Any]) -> dict[str, str]:
-    return {"picture": hash_picture(read_named(row["image"], f"image_id {row['image_id']}"))}
+    return {"image": hash_image(read_named(row["image"], f"image_id {row['image_id']}"))}
 
 
-def hash_picture(image: Image.Image) -> str:
-    """Give a digest of a picture's size and pixels, which copies share."""
+def hash_image(image: Image.Image) -> str:
+    """Give a digest of an image's size and pixels, which copies share."""
     digest = hashlib.blake2b(f"{image.width}x{image.height} ".encode(), digest_size=16)
     digest.update(image.tobytes())
     return digest.hexdigest()
 
 
 def _sort_by_split(
-    pictures: list[list[int]], split_of: dict[int, str], splits: list[str]
+    images: list[list[int]], split_of: dict[int, str], splits: list[str]
 ) -> tuple[dict[str, list[list[int]]], dict[tuple[str, str], list[list[int]]]]:
     within: dict[str, list[list[int]]] = {}
     across: dict[tuple[str, str], list[list[int]]] = {}
-    for ids in pictures:
+    for ids in images:
         members: dict[str, list[int]] = {}
         for image_id in ids:
             members.setdefault(split_of[image_id], []).append(image_id)
@@ -215,9 +215,9 @@ def _join(groups: Sequence[list[int]]) -> dict[int, int]:
 def _replace_ids(pairs: Dataset, new_ids: dict[int, int]) -> Dataset:
     """Replace ids in the table beneath a data set, and select the same rows again.
 
-    `add_column` on a selection, which a split mostly is, would copy all its pictures.
+    `add_column` on a selection, which a split mostly is, would copy all its images.
     """
-    # Without fingerprints of our own, all pictures would be hashed to make one.
+    # Without fingerprints of our own, all images would be hashed to make one.
     whole = Dataset(pairs.data, info=pairs.info, split=pairs.split, fingerprint=os.urandom(8).hex())
     image_ids = np.array([new_ids.get(image_id, image_id) for image_id in whole["image_id"][:]], dtype=np.int64)
     if OWN_ID in pairs.column_names:  # ids were shared before

@@ -1,4 +1,4 @@
-"""Find pictures in folders, and count what had to be left out; `modeling_clipmini.images_clipmini` opens them."""
+"""Find images in folders, and count what had to be left out; `modeling_clipmini.images_clipmini` opens them."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ IMAGE_SUFFIXES = frozenset(
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """List a folder's pictures, those of its sub-folders too, by suffix.
+    """List a folder's images, those of its sub-folders too, by suffix.
 
     Args:
         folder: where to look; hidden files and folders are passed over, and with a warning those that cannot be read.
@@ -22,7 +22,7 @@ def find_images(folder: str | Path) -> list[Path]:
         Paths that begin with `folder`, sorted.
 
     Raises:
-        ValueError: there is no such folder, or no picture in it.
+        ValueError: there is no such folder, or no image in it.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -36,7 +36,7 @@ def find_images(folder: str | Path) -> list[Path]:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
         ]
     if not found:
-        raise ValueError(f"{folder} has no pictures; looked for {', '.join(sorted(IMAGE_SUFFIXES))}.")
+        raise ValueError(f"{folder} has no images; looked for {', '.join(sorted(IMAGE_SUFFIXES))}.")
     return sorted(found)
 
 

@@ -1,8 +1,8 @@
-"""Pictures and captions of an evaluation split that training has seen.
+"""Images and captions of an evaluation split that training has seen.
 
-Exact copies are found by their decoded pixels, and pictures saved anew, resized or slightly changed by a perceptual
+Exact copies are found by their decoded pixels, and images saved anew, resized or slightly changed by a perceptual
 hash (phash: the signs of the lowest frequencies; Zauner, 2010, Implementation and Benchmarking of Perceptual Image
-Hash Functions). It errs on both sides: two dark or empty pictures may share a hash, and a crop has another.
+Hash Functions). It errs on both sides: two dark or empty images may share a hash, and a crop has another.
 """
 
 import itertools
@@ -17,10 +17,10 @@ from datasets import Dataset, Features, Value
 
 from modeling_clipmini.images_clipmini import read_named
 
-from .duplicates import hash_picture, normalise_caption
+from .duplicates import hash_image, normalize_caption
 
-MAX_BITS = 4  # of 64 in which the hashes of alike pictures may differ
-MAX_EXAMPLES = 20  # of pictures that look like one of training, to be judged by eye
+MAX_BITS = 4  # of 64 in which the hashes of alike images may differ
+MAX_EXAMPLES = 20  # of images that look like one of training, to be judged by eye
 MAX_DIFFERENCES = 20_000_000  # in memory at once
 
 
@@ -29,11 +29,11 @@ class LeakReport:
     """What of an evaluation split also stands in training data. All numbers are rows of the evaluation split.
 
     Attributes:
-        num_train_images: training pictures that were looked at.
-        exact: pictures whose very pixels are among the training pictures'.
-        alike: other pictures that a perceptual hash tells hardly from a training picture; see `MAX_BITS`.
+        num_train_images: training images that were looked at.
+        exact: images whose very pixels are among the training images'.
+        alike: other images that a perceptual hash tells hardly from a training image; see `MAX_BITS`.
         examples: of the alike ones, which training row each is like, closest first.
-        captions: places, among all captions of the split, of those that also describe a training picture, in the same
+        captions: places, among all captions of the split, of those that also describe a training image, in the same
             words.
     """
 
@@ -45,22 +45,22 @@ class LeakReport:
 
     @property
     def rows(self) -> list[int]:
-        """Pictures that training has seen, in either way."""
+        """Images that training has seen, in either way."""
         return sorted({*self.exact, *self.alike})
 
     def summary(self) -> str:
-        """Say in plain words how many pictures were found."""
+        """Say in plain words how many images were found."""
         return (
-            f"{len(self.exact):,} of these pictures are among {self.num_train_images:,} training pictures, pixel by "
+            f"{len(self.exact):,} of these images are among {self.num_train_images:,} training images, pixel by "
             f"pixel; {len(self.alike):,} more look nearly like one (perceptual hash; some may be chance)."
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Give counts, rows, and the first few that look like a training picture, with the row of that."""
+        """Give counts, rows, and the first few that look like a training image, with the row of that."""
         return {
             "num_train_images": self.num_train_images,
-            "exact_pictures": len(self.exact),
-            "alike_pictures": len(self.alike),
+            "exact_images": len(self.exact),
+            "alike_images": len(self.alike),
             "captions": len(self.captions),
             "rows": self.rows,
             "alike_examples": self.examples[:MAX_EXAMPLES],
@@ -68,17 +68,17 @@ class LeakReport:
 
 
 def find_leaks(train: Dataset, held_out: Dataset) -> LeakReport:
-    """Compare an evaluation split with the training data; every picture is read once.
+    """Compare an evaluation split with the training data; every image is read once.
 
     Args:
-        train: one row per image, as `load_pairs` gives; or pictures alone, in the column `image`.
+        train: one row per image, as `load_pairs` gives; or images alone, in the column `image`.
         held_out: likewise.
 
     Returns:
         What stands in both.
 
     Raises:
-        ImageError: a picture cannot be read; the message names it.
+        ImageError: an image cannot be read; the message names it.
     """
     seen, looks = _hash(train, "training")
     pixels, own_looks = _hash(held_out, "evaluation")
@@ -87,13 +87,13 @@ def find_leaks(train: Dataset, held_out: Dataset) -> LeakReport:
     closest, bits = _closest(own_looks, looks)
     alike = sorted(set(np.flatnonzero(bits <= MAX_BITS).tolist()) - set(exact))
     examples = [(row, int(closest[row])) for row in sorted(alike, key=lambda row: bits[row])]
-    known = set(map(normalise_caption, _captions(train))) - {""}
+    known = set(map(normalize_caption, _captions(train))) - {""}
     return LeakReport(
         num_train_images=len(train),
         exact=exact,
         alike=alike,
         examples=examples,
-        captions=[place for place, caption in enumerate(_captions(held_out)) if normalise_caption(caption) in known],
+        captions=[place for place, caption in enumerate(_captions(held_out)) if normalize_caption(caption) in known],
     )
 
 
@@ -102,7 +102,7 @@ def _captions(pairs: Dataset) -> Iterator[str]:
 
 
 def _hash(pairs: Dataset, name: str) -> tuple[list[str], np.ndarray]:
-    """Give a digest of each picture's pixels, and (N,) its perceptual hash as a whole number of 64 bits."""
+    """Give a digest of each image's pixels, and (N,) its perceptual hash as a whole number of 64 bits."""
     if not len(pairs):
         return [], np.empty(0, dtype=np.uint64)
     columns = [column for column in ("image", "image_id") if column in pairs.column_names]
@@ -122,7 +122,7 @@ def _hash(pairs: Dataset, name: str) -> tuple[list[str], np.ndarray]:
 
 def _hash_row(row: dict[str, Any], number: int) -> dict[str, Any]:
     image = read_named(row["image"], f"image_id {row['image_id']}" if "image_id" in row else f"row {number + 1}")
-    return {"pixels": hash_picture(image), "looks": str(imagehash.phash(image))}
+    return {"pixels": hash_image(image), "looks": str(imagehash.phash(image))}
 
 
 def _closest(hashes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from modeling_clipmini.images_clipmini import find_fault
 
 from .images import Skipped
-from .licences import check_licence
+from .licenses import check_license
 from .sources import RawPairs, SourceReader
 
 logger = logging.getLogger(__name__)
@@ -34,18 +34,18 @@ class DataArguments:
 
     Attributes:
         source: a folder, a table, a Flickr token file or a Hub data set id.
-        image_column: the column that holds pictures, paths or bytes; found by itself if left out.
+        image_column: the column that holds images, paths or bytes; found by itself if left out.
         caption_column: the column that holds captions; found by itself if left out.
         image_root: the folder that paths in a table are relative to; the table's own by default.
         validation_fraction: share of the images to validate on, where the data has no such split.
         test_fraction: share of the images to test on, where the data has neither split.
         split_seed: seed of the split.
-        check_images: open every picture once before training and leave out those that cannot be read. Without it
-            the first such picture stops the run.
-        strict: stop at the first picture or caption that cannot be used, rather than leave it out.
-        share_duplicate_ids: let copies of one picture share its image id, so that they are never negatives of each
+        check_images: open every image once before training and leave out those that cannot be read. Without it
+            the first such image stops the run.
+        strict: stop at the first image or caption that cannot be used, rather than leave it out.
+        share_duplicate_ids: let copies of one image share its image id, so that they are never negatives of each
             other.
-        share_duplicate_captions: in training, let also pictures share an id that share a caption, word by word, with
+        share_duplicate_captions: in training, let also images share an id that share a caption, word by word, with
             all else that is linked to one of them; read the counts in a run's `results.json` first.
         license: under which the pairs may be used, as the Hub writes it: "cc-by-4.0". The model card names it, and
             the strictest of it and the towers' as the model's own.
@@ -65,13 +65,13 @@ class DataArguments:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the licence.
+        """Check the license.
 
         Raises:
-            ValueError: the Hub has no such licence.
+            ValueError: the Hub has no such license.
         """
         if self.license is not None:
-            self.license = check_licence(self.license)
+            self.license = check_license(self.license)
 
 
 @dataclass
@@ -80,7 +80,7 @@ class CachedPairs:
 
     Attributes:
         rows: the data set, one row per image: `image`, `captions`, `image_id`.
-        image_features: (I, K, ...) of K views of each picture, or None to keep the pictures. Without `front` they are
+        image_features: (I, K, ...) of K views of each image, or None to keep the images. Without `front` they are
             (I, K, V) pooled outputs of the vision tower; with it, activations that enter its first trainable stage.
         text_features: (T, W) pooled outputs of the text tower for all captions in order, or None to keep the captions.
         front: the frozen first stages that `image_features` come from.
@@ -125,7 +125,7 @@ def load_pairs(
 ) -> DatasetDict:
     """Load image-caption pairs, one row per image with all its captions.
 
-    Rows with the same path, or in columns of bytes the same bytes, are one image. Pictures stay where they are, in
+    Rows with the same path, or in columns of bytes the same bytes, are one image. Images stay where they are, in
     files or in the memory-mapped cache of `datasets`, and are read when a row is.
 
     Splits that the data has are kept: files or folders named after them, or a `split` column (blank means train).
@@ -139,18 +139,18 @@ def load_pairs(
     tokenizer cuts them; beyond 100,000 characters they are cut here.
 
     Args:
-        source: a Hub data set's id (owner/name); a folder of pictures with `metadata.jsonl`, `.csv` or `.parquet`; a
+        source: a Hub data set's id (owner/name); a folder of images with `metadata.jsonl`, `.csv` or `.parquet`; a
             folder of tables named after splits, or saved by `save_to_disk`; a CSV, TSV, JSON, JSON Lines or parquet
             table; or a Flickr8k or Flickr30k token file.
-        image_column: the column of paths, bytes or pictures; None to find it by type and usual names.
+        image_column: the column of paths, bytes or images; None to find it by type and usual names.
         caption_column: the column of captions; None to find it by usual names.
         image_root: the folder that paths are relative to; None for the table's own, or the folder up to two levels
-            below it that has the first pictures.
+            below it that has the first images.
         validation_fraction: share of the images to draw for validation; 0 for none.
         test_fraction: share of the images to draw for the test split; 0 for none.
         seed: another seed draws other images.
-        check_images: open every picture once, and leave out what cannot be read.
-        num_proc: processes that check pictures; None for this one alone.
+        check_images: open every image once, and leave out what cannot be read.
+        num_proc: processes that check images; None for this one alone.
         skipped: takes what is left out; None to warn, and to sum up at the end.
 
     Returns:
@@ -195,7 +195,7 @@ def load_data(data: DataArguments, skipped: Skipped) -> DatasetDict:
         skipped: takes what is left out.
 
     Returns:
-        The splits; copies of a picture have their own ids still.
+        The splits; copies of an image have their own ids still.
 
     Raises:
         ValueError: what `load_pairs` raises.
@@ -229,7 +229,7 @@ def _group_by_image(raw: RawPairs, skipped: Skipped) -> tuple[Dataset, np.ndarra
     """Make one row of each image of a split, in the order of their first rows.
 
     Captions and ids are added to the rows as they lie, and the first row of each image chosen: this way `datasets` has
-    no cause to copy pictures.
+    no cause to copy images.
 
     Returns:
         The data set; and for each row its key and its split ("" where the source does not say).
@@ -291,7 +291,7 @@ def _add_column(images: Dataset, name: str, values: pa.Array, feature: Any) -> D
 
 
 def _find_readable(images: Dataset, num_proc: int | None, skipped: Skipped) -> np.ndarray:
-    """Open every picture, and report those that cannot be read.
+    """Open every image, and report those that cannot be read.
 
     Returns:
         The rows of those that can.
@@ -304,7 +304,7 @@ def _find_readable(images: Dataset, num_proc: int | None, skipped: Skipped) -> n
         keep_in_memory=True,
         load_from_cache_file=False,
         new_fingerprint=os.urandom(8).hex(),
-        desc="checking pictures",
+        desc="checking images",
     )["fault"][:]
     for row, fault in enumerate(faults):
         if fault:

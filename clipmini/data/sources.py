@@ -1,7 +1,7 @@
 """Where pairs come from: the Hub, folders, tables and token files, all read into the same raw rows.
 
 What is text goes through `tables`: the readers of `datasets` stop at the first odd row, take the caption "None" for a
-missing one, and leave a copy in the cache. What holds pictures (parquet, saved data sets, the Hub) is read by
+missing one, and leave a copy in the cache. What holds images (parquet, saved data sets, the Hub) is read by
 `datasets`, and stays on disk.
 """
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Usual names, likeliest first.
 IMAGE_COLUMNS = (
-    *("image", "images", "img", "picture", "photo", "image_path", "img_path", "image_file", "image_filename"),
+    *("image", "images", "img", "image", "photo", "image_path", "img_path", "image_file", "image_filename"),
     *("image_file_name", "image_name", "file_name", "filename", "filepath", "file_path", "path", "file"),
     *("jpg", "jpeg", "png", "webp"),
 )
@@ -46,7 +46,7 @@ SPLITS = {
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 TOKEN_SUFFIXES = (".txt", ".token")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-NUM_SAMPLED = 100  # rows that column names and the place of the pictures are found from
+NUM_SAMPLED = 100  # rows that column names and the place of the images are found from
 BATCH_SIZE = 10_000
 
 
@@ -72,7 +72,7 @@ class SourceReader:
     """Reads a source of any kind.
 
     Attributes:
-        image_column: the column with paths, bytes or pictures; None to find it.
+        image_column: the column with paths, bytes or images; None to find it.
         caption_column: the column with captions; None to find it.
         image_root: the folder that paths are relative to; None for the table's.
         skipped: takes rows that cannot be parsed.
@@ -123,7 +123,7 @@ class SourceReader:
         if not tables:
             find_images(folder)  # raises if there are none
             raise ValueError(
-                f"{folder} has pictures but no captions; add metadata.jsonl with a line "
+                f"{folder} has images but no captions; add metadata.jsonl with a line "
                 '{"file_name": "a.jpg", "caption": "a dog"} for each.'
             )
         splits = {table: _split_in(table.relative_to(folder)) for table in tables}
@@ -210,7 +210,7 @@ class SourceReader:
         if len(dataset) == 0:
             raise NoPairsError(f"{where} has no rows.")
         columns, features = dataset.column_names, dataset.features
-        image = self.image_column or _find_pictures(features)
+        image = self.image_column or _find_images(features)
         image = _find_column(columns, image, IMAGE_COLUMNS, "image", where)
         others = [name for name in columns if name != image]
         caption = _find_column(others, self.caption_column, CAPTION_COLUMNS, "caption", where)
@@ -225,16 +225,16 @@ class SourceReader:
 
         if features[image] in (Value("string"), Value("large_string")):
             images, keys = self._locate([_path_in(path) for path in dataset[image]], where, folder, base)
-        elif _is_picture(features[image]) or features[image] in (Value("binary"), Value("large_binary")):
+        elif _is_image(features[image]) or features[image] in (Value("binary"), Value("large_binary")):
             images = dataset.select_columns([image]).cast_column(image, Image(decode=False))
             images = images if image == "image" else images.rename_column(image, "image")
-            hashes = _hash_pictures(images)
+            hashes = _hash_images(images)
             if any(hashes):
                 keys = [digest or f"{where} row {number}" for number, digest in enumerate(hashes, 1)]
-            else:  # pictures that lie elsewhere
+            else:  # images that lie elsewhere
                 images, keys = self._locate([_path_in(row) for row in images["image"]], where, folder, base)
         else:
-            raise ValueError(f"{where}: column {image!r} is {features[image]}, neither pictures nor bytes nor paths.")
+            raise ValueError(f"{where}: column {image!r} is {features[image]}, neither images nor bytes nor paths.")
         return RawPairs(images, pa.chunked_array(captions), keys, splits)
 
     def _locate(
@@ -285,7 +285,7 @@ def _refuse_copies(tables: Iterable[Path]) -> None:
 
 
 def _find_root(names: Sequence[str], folder: Path) -> Path:
-    """Find the folder that holds the pictures: the given one, or one up to two levels below it."""
+    """Find the folder that holds the images: the given one, or one up to two levels below it."""
     for depth in (".", "*/", "*/*/"):
         for candidate in [folder] if depth == "." else sorted(folder.glob(depth)):
             if any(os.path.isfile(candidate / name) for name in names[:10]):
@@ -328,15 +328,15 @@ def _find_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str
     return found
 
 
-def _is_picture(feature: Any) -> bool:
+def _is_image(feature: Any) -> bool:
     return isinstance(feature, Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
-def _find_pictures(features: Features) -> str | None:
+def _find_images(features: Features) -> str | None:
     """Find the image column by type, where that is certain; what is left is found by name."""
-    pictures = [name for name, feature in features.items() if _is_picture(feature)]
-    if pictures:
-        return pictures[0] if len(pictures) == 1 else _find_named(pictures, IMAGE_COLUMNS)
+    images = [name for name, feature in features.items() if _is_image(feature)]
+    if images:
+        return images[0] if len(images) == 1 else _find_named(images, IMAGE_COLUMNS)
     binaries = [name for name, feature in features.items() if feature in (Value("binary"), Value("large_binary"))]
     return binaries[0] if len(binaries) == 1 and _find_named(features, IMAGE_COLUMNS) is None else None
 
@@ -354,10 +354,10 @@ def _caption_lists(values: Iterable[Any]) -> pa.ListArray:
     return pa.array((caption_texts(value) for value in values), pa.list_(pa.string()))
 
 
-def _hash_pictures(images: Dataset) -> list[str | None]:
-    """Hash each picture's bytes where they lie, without making Python objects of them; None where there are none."""
+def _hash_images(images: Dataset) -> list[str | None]:
+    """Hash each image's bytes where they lie, without making Python objects of them; None where there are none."""
     hashes: list[str | None] = []
-    with tqdm(total=len(images), desc="telling pictures apart", unit="picture", leave=False) as progress:
+    with tqdm(total=len(images), desc="telling images apart", unit="image", leave=False) as progress:
         for table in images.with_format("arrow").iter(100):
             for chunk in table["image"].chunks:
                 for value in chunk.field("bytes"):

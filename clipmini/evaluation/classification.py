@@ -19,18 +19,18 @@ TOP_K = 5
 
 @dataclass(frozen=True)
 class ClassificationMetrics:
-    """How well pictures were classified. Shares are in [0, 1], each with its 95 % bootstrap interval over pictures.
+    """How well images were classified. Shares are in [0, 1], each with its 95 % bootstrap interval over images.
 
     Attributes:
         num_images: N.
         chance: what guessing reaches of `top1`: 1 / C.
-        top1: share of pictures whose label has the best score.
-        top5: share of pictures whose label is among the five best; None where there are no more than five classes.
-        mean_per_class: accuracy averaged over the classes that have pictures, so that rare ones count as much.
-        per_class: (C,) accuracy of each class; NaN of one without pictures.
+        top1: share of images whose label has the best score.
+        top5: share of images whose label is among the five best; None where there are no more than five classes.
+        mean_per_class: accuracy averaged over the classes that have images, so that rare ones count as much.
+        per_class: (C,) accuracy of each class; NaN of one without images.
         calibration_error: mean distance of confidence from accuracy over 15 equal bins of confidence, each weighed by
-            its pictures (Guo et al., 2017, arXiv:1706.04599); None where confidence is not known.
-        confusion: (C, C) pictures by their label (row) and what they were taken for (column).
+            its images (Guo et al., 2017, arXiv:1706.04599); None where confidence is not known.
+        confusion: (C, C) images by their label (row) and what they were taken for (column).
     """
 
     num_images: int
@@ -58,15 +58,15 @@ def classification_metrics(
     Args:
         scores: (N, C), more is better.
         labels: (N,) integers from 0 to C - 1.
-        confidence: (N,) the probability, in [0, 1], that the classifier gives to what it takes each picture for.
-        num_resamples: sets of pictures drawn for the intervals.
+        confidence: (N,) the probability, in [0, 1], that the classifier gives to what it takes each image for.
+        num_resamples: sets of images drawn for the intervals.
         seed: of the draws.
 
     Returns:
         The metrics.
 
     Raises:
-        ValueError: there are no pictures, or scores and labels do not go together.
+        ValueError: there are no images, or scores and labels do not go together.
     """
     if scores.ndim != 2 or not len(scores) or len(scores) != len(labels):
         raise ValueError(
@@ -78,7 +78,7 @@ def classification_metrics(
     scores, labels = scores.float().cpu(), labels.long().cpu()
     own = scores.gather(1, labels[:, None])
     rank = (~(scores < own)).sum(dim=1) - 1  # the label ties with itself
-    # What a picture was taken for: its label, or the best of the others.
+    # What an image was taken for: its label, or the best of the others.
     others = scores.nan_to_num(nan=torch.inf).scatter(1, labels[:, None], -torch.inf)
     predicted = labels.where(rank == 0, others.argmax(dim=1)) if num_classes > 1 else labels
     confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1)
@@ -105,7 +105,7 @@ def classification_metrics(
 
 
 def _per_class(is_right: np.ndarray, labels: np.ndarray, num_classes: int, weights: np.ndarray) -> np.ndarray:
-    """Give the accuracy of each class under each row of (R, N) weights: (R, C), NaN where a class has no picture."""
+    """Give the accuracy of each class under each row of (R, N) weights: (R, C), NaN where a class has no image."""
     order = np.argsort(labels, kind="stable")
     present, starts = np.unique(labels[order], return_index=True)
     weights = weights[:, order]
@@ -120,7 +120,7 @@ def _calibration_error(confidence: Tensor, is_right: np.ndarray) -> float:
     if not np.isfinite(given).all():
         return float("nan")
     bins = np.minimum((given * NUM_BINS).astype(int), NUM_BINS - 1)
-    gaps = np.bincount(bins, weights=given - is_right, minlength=NUM_BINS)  # of each bin, times its pictures
+    gaps = np.bincount(bins, weights=given - is_right, minlength=NUM_BINS)  # of each bin, times its images
     return float(np.abs(gaps).sum() / len(given))
 
 
@@ -130,7 +130,7 @@ class ZeroShotResult:
 
     Attributes:
         metrics: how well it did.
-        is_right: (N,) which pictures were classified rightly, to be compared with another model's.
+        is_right: (N,) which images were classified rightly, to be compared with another model's.
     """
 
     metrics: ClassificationMetrics
@@ -138,29 +138,29 @@ class ZeroShotResult:
 
 
 def measure_zero_shot(
-    encoder: DualEncoder, pictures: Dataset, names: Sequence[str], templates: Sequence[str], batch_size: int = 16
+    encoder: DualEncoder, images: Dataset, names: Sequence[str], templates: Sequence[str], batch_size: int = 16
 ) -> ZeroShotResult:
-    """Classify pictures by the captions made of class names.
+    """Classify images by the captions made of class names.
 
     Args:
         encoder: the model.
-        pictures: with the columns `image` and `label`, as `load_labelled` gives.
+        images: with the columns `image` and `label`, as `load_labeled` gives.
         names: what labels are called.
         templates: captions with `{}` in place of the name, whose embeddings are averaged.
-        batch_size: pictures per forward.
+        batch_size: images per forward.
 
     Returns:
         The result.
 
     Raises:
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
         ValueError: a name or a template is not allowed.
     """
     label_embeds = embed_labels(encoder.encode_texts, names, templates)
-    image_embeds = encoder.encode_images(pictures["image"], batch_size)
+    image_embeds = encoder.encode_images(images["image"], batch_size)
     check_widths(encoder, image_embeds, label_embeds)
     similarity = image_embeds @ label_embeds.T  # (N, C)
-    labels = torch.tensor(pictures["label"][:])
+    labels = torch.tensor(images["label"][:])
     scale = encoder.logit_scale  # without one there are no probabilities
     confidence = None if scale is None else (scale * similarity).softmax(dim=1).amax(dim=1)
     own = similarity.gather(1, labels[:, None])

@@ -1,4 +1,4 @@
-"""Zero-shot classification and probes of a model on labelled pictures, from names to all that is written."""
+"""Zero-shot classification and probes of a model on labeled images, from names to all that is written."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from clipmini.data.images import Skipped
-from clipmini.data.labelled import keep_readable, load_labelled
+from clipmini.data.labeled import keep_readable, load_labeled
 from clipmini.data.leaks import LeakReport, find_leaks
 from clipmini.data.pairs import choose_split
 from clipmini.files import versions
@@ -26,11 +26,11 @@ from .naming import (
     model_index,
     public_name,
 )
-from .probe import NEIGHBOUR_TEMPERATURE, ProbeResult, probe
+from .probe import NEIGHBOR_TEMPERATURE, ProbeResult, probe
 from .results import Evaluation, Table, as_json, render_page
 
-TEST_SHARE = 0.2  # of the pictures of each class, where a probe's data has no split of its own
-FEW = 30  # pictures below which a class's accuracy says little
+TEST_SHARE = 0.2  # of the images of each class, where a probe's data has no split of its own
+FEW = 30  # images below which a class's accuracy says little
 
 
 def report_zero_shot(
@@ -44,17 +44,17 @@ def report_zero_shot(
     skipped: Skipped | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Evaluation:
-    """Measure zero-shot classification of a model on labelled pictures.
+    """Measure zero-shot classification of a model on labeled images.
 
     Args:
         model: whatever `load_encoder` takes.
-        source: whatever `load_labelled` takes.
+        source: whatever `load_labeled` takes.
         split: which split; by default test, else validation, else train.
-        baseline: another model, to be compared on the same pictures.
+        baseline: another model, to be compared on the same images.
         template: whatever `load_templates` takes.
-        batch_size: pictures per forward.
+        batch_size: images per forward.
         skipped: takes what cannot be read.
-        columns: `image_column`, `label_column` and `config_name` of `load_labelled`.
+        columns: `image_column`, `label_column` and `config_name` of `load_labeled`.
 
     Returns:
         The evaluation, not yet written.
@@ -63,9 +63,9 @@ def report_zero_shot(
         ValueError: a model, the data, the split or the template cannot be used.
     """
     templates = load_templates(template)
-    pictures = load_labelled(source, **(columns or {}))
-    name = choose_split(pictures.splits, split, source)
-    rows, names = _readable(pictures.splits, [name], skipped)[name], pictures.names
+    images = load_labeled(source, **(columns or {}))
+    name = choose_split(images.splits, split, source)
+    rows, names = _readable(images.splits, [name], skipped)[name], images.names
     encoder, *others = load_encoders(*filter(None, (model, baseline)))
     result = measure_zero_shot(encoder, rows, names, templates, batch_size)
     metrics = result.metrics
@@ -85,8 +85,8 @@ def report_zero_shot(
     facts["model_index"] = model_index(encoder.name, "zero-shot-image-classification", facts["data"], _shares(metrics))
     method = [
         f"Each class name is put into {len(templates)} template{'s' * (len(templates) > 1)} ({_examples(templates)}), "
-        "the embeddings of these captions are averaged, and each picture is taken for the class whose embedding is "
-        "closest. No training picture of these classes is used.",
+        "the embeddings of these captions are averaged, and each image is taken for the class whose embedding is "
+        "closest. No training image of these classes is used.",
         _INTERVALS,
     ]
     return _finish(facts, "Zero-shot classification", metrics, tables, names, method)
@@ -102,16 +102,16 @@ def report_probe(
     skipped: Skipped | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Evaluation:
-    """Measure what a model's image embeddings know of the classes of labelled pictures.
+    """Measure what a model's image embeddings know of the classes of labeled images.
 
     Args:
         model: whatever `load_encoder` takes.
-        source: whatever `load_labelled` takes; where it has one split alone, a fifth of each class is held out.
+        source: whatever `load_labeled` takes; where it has one split alone, a fifth of each class is held out.
         split: which split to measure on; by default test, else validation.
-        check_leaks: look for measured pictures that stand in the train split too.
-        batch_size: pictures per forward.
+        check_leaks: look for measured images that stand in the train split too.
+        batch_size: images per forward.
         skipped: takes what cannot be read.
-        columns: `image_column`, `label_column` and `config_name` of `load_labelled`.
+        columns: `image_column`, `label_column` and `config_name` of `load_labeled`.
 
     Returns:
         The evaluation, not yet written.
@@ -119,8 +119,8 @@ def report_probe(
     Raises:
         ValueError: the model, the data or the split cannot be used.
     """
-    pictures = load_labelled(source, **(columns or {}))
-    splits = pictures.splits
+    images = load_labeled(source, **(columns or {}))
+    splits = images.splits
     only = next(iter(splits)) if len(splits) == 1 else None
     if only is not None:
         splits = _hold_out(_readable(splits, [only], skipped)[only])
@@ -135,18 +135,18 @@ def report_probe(
     leaks = find_leaks(splits["train"], splits[name]) if check_leaks else None
     embeds = {one: encoder.encode_images(splits[one]["image"], batch_size) for one in ("train", name)}
     labels = {one: torch.tensor(splits[one]["label"][:]) for one in embeds}
-    result = probe(embeds["train"], labels["train"], embeds[name], labels[name], len(pictures.names))
+    result = probe(embeds["train"], labels["train"], embeds[name], labels[name], len(images.names))
     measured = name if only is None else f"a held-out fifth of {only}"
-    facts = _facts("probe", encoder, source, measured, result.linear, pictures.names)
+    facts = _facts("probe", encoder, source, measured, result.linear, images.names)
     facts |= {
         "num_train_images": result.num_train_images,
         "inverse_penalty": result.inverse_penalty,
-        "neighbours": {**_shares(result.neighbours), "num_neighbours": result.num_neighbours},
+        "neighbors": {**_shares(result.neighbors), "num_neighbors": result.num_neighbors},
     }
     tables = [
         _metrics_table("Linear probe", result.linear),
-        _metrics_table(f"{result.num_neighbours} nearest neighbours", result.neighbours),
-        _class_table(pictures.names, result.linear),
+        _metrics_table(f"{result.num_neighbors} nearest neighbors", result.neighbors),
+        _class_table(images.names, result.linear),
     ]
     leak_table = None
     if leaks is not None:
@@ -154,18 +154,18 @@ def report_probe(
         without = None
         if 0 < len(rest) < len(labels[name]):
             without = probe(
-                embeds["train"], labels["train"], embeds[name][rest], labels[name][rest], len(pictures.names)
+                embeds["train"], labels["train"], embeds[name][rest], labels[name][rest], len(images.names)
             )
         facts["leaks"] = _leak_facts(leaks, without)
         leak_table = _leak_table(leaks, result, without)
     facts["model_index"] = model_index(encoder.name, "image-classification", facts["data"], _shares(result.linear))
     method = _probe_method(result, only, check_leaks)
-    return _finish(facts, "Linear probe", result.linear, tables, pictures.names, method, leak_table)
+    return _finish(facts, "Linear probe", result.linear, tables, images.names, method, leak_table)
 
 
 _INTERVALS = (
-    f"Intervals of {LEVEL:.0%}: pictures are drawn with replacement, {NUM_RESAMPLES:,} times. They tell how figures "
-    "would vary with other pictures of the same kind, not with another training seed. Ties count against the model."
+    f"Intervals of {LEVEL:.0%}: images are drawn with replacement, {NUM_RESAMPLES:,} times. They tell how figures "
+    "would vary with other images of the same kind, not with another training seed. Ties count against the model."
 )
 
 
@@ -183,7 +183,7 @@ def _leak_facts(leaks: LeakReport, without: ProbeResult | None) -> dict[str, Any
         facts["without"] = {
             "num_images": without.linear.num_images,
             "metrics": _shares(without.linear),
-            "neighbours": _shares(without.neighbours),
+            "neighbors": _shares(without.neighbors),
         }
     return facts
 
@@ -192,7 +192,7 @@ def _leak_table(leaks: LeakReport, result: ProbeResult, without: ProbeResult | N
     title = "Seen in training"
     if not leaks.rows:
         return Table(title, [], [], leaks.summary())
-    rest = "nothing is left" if without is None else f"{without.linear.num_images:,} pictures"
+    rest = "nothing is left" if without is None else f"{without.linear.num_images:,} images"
     rows = [
         [
             f"{name}, {METRIC_LABELS['top1']}",
@@ -201,7 +201,7 @@ def _leak_table(leaks: LeakReport, result: ProbeResult, without: ProbeResult | N
                 for one in (result, without)
             ),
         ]
-        for name, part in (("linear probe", "linear"), ("nearest neighbours", "neighbours"))
+        for name, part in (("linear probe", "linear"), ("nearest neighbors", "neighbors"))
     ]
     return Table(title, ["in percent", "all", f"without these: {rest}"], rows, leaks.summary())
 
@@ -211,11 +211,11 @@ def _probe_method(result: ProbeResult, only: str | None, check_leaks: bool) -> l
     return [
         ("" if only is None else held_out)
         + f"Image embeddings are frozen. Linear probe: logistic regression on {result.num_train_images:,} training "
-        f"pictures, its L2 penalty (C = {result.inverse_penalty:g}) chosen by {result.num_folds}-fold cross-validation"
-        f" on them. Nearest neighbours: {result.num_neighbours} training pictures vote, weighed by exp(cosine / "
-        f"{NEIGHBOUR_TEMPERATURE}).",
+        f"images, its L2 penalty (C = {result.inverse_penalty:g}) chosen by {result.num_folds}-fold cross-validation"
+        f" on them. Nearest neighbors: {result.num_neighbors} training images vote, weighed by exp(cosine / "
+        f"{NEIGHBOR_TEMPERATURE}).",
         _INTERVALS,
-        *([] if check_leaks else ["Whether these pictures stand in the train split too was not checked."]),
+        *([] if check_leaks else ["Whether these images stand in the train split too was not checked."]),
     ]
 
 
@@ -231,7 +231,7 @@ def _hold_out(rows: Dataset) -> dict[str, Dataset]:
     )
     if not len(held_out):
         raise ValueError(
-            f"{len(labels)} pictures are too few to hold some out; name data with a train and a test split."
+            f"{len(labels)} images are too few to hold some out; name data with a train and a test split."
         )
     rest = np.setdiff1d(np.arange(len(labels)), held_out)
     return {"train": rows.select(rest), "test": rows.select(np.sort(held_out))}
@@ -276,7 +276,7 @@ def _metrics_table(title: str, metrics: ClassificationMetrics) -> Table:
     rows.append(["chance", format_figure("top1", metrics.chance), ""])
     if metrics.calibration_error is not None:
         rows.append(["calibration error", format_figure("", metrics.calibration_error), ""])
-    note = f"In percent; 95 % bootstrap intervals over pictures, {NUM_RESAMPLES:,} resamples."
+    note = f"In percent; 95 % bootstrap intervals over images, {NUM_RESAMPLES:,} resamples."
     return Table(title, ["metric", "value", "95 % interval"], rows, note)
 
 
@@ -289,7 +289,7 @@ def _comparison(name: str, other: str, first: ZeroShotResult, second: ZeroShotRe
         format_interval("top1", difference),
         f"{difference.p_value:.3f}",
     ]
-    note = "Both models on the same resamples of pictures (paired bootstrap); p is two-sided."
+    note = "Both models on the same resamples of images (paired bootstrap); p is two-sided."
     return Table(f"{name} against {other}", ["metric", name, other, "difference", "95 % interval", "p"], [row], note)
 
 
@@ -301,8 +301,8 @@ def _class_table(names: Sequence[str], metrics: ClassificationMetrics) -> Table:
         taken_for = int(wrong[number].argmax())
         mostly = f"{names[taken_for]} ({wrong[number, taken_for]})" if wrong[number].any() else ""
         rows.append([names[number], str(counts[number]), format_figure("", float(metrics.per_class[number])), mostly])
-    note = f"Hardest first. Of a class with fewer than {FEW} pictures, accuracy says little."
-    return Table("Class by class", ["class", "pictures", "accuracy in %", "mostly taken for"], rows, note)
+    note = f"Hardest first. Of a class with fewer than {FEW} images, accuracy says little."
+    return Table("Class by class", ["class", "images", "accuracy in %", "mostly taken for"], rows, note)
 
 
 def _examples(templates: Sequence[str]) -> str:
@@ -331,14 +331,14 @@ def _finish(
     ]
     warnings = []
     num_present = int((metrics.confusion.sum(axis=1) > 0).sum())
-    if num_present > 1 and metrics.mean_per_class.low <= 1 / num_present:  # what one answer for all pictures reaches
+    if num_present > 1 and metrics.mean_per_class.low <= 1 / num_present:  # what one answer for all images reaches
         warnings.append("Accuracy per class is not surely above chance.")
     facts["warnings"] = warnings
     page = render_page(
         model=facts["model"],
         data=data,
         task_name=title,
-        size=f"{data['num_images']:,} pictures of {len(names):,} classes",
+        size=f"{data['num_images']:,} images of {len(names):,} classes",
         baseline=facts.get("baseline"),
         headline=headline,
         warnings=warnings,
@@ -348,7 +348,7 @@ def _finish(
             {
                 "title": "Confusion",
                 "svg": draw_confusion(metrics.confusion, names),
-                "note": "Each row is a label, each column what its pictures were taken for; darker is more.",
+                "note": "Each row is a label, each column what its images were taken for; darker is more.",
             }
         ],
         misses=[],

@@ -10,7 +10,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from modeling_clipmini.modeling_clipmini import normalise
+from modeling_clipmini.modeling_clipmini import normalize
 
 PRECISIONS = {"float32": 32, "int8": 8, "binary": 1}  # bits of a number
 
@@ -25,10 +25,10 @@ def cut_off(embeds: Tensor, width: int) -> Tensor:
     Returns:
         (N, width), each of length 1.
     """
-    return normalise(embeds[:, :width])
+    return normalize(embeds[:, :width])
 
 
-def quantise(embeds: Tensor, precision: str) -> Tensor:
+def quantize(embeds: Tensor, precision: str) -> Tensor:
     """Round embeddings as a search index with less memory does, and give what it compares.
 
     Args:
@@ -54,10 +54,10 @@ def quantise(embeds: Tensor, precision: str) -> Tensor:
 
 MAX_VECTORS = 10_000  # uniformity compares all pairs of vectors; of more, these many are drawn
 BLOCK = 1024  # rows of a matrix of pairs in memory at once
-ALIKE = 0.99  # mean cosine of two different pictures from which on all count as alike
+ALIKE = 0.99  # mean cosine of two different images from which on all count as alike
 FEW_DIMENSIONS = 2.0  # an effective rank below is a collapse, where there are ten vectors and four dimensions
 FEW_VECTORS, NARROW = 10, 4
-LEVEL = 0.975  # of the one-sided test that captions are closer to their own picture than to all
+LEVEL = 0.975  # of the one-sided test that captions are closer to their own image than to all
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,18 @@ class Diagnostics:
     """The shape of a shared space. A figure is NaN where there are too few vectors for it.
 
     Attributes:
-        modality_gap: distance of the mean picture from the mean caption, in [0, 2] (Liang et al., 2022,
+        modality_gap: distance of the mean image from the mean caption, in [0, 2] (Liang et al., 2022,
             arXiv:2203.02053).
-        alignment: mean squared distance of a caption from its picture, in [0, 4]; less is better (Wang and Isola,
+        alignment: mean squared distance of a caption from its image, in [0, 4]; less is better (Wang and Isola,
             2020, arXiv:2005.10242).
-        image_uniformity: logarithm of the mean of exp(-2 d^2) over pairs of pictures at distance d, in [-8, 0]; less
+        image_uniformity: logarithm of the mean of exp(-2 d^2) over pairs of images at distance d, in [-8, 0]; less
             is more evenly spread (likewise).
         text_uniformity: the same of captions.
-        image_effective_rank: how many dimensions pictures fill, from 1 to D: exp of the entropy of the singular values
+        image_effective_rank: how many dimensions images fill, from 1 to D: exp of the entropy of the singular values
             around their mean (Roy and Vetterli, 2007, The effective rank).
         text_effective_rank: the same of captions.
-        own_similarity: mean cosine of a caption and its own picture.
-        other_similarity: mean cosine of a caption and another picture.
+        own_similarity: mean cosine of a caption and its own image.
+        other_similarity: mean cosine of a caption and another image.
         temperature: what similarities are divided by before the softmax; None where the model has none.
         faults: what is wrong with the model, in plain words; empty where nothing is.
     """
@@ -113,10 +113,10 @@ def diagnose(
         The figures and the faults.
 
     Raises:
-        ValueError: there is no picture or no caption.
+        ValueError: there is no image or no caption.
     """
     if not len(image_embeds) or not len(text_embeds):
-        raise ValueError(f"{len(image_embeds)} pictures and {len(text_embeds)} captions; give at least one of each.")
+        raise ValueError(f"{len(image_embeds)} images and {len(text_embeds)} captions; give at least one of each.")
     images, texts = image_embeds.double().cpu(), text_embeds.double().cpu()
     image_ids = torch.arange(len(images)) if image_ids is None else image_ids.cpu()
     own, other, margins = _closeness(images, texts, image_ids, text_ids.cpu())
@@ -203,7 +203,7 @@ def _faults(images: Tensor, texts: Tensor, ranks: tuple[float, float], margins: 
     if not (images.isfinite().all() and texts.isfinite().all()):
         return ["Embeddings hold NaN or infinity: training diverged, or the weights are damaged."]
     faults = []
-    for kind, embeds, rank in (("pictures", images, ranks[0]), ("captions", texts, ranks[1])):
+    for kind, embeds, rank in (("images", images, ranks[0]), ("captions", texts, ranks[1])):
         count = len(embeds)
         if count < FEW_VECTORS:
             continue  # a few points lie close together, or on a line, by chance
@@ -217,7 +217,7 @@ def _faults(images: Tensor, texts: Tensor, ranks: tuple[float, float], margins: 
         error = margins.std().item() / math.sqrt(num_ids)
         if not margins.mean().item() > stdtrit(num_ids - 1, LEVEL) * error:
             faults.append(
-                "Captions are not surely closer to their own picture than to any other: the model has not learnt, "
-                "does not fit this data, or there are too few pictures to tell."
+                "Captions are not surely closer to their own image than to any other: the model has not learned, "
+                "does not fit this data, or there are too few images to tell."
             )
     return faults

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from .diagnostics import PRECISIONS
 
-INK, GREY, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+INK, GRAY, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, GREEN = "#2563eb", "#d97706", "#059669"
 COLORS = {"text_to_image": BLUE, "image_to_text": ORANGE}
 LABELS = {"text_to_image": "text to image", "image_to_text": "image to text"}
@@ -21,10 +21,10 @@ STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's own font
     "font.family": "sans-serif",
     "font.size": 9.5,
-    "axes.edgecolor": GREY,
+    "axes.edgecolor": GRAY,
     "axes.labelcolor": INK,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
+    "xtick.color": GRAY,
+    "ytick.color": GRAY,
     "text.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -61,7 +61,7 @@ def draw_recall_curve(
         for direction, recalls in chance.items():
             places = range(1, len(recalls) + 1)
             axes.plot(places, 100 * np.array(recalls), ":", color=COLORS[direction], alpha=0.6)
-        axes.plot([], [], ":", color=GREY, label="chance")
+        axes.plot([], [], ":", color=GRAY, label="chance")
         axes.set_xscale("log")
         longest = max(map(len, chance.values()))
         ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= longest]
@@ -101,11 +101,11 @@ def draw_ranks(ranks: Mapping[str, np.ndarray]) -> str:
 
 
 def draw_similarities(own: np.ndarray, others: np.ndarray) -> str:
-    """Draw how similar captions are to their own pictures and to others.
+    """Draw how similar captions are to their own images and to others.
 
     Args:
-        own: cosines of captions and their pictures.
-        others: cosines of captions and other pictures.
+        own: cosines of captions and their images.
+        others: cosines of captions and other images.
 
     Returns:
         The SVG element.
@@ -116,13 +116,13 @@ def draw_similarities(own: np.ndarray, others: np.ndarray) -> str:
     bins = np.linspace(both.min(), both.max() + 1e-6, 61)
     with rc_context(STYLE):
         figure, axes = _new()
-        for values, color, label in ((others, GREY, "other pictures"), (own, GREEN, "own picture")):
+        for values, color, label in ((others, GRAY, "other images"), (own, GREEN, "own image")):
             if len(values):
                 axes.hist(values, bins.tolist(), density=True, color=color, alpha=0.55, label=label)
-        axes.set(xlabel="cosine similarity of a caption and a picture", ylabel="density")
+        axes.set(xlabel="cosine similarity of a caption and an image", ylabel="density")
         axes.set_yticks([])
         axes.legend(loc="best")
-        return _svg(figure, "Similarities of captions to their own pictures and to others.")
+        return _svg(figure, "Similarities of captions to their own images and to others.")
 
 
 def draw_compression(by_width: Mapping[int, float], by_precision: Mapping[str, float]) -> str:
@@ -181,7 +181,7 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> str:
     """Draw which class is taken for which.
 
     Args:
-        confusion: (C, C) pictures by label (row) and what they were taken for (column).
+        confusion: (C, C) images by label (row) and what they were taken for (column).
         names: the C names.
 
     Returns:

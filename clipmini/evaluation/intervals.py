@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .retrieval import PRECISION_AT, RECALL_AT, QueryScores, summarise_scores
+from .retrieval import PRECISION_AT, RECALL_AT, QueryScores, summarize_scores
 
 NUM_RESAMPLES = 1000
 LEVEL = 0.95
@@ -53,7 +53,7 @@ def bootstrap_intervals(
     seed: int = 0,
     recall_at: Sequence[int] = RECALL_AT,
 ) -> dict[str, Interval]:
-    """Give every metric of `summarise_scores` with its 95 % interval.
+    """Give every metric of `summarize_scores` with its 95 % interval.
 
     Args:
         scores: as `retrieval_scores` gives.
@@ -64,7 +64,7 @@ def bootstrap_intervals(
     Returns:
         The intervals by metric; NaN where there is no query.
     """
-    values = summarise_scores(scores, recall_at)
+    values = summarize_scores(scores, recall_at)
     drawn = _resample(scores, num_resamples, seed, recall_at)
     return {name: Interval(value, *percentiles(drawn[name])) for name, value in values.items()}
 
@@ -74,7 +74,7 @@ def paired_bootstrap(
 ) -> dict[str, Difference]:
     """Say by how much two models differ on the same set, and how sure that is.
 
-    Both are measured on the same resamples, so that what makes a picture hard for both does not blur the difference.
+    Both are measured on the same resamples, so that what makes an image hard for both does not blur the difference.
 
     Args:
         first: as `retrieval_scores` gives.
@@ -91,10 +91,10 @@ def paired_bootstrap(
     for direction, scores in first.items():
         if not torch.equal(scores.ids, second[direction].ids):
             raise ValueError(
-                "Two models are compared on the same pictures and captions in the same order; these have "
+                "Two models are compared on the same images and captions in the same order; these have "
                 f"{len(scores.ids)} and {len(second[direction].ids)} queries {direction.replace('_', ' ')}."
             )
-    values, others = summarise_scores(first), summarise_scores(second)
+    values, others = summarize_scores(first), summarize_scores(second)
     drawn, drawn_others = (_resample(scores, num_resamples, seed, RECALL_AT) for scores in (first, second))
     differences = {}
     for name, value in values.items():
@@ -106,12 +106,12 @@ def paired_bootstrap(
 def paired_shares(
     first: np.ndarray, second: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Difference:
-    """Say by how much two shares of the same pictures differ, such as the accuracies of two models.
+    """Say by how much two shares of the same images differ, such as the accuracies of two models.
 
     Args:
-        first: (N,) which pictures count for the first share.
+        first: (N,) which images count for the first share.
         second: (N,) likewise.
-        num_resamples: how many sets of pictures to draw.
+        num_resamples: how many sets of images to draw.
         seed: of the draws.
 
     Returns:

@@ -13,9 +13,9 @@ from clipmini.inference.encode import encode_images, encode_texts
 from clipmini.inference.encoders import DualEncoder, check_widths
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.encoding_clipmini import eval_mode
-from modeling_clipmini.modeling_clipmini import normalise
+from modeling_clipmini.modeling_clipmini import normalize
 
-from .diagnostics import Diagnostics, cut_off, diagnose, quantise
+from .diagnostics import Diagnostics, cut_off, diagnose, quantize
 from .intervals import Interval, bootstrap_intervals
 from .retrieval import (
     DIRECTIONS,
@@ -27,7 +27,7 @@ from .retrieval import (
     retrieval_metrics,
     retrieval_scores,
     score_rankings,
-    summarise_scores,
+    summarize_scores,
 )
 
 CACHED_CHUNK_SIZE = 8192  # rows of cached features projected at once
@@ -36,13 +36,13 @@ CACHED_CHUNK_SIZE = 8192  # rows of cached features projected at once
 def embed_pairs(
     model: ClipMiniModel, processor: ClipMiniProcessor, pairs: Dataset | CachedPairs, batch_size: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """Embed all pictures and all captions of a pair data set.
+    """Embed all images and all captions of a pair data set.
 
     Args:
         model: in eval mode.
         processor: the model's processor.
         pairs: one row per image; of cached features the first view is taken.
-        batch_size: pictures per forward; captions go eight times as many at once.
+        batch_size: images per forward; captions go eight times as many at once.
 
     Returns:
         (I, D) image and (T, D) caption embeddings, float32 on the CPU, each of length 1; captions in the order of the
@@ -76,7 +76,7 @@ def evaluate_retrieval(
         model: put in eval mode for the time of the measurement.
         processor: the model's processor.
         pairs: one row per image.
-        batch_size: pictures per forward.
+        batch_size: images per forward.
         widths: measure embeddings cut off at these widths as well.
 
     Returns:
@@ -86,7 +86,7 @@ def evaluate_retrieval(
     return {
         f"{name}{suffix}": value
         for suffix, scores in scored.items()
-        for name, value in summarise_scores(scores).items()
+        for name, value in summarize_scores(scores).items()
     }
 
 
@@ -97,7 +97,7 @@ def evaluate_with_intervals(
     batch_size: int = 16,
     widths: Sequence[int] = (),
 ) -> dict[str, Interval]:
-    """Measure as `evaluate_retrieval` does, and give each metric with its 95 % bootstrap interval over pictures."""
+    """Measure as `evaluate_retrieval` does, and give each metric with its 95 % bootstrap interval over images."""
     scored = _score_split(model, processor, pairs, batch_size, widths)
     return {
         f"{name}{suffix}": interval
@@ -119,7 +119,7 @@ def _score_split(
     ids = _ids(pairs)
     scored = {"": retrieval_scores(image_embeds, text_embeds, *ids)}
     for width in widths:
-        image, text = (normalise(embeds[:, :width]) for embeds in (image_embeds, text_embeds))
+        image, text = (normalize(embeds[:, :width]) for embeds in (image_embeds, text_embeds))
         scored[f"_at_{width}"] = retrieval_scores(image, text, *ids)
     return scored
 
@@ -130,7 +130,7 @@ def chance_level(pairs: Dataset | CachedPairs) -> dict[str, float]:
 
 
 def _ids(pairs: Dataset | CachedPairs) -> tuple[Tensor, Tensor]:
-    """Give the image ids of all captions and of all rows; copies of a picture may share theirs."""
+    """Give the image ids of all captions and of all rows; copies of an image may share theirs."""
     cached = _cached(pairs)
     image_ids = torch.tensor(cached.image_ids)
     return image_ids[cached.image_of_captions()], image_ids
@@ -155,12 +155,12 @@ def _embed_features(model: ClipMiniModel, features: np.ndarray, name: str, batch
 
 
 CURVE_END = 100  # the last k of a recall curve
-MAX_COMPARED = 2000  # pictures, and captions, whose similarities the histogram of non-matches counts
+MAX_COMPARED = 2000  # images, and captions, whose similarities the histogram of non-matches counts
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """A split's pictures and captions in a model's space.
+    """A split's images and captions in a model's space.
 
     Attributes:
         images: (I, D) float32, each of length 1.
@@ -179,7 +179,7 @@ class Embeddings:
     row_of_text: Tensor
 
     def without(self, rows: Sequence[int], texts: Sequence[int]) -> "Embeddings":
-        """Leave out some pictures with all their captions, and some captions more."""
+        """Leave out some images with all their captions, and some captions more."""
         keeps_image = torch.ones(len(self.images), dtype=torch.bool)
         keeps_image[torch.tensor(list(rows), dtype=torch.long)] = False
         keeps_text = keeps_image[self.row_of_text]
@@ -197,14 +197,14 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Miss:
-    """A caption whose picture came late.
+    """A caption whose image came late.
 
     Attributes:
         caption: what was asked.
-        row: the row of its picture.
-        rank: that picture's place, 1 being first.
+        row: the row of its image.
+        rank: that image's place, 1 being first.
         similarity: its cosine with the caption.
-        beaten_by: rows of the pictures that came first, with their cosines.
+        beaten_by: rows of the images that came first, with their cosines.
     """
 
     caption: str
@@ -222,17 +222,17 @@ class RetrievalResult:
         num_images: I.
         num_texts: T.
         width: D.
-        metrics: by name as in `summarise_scores`, with 95 % intervals.
+        metrics: by name as in `summarize_scores`, with 95 % intervals.
         chance: recalls of a random order, under the same names.
         diagnostics: the shape of the shared space.
         by_width: metrics of embeddings cut off at some widths, the whole width last.
         by_precision: metrics of embeddings rounded to fewer bits, by name as in `PRECISIONS`, "float32" first.
         recall_curve: for each direction R@k for k from 1 to 100, or to all answers where there are fewer.
         chance_curve: the same of a random order.
-        own_similarities: (P,) cosines of the captions and their own pictures.
-        other_similarities: cosines of captions and other pictures, of at most 2,000 of either.
+        own_similarities: (P,) cosines of the captions and their own images.
+        other_similarities: cosines of captions and other images, of at most 2,000 of either.
         scores: of every query, to be compared with another model's.
-        misses: the captions whose pictures came latest.
+        misses: the captions whose images came latest.
     """
 
     num_images: int
@@ -252,19 +252,19 @@ class RetrievalResult:
 
 
 def embed_split(encoder: DualEncoder, pairs: Dataset, batch_size: int = 16) -> Embeddings:
-    """Embed every picture and every caption of a split once.
+    """Embed every image and every caption of a split once.
 
     Args:
         encoder: the model.
         pairs: one row per image, as `load_pairs` gives.
-        batch_size: pictures per forward; captions go eight times as many at once.
+        batch_size: images per forward; captions go eight times as many at once.
 
     Returns:
         The embeddings, in the order of the rows.
 
     Raises:
-        ImageError: a picture cannot be read.
-        ValueError: pictures and captions are embedded in different widths.
+        ImageError: an image cannot be read.
+        ValueError: images and captions are embedded in different widths.
     """
     rows = CachedPairs(pairs)
     image_ids, row_of_text = torch.tensor(pairs["image_id"][:]), rows.image_of_captions()
@@ -291,7 +291,7 @@ def measure_retrieval(
         temperature: the model's, to be told with the diagnostics.
         widths: measure embeddings cut off at these widths as well.
         precisions: measure embeddings rounded to these as well, of `PRECISIONS`.
-        num_misses: captions to list whose pictures came latest.
+        num_misses: captions to list whose images came latest.
         num_resamples: resamples of the intervals.
 
     Returns:
@@ -333,7 +333,7 @@ def measure_retrieval(
         by_precision={
             "float32": whole,
             **{
-                name: metrics_of(quantise(embeds.images, name), quantise(embeds.texts, name))
+                name: metrics_of(quantize(embeds.images, name), quantize(embeds.texts, name))
                 for name in precisions
                 if name != "float32"
             },
@@ -351,7 +351,7 @@ def measure_retrieval(
 
 
 def _similarities(embeds: Embeddings) -> tuple[np.ndarray, np.ndarray]:
-    """Give cosines of captions with their own pictures, and of some captions with some other pictures."""
+    """Give cosines of captions with their own images, and of some captions with some other images."""
     own = (embeds.texts * embeds.images[embeds.row_of_text]).sum(dim=1)
     draw = torch.Generator().manual_seed(0)
     texts, images = (

@@ -1,6 +1,6 @@
-"""What image embeddings know of classes: a linear probe and nearest neighbours on frozen features.
+"""What image embeddings know of classes: a linear probe and nearest neighbors on frozen features.
 
-Shape letters: N training and M test pictures, C classes, D the width of the embeddings.
+Shape letters: N training and M test images, C classes, D the width of the embeddings.
 """
 
 import warnings
@@ -16,9 +16,9 @@ from .classification import ClassificationMetrics, classification_metrics
 
 PENALTIES = tuple(10.0**power for power in range(-3, 5))  # inverse strengths of the L2 penalty that are tried
 NUM_FOLDS = 5
-NUM_NEIGHBOURS = 20
-NEIGHBOUR_TEMPERATURE = 0.07  # of the votes, as in Wu et al., 2018, arXiv:1805.01978
-BLOCK = 1024  # test pictures compared at once
+NUM_NEIGHBORS = 20
+NEIGHBOR_TEMPERATURE = 0.07  # of the votes, as in Wu et al., 2018, arXiv:1805.01978
+BLOCK = 1024  # test images compared at once
 
 
 @dataclass(frozen=True)
@@ -27,26 +27,26 @@ class ProbeResult:
 
     Attributes:
         num_train_images: N.
-        linear: logistic regression, its L2 penalty chosen by cross-validation on the training pictures alone (Radford
+        linear: logistic regression, its L2 penalty chosen by cross-validation on the training images alone (Radford
             et al., 2021, appendix A.3).
         inverse_penalty: the one that was chosen.
         num_folds: of the cross-validation.
-        neighbours: a vote of the nearest training pictures, weighed by exp(cosine / 0.07).
-        num_neighbours: how many vote.
+        neighbors: a vote of the nearest training images, weighed by exp(cosine / 0.07).
+        num_neighbors: how many vote.
     """
 
     num_train_images: int
     linear: ClassificationMetrics
     inverse_penalty: float
     num_folds: int
-    neighbours: ClassificationMetrics
-    num_neighbours: int
+    neighbors: ClassificationMetrics
+    num_neighbors: int
 
 
 def probe(
     train_embeds: Tensor, train_labels: Tensor, test_embeds: Tensor, test_labels: Tensor, num_classes: int
 ) -> ProbeResult:
-    """Fit both classifiers on training pictures and measure them on test pictures.
+    """Fit both classifiers on training images and measure them on test images.
 
     Args:
         train_embeds: (N, D), of length 1.
@@ -56,16 +56,16 @@ def probe(
         num_classes: C.
 
     Returns:
-        The metrics on the test pictures.
+        The metrics on the test images.
 
     Raises:
-        ValueError: there are too few training pictures, or embeddings that are no numbers.
+        ValueError: there are too few training images, or embeddings that are no numbers.
     """
     counts = torch.bincount(train_labels, minlength=num_classes)
     num_present, largest = int((counts > 0).sum()), int(counts.max())
     if num_present < 2 or largest < 2:
         raise ValueError(
-            f"A probe needs training pictures of at least two classes, and two of one of them; there are "
+            f"A probe needs training images of at least two classes, and two of one of them; there are "
             f"{len(train_labels)} of {num_present}."
         )
     if not (train_embeds.isfinite().all() and test_embeds.isfinite().all()):
@@ -79,13 +79,13 @@ def probe(
             search.fit(train_embeds.numpy(), train_labels.numpy())
         except ValueError as error:  # a fold that leaves one class
             raise ValueError(
-                f"The penalty cannot be chosen by cross-validation: {error} Give every class two training pictures."
+                f"The penalty cannot be chosen by cross-validation: {error} Give every class two training images."
             ) from error
     # Logarithms, since of many classes some probabilities are too small for float32, and would tie.
     scores = np.full((len(test_embeds), num_classes), -np.inf, dtype=np.float32)
     scores[:, search.classes_] = search.predict_log_proba(test_embeds.numpy())
-    num_neighbours = min(NUM_NEIGHBOURS, len(train_embeds))
-    votes = neighbour_votes(train_embeds, train_labels, test_embeds, num_classes, num_neighbours)
+    num_neighbors = min(NUM_NEIGHBORS, len(train_embeds))
+    votes = neighbor_votes(train_embeds, train_labels, test_embeds, num_classes, num_neighbors)
     return ProbeResult(
         num_train_images=len(train_embeds),
         linear=classification_metrics(
@@ -93,22 +93,22 @@ def probe(
         ),
         inverse_penalty=search.best_params_["C"],
         num_folds=num_folds,
-        neighbours=classification_metrics(votes, test_labels, confidence=votes.amax(dim=1)),
-        num_neighbours=num_neighbours,
+        neighbors=classification_metrics(votes, test_labels, confidence=votes.amax(dim=1)),
+        num_neighbors=num_neighbors,
     )
 
 
-def neighbour_votes(
-    train_embeds: Tensor, train_labels: Tensor, test_embeds: Tensor, num_classes: int, num_neighbours: int
+def neighbor_votes(
+    train_embeds: Tensor, train_labels: Tensor, test_embeds: Tensor, num_classes: int, num_neighbors: int
 ) -> Tensor:
-    """Let the nearest training pictures vote for their classes.
+    """Let the nearest training images vote for their classes.
 
     Args:
         train_embeds: (N, D), of length 1.
         train_labels: (N,) integers from 0 to C - 1.
         test_embeds: (M, D), of length 1.
         num_classes: C.
-        num_neighbours: how many vote, at most N.
+        num_neighbors: how many vote, at most N.
 
     Returns:
         (M, C) shares of the votes; each row sums to 1.
@@ -116,7 +116,7 @@ def neighbour_votes(
     votes = torch.zeros(len(test_embeds), num_classes)
     for start in range(0, len(test_embeds), BLOCK):
         rows = slice(start, start + BLOCK)
-        nearest = (test_embeds[rows] @ train_embeds.T).topk(num_neighbours, dim=1)
-        weights = (nearest.values / NEIGHBOUR_TEMPERATURE).softmax(dim=1)
+        nearest = (test_embeds[rows] @ train_embeds.T).topk(num_neighbors, dim=1)
+        weights = (nearest.values / NEIGHBOR_TEMPERATURE).softmax(dim=1)
         votes[rows] = votes[rows].scatter_add(1, train_labels[nearest.indices], weights)
     return votes

@@ -15,7 +15,7 @@ from .retrieval_report import report_retrieval
 
 RETRIEVAL, ZERO_SHOT, PROBE = "retrieval", "zero-shot", "probe"
 OPTIONS = {RETRIEVAL: ("train_data", "baseline"), ZERO_SHOT: ("template", "baseline"), PROBE: ()}  # not of all tasks
-LABELLED_KEYS = ("image_column", "label_column", "config_name")
+LABELED_KEYS = ("image_column", "label_column", "config_name")
 
 
 def evaluate(
@@ -37,14 +37,14 @@ def evaluate(
         model: whatever `load_encoder` takes.
         data: for retrieval, a recipe, whose data section is taken, or a source of pairs; of the source that the model
             was trained on, splits are those of its training, whichever names it. For the other tasks, whatever
-            `load_labelled` takes.
+            `load_labeled` takes.
         task: "retrieval", "zero-shot" or "probe".
         split: which split; by default test, else validation, else train.
         baseline: another model to compare with; not for a probe.
         template: of zero-shot classification alone; see `load_templates`.
         train_data: of retrieval alone: what the model was trained on, as in `data`, to look for leaks.
         check_leaks: of retrieval, and of a probe between its own train split and the measured one.
-        overrides: "key=value" strings: keys of the data section, or for labelled pictures `image_column`,
+        overrides: "key=value" strings: keys of the data section, or for labeled images `image_column`,
             `label_column` and `config_name`.
         skipped: takes what cannot be read.
 
@@ -74,7 +74,7 @@ def evaluate(
             check_leaks=check_leaks,
             skipped=skipped,
         )
-    columns = dict(_labelled_key(override) for override in overrides)
+    columns = dict(_labeled_key(override) for override in overrides)
     if task == ZERO_SHOT:
         template = template or DEFAULT_TEMPLATE
         return report_zero_shot(
@@ -95,8 +95,8 @@ def _pairs_of(model: str, data: str, overrides: Sequence[str]) -> DataArguments:
     return wanted
 
 
-def _labelled_key(override: str) -> tuple[str, str]:
+def _labeled_key(override: str) -> tuple[str, str]:
     key, separator, value = override.partition("=")
-    if not separator or key not in LABELLED_KEYS:
-        raise ValueError(f"--set {override!r}: for labelled pictures, set one of {', '.join(LABELLED_KEYS)}.")
+    if not separator or key not in LABELED_KEYS:
+        raise ValueError(f"--set {override!r}: for labeled images, set one of {', '.join(LABELED_KEYS)}.")
     return key, value

@@ -139,7 +139,7 @@ def as_json(value: Any) -> Any:
 TEMPLATE = Path(__file__).parent / "report.html"
 THUMBNAIL = (256, 192)  # twice as fine as it is shown
 QUALITY = 80
-NUM_BEATEN_BY = 4  # pictures that are shown beside the right one
+NUM_BEATEN_BY = 4  # images that are shown beside the right one
 
 
 def render_page(**facts: Any) -> str:
@@ -156,47 +156,47 @@ def render_page(**facts: Any) -> str:
 
 
 def show_misses(misses: Sequence[Miss], pairs: Dataset) -> list[dict[str, Any]]:
-    """Give captions that were missed with the pictures that are shown beside them.
+    """Give captions that were missed with the images that are shown beside them.
 
     Args:
         misses: as `measure_retrieval` finds them.
         pairs: the split that was measured.
 
     Returns:
-        For each its `caption`, `rank`, `of` how many, the `own` picture and the `others` that beat it, each with
+        For each its `caption`, `rank`, `of` how many, the `own` image and the `others` that beat it, each with
         `src`, `name` and `similarity`.
     """
-    pictures = _Thumbnails(pairs)
+    images = _Thumbnails(pairs)
     return [
         {
             "caption": miss.caption,
             "rank": f"{miss.rank:,}",
             "of": f"{len(pairs):,}",
-            "own": pictures.show(miss.row, miss.similarity),
-            "others": [pictures.show(row, similarity) for row, similarity in miss.beaten_by[:NUM_BEATEN_BY]],
+            "own": images.show(miss.row, miss.similarity),
+            "others": [images.show(row, similarity) for row, similarity in miss.beaten_by[:NUM_BEATEN_BY]],
         }
         for miss in misses
     ]
 
 
 class _Thumbnails:
-    """Small pictures of rows, as data URLs; each is made once."""
+    """Small images of rows, as data URLs; each is made once."""
 
     def __init__(self, pairs: Dataset) -> None:
         self.pairs = pairs
         self.made: dict[int, tuple[str, str]] = {}
 
     def show(self, row: int, similarity: float) -> dict[str, str]:
-        """Give a row's picture, its name, and how similar it is to the caption beside it."""
+        """Give a row's image, its name, and how similar it is to the caption beside it."""
         if row not in self.made:
             content = self.pairs[row]
-            image = content["image"]
-            path = image.get("path") if isinstance(image, Mapping) else None
+            given = content["image"]
+            path = given.get("path") if isinstance(given, Mapping) else None
             name = Path(path).name if path else f"image {content['image_id']}"
-            picture = read_named(image, name)
-            picture.thumbnail(THUMBNAIL)
+            image = read_named(given, name)
+            image.thumbnail(THUMBNAIL)
             buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=QUALITY)
+            image.save(buffer, "JPEG", quality=QUALITY)
             self.made[row] = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", name
         src, name = self.made[row]
         return {"src": src, "name": name, "similarity": f"{similarity:.3f}" if math.isfinite(similarity) else "-"}

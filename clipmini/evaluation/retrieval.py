@@ -287,12 +287,12 @@ def retrieval_metrics(
         recall_at: the values of k.
 
     Returns:
-        As [`summarise_scores`] gives it.
+        As [`summarize_scores`] gives it.
     """
-    return summarise_scores(retrieval_scores(image_embeds, text_embeds, text_ids, image_ids), recall_at)
+    return summarize_scores(retrieval_scores(image_embeds, text_embeds, text_ids, image_ids), recall_at)
 
 
-def summarise_scores(scores: dict[str, QueryScores], recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+def summarize_scores(scores: dict[str, QueryScores], recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
     """Average the scores of all queries.
 
     Args:

@@ -54,8 +54,8 @@ def report_retrieval(
         baseline: another model, to be compared on the same queries.
         widths: sizes at which cut-off embeddings are measured too; by default halves down to 32.
         train_data: what the model was trained on, for the leak check; by default the data's own train split.
-        check_leaks: look for pictures and captions that stand in the training data too.
-        batch_size: pictures per forward.
+        check_leaks: look for images and captions that stand in the training data too.
+        batch_size: images per forward.
         skipped: takes what cannot be read.
 
     Returns:
@@ -72,7 +72,7 @@ def report_retrieval(
         pairs = share_ids(pairs, find_duplicates(pairs))
     rows = pairs[name]
     encoder, *others = load_encoders(*filter(None, (model, baseline)))
-    leaks = None if train is None else find_leaks(train, rows)  # before the hours: it may meet a broken picture
+    leaks = None if train is None else find_leaks(train, rows)  # before the hours: it may meet a broken image
     embeds = embed_split(encoder, rows, batch_size)
     result = _measure(encoder, embeds, widths)
     facts: dict[str, Any] = {
@@ -122,7 +122,7 @@ def report_retrieval(
         model=facts["model"],
         data=facts["data"],
         task_name="Image-text retrieval",
-        size=f"{result.num_images:,} pictures, {result.num_texts:,} captions",
+        size=f"{result.num_images:,} images, {result.num_texts:,} captions",
         baseline=facts.get("baseline"),
         headline=[
             {
@@ -180,11 +180,11 @@ def _training_pairs(
 
 def _leak_sentence(is_wanted: bool, is_known: bool) -> str:
     if not is_wanted:
-        return "Whether these pictures stand in the training data too was not checked."
+        return "Whether these images stand in the training data too was not checked."
     if not is_known:
-        return "Whether these pictures stand in the training data too was not checked: no training data was named."
+        return "Whether these images stand in the training data too was not checked: no training data was named."
     return (
-        "Seen in training: compared were the pictures and captions of the data's train split, or of what was named as "
+        "Seen in training: compared were the images and captions of the data's train split, or of what was named as "
         "training data. A model that was trained on other data may have seen others of these."
     )
 
@@ -205,7 +205,7 @@ def _leak_facts(leaks: LeakReport, embeds: Embeddings) -> dict[str, Any]:
 
 
 def _leak_table(leaks: LeakReport, facts: Mapping[str, Any], metrics: Mapping[str, Interval]) -> Table:
-    note = f"{leaks.summary()} {len(leaks.captions):,} captions also describe a training picture, in the same words."
+    note = f"{leaks.summary()} {len(leaks.captions):,} captions also describe a training image, in the same words."
     title = "Seen in training"
     if not leaks.rows and not leaks.captions:
         return Table(title, [], [], note)
@@ -217,7 +217,7 @@ def _leak_table(leaks: LeakReport, facts: Mapping[str, Any], metrics: Mapping[st
         [METRIC_LABELS[name], *(format_with_interval(name, one[name]) for one in (metrics, rest["metrics"]))]
         for name in HEADLINES
     ]
-    without = f"without these: {rest['num_images']:,} pictures, {rest['num_captions']:,} captions"
+    without = f"without these: {rest['num_images']:,} images, {rest['num_captions']:,} captions"
     return Table(title, ["in percent", "all", without], rows, note)
 
 
@@ -231,7 +231,7 @@ def _metrics_table(result: RetrievalResult) -> Table:
         ]
         for name, interval in result.metrics.items()
     ]
-    note = f"Recalls and mAP in percent; 95 % bootstrap intervals over pictures, {NUM_RESAMPLES:,} resamples."
+    note = f"Recalls and mAP in percent; 95 % bootstrap intervals over images, {NUM_RESAMPLES:,} resamples."
     return Table("Retrieval", ["metric", "value", "95 % interval", "chance"], rows, note)
 
 
@@ -254,7 +254,7 @@ def _comparison(
         for metric, difference in differences.items()
     ]
     note = (
-        "Both models on the same resamples of pictures (paired bootstrap). The difference is the first less the "
+        "Both models on the same resamples of images (paired bootstrap). The difference is the first less the "
         "second; p is two-sided, of each metric by itself."
     )
     return Table(f"{name} against {other}", ["metric", name, other, "difference", "95 % interval", "p"], rows, note)
@@ -267,24 +267,24 @@ def _diagnostics_table(result: RetrievalResult) -> Table:
             "modality gap",
             _plain(shape.modality_gap, 3),
             "0 to 2",
-            "distance of the mean picture from the mean caption",
+            "distance of the mean image from the mean caption",
         ],
-        ["alignment", _plain(shape.alignment, 3), "0 to 4", "mean squared distance of a caption from its picture"],
-        ["uniformity of pictures", _plain(shape.image_uniformity, 2), "-8 to 0", "less is more evenly spread"],
+        ["alignment", _plain(shape.alignment, 3), "0 to 4", "mean squared distance of a caption from its image"],
+        ["uniformity of images", _plain(shape.image_uniformity, 2), "-8 to 0", "less is more evenly spread"],
         ["uniformity of captions", _plain(shape.text_uniformity, 2), "-8 to 0", "likewise"],
         [
-            "effective rank of pictures",
+            "effective rank of images",
             _plain(shape.image_effective_rank, 1),
             f"1 to {result.width}",
             "dimensions filled",
         ],
         ["effective rank of captions", _plain(shape.text_effective_rank, 1), f"1 to {result.width}", "likewise"],
-        ["cosine with the own picture", _plain(shape.own_similarity, 3), "-1 to 1", "mean over captions"],
+        ["cosine with the own image", _plain(shape.own_similarity, 3), "-1 to 1", "mean over captions"],
         [
-            "cosine with another picture",
+            "cosine with another image",
             _plain(shape.other_similarity, 3),
             "-1 to 1",
-            "mean over captions and pictures",
+            "mean over captions and images",
         ],
     ]
     if shape.temperature is not None:
@@ -333,7 +333,7 @@ def _drawings(result: RetrievalResult, curves: Mapping[str, Mapping[str, Sequenc
         {
             "title": "Similarities",
             "svg": draw_similarities(result.own_similarities, result.other_similarities),
-            "note": "The less the two overlap, the better captions tell pictures apart.",
+            "note": "The less the two overlap, the better captions tell images apart.",
         },
     ]
     if len(result.by_width) > 1 or len(result.by_precision) > 1:
@@ -352,11 +352,11 @@ def _drawings(result: RetrievalResult, curves: Mapping[str, Mapping[str, Sequenc
 def _method(result: RetrievalResult, leak_sentence: str) -> list[str]:
     k = ", ".join(map(str, RECALL_AT))
     return [
-        f"Every caption is a query for its picture among all {result.num_images:,}, and every picture a query for any "
+        f"Every caption is a query for its image among all {result.num_images:,}, and every image a query for any "
         f"of its captions among all {result.num_texts:,}. R@k, for k of {k}, is the share of queries with a right "
-        "answer among the first k; its other captions do not stand in a picture's way. Ties count against the model. "
+        "answer among the first k; its other captions do not stand in an image's way. Ties count against the model. "
         "Mean recall is the mean of the six.",
-        f"Intervals: pictures are drawn with replacement, each with all of its captions, {NUM_RESAMPLES:,} times. "
-        "They tell how figures would vary with other pictures of the same kind, not with another training seed.",
+        f"Intervals: images are drawn with replacement, each with all of its captions, {NUM_RESAMPLES:,} times. "
+        "They tell how figures would vary with other images of the same kind, not with another training seed.",
         leak_sentence,
     ]

@@ -1,4 +1,4 @@
-"""Load a saved model, and turn pictures and captions into embeddings."""
+"""Load a saved model, and turn images and captions into embeddings."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from clipmini.data.images import Skipped, first_sentence
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.images_clipmini import ImageError, read_image, read_named
-from modeling_clipmini.modeling_clipmini import normalise
+from modeling_clipmini.modeling_clipmini import normalize
 
 from .trust import refuse_code
 
@@ -72,23 +72,23 @@ def load_model(
 def encode_images(
     model: ClipMiniModel, processor: ClipMiniProcessor, images: Iterable[Any], batch_size: int = 16
 ) -> Tensor:
-    """Embed pictures.
+    """Embed images.
 
     Args:
         model: in eval mode.
         processor: the one that came with the model.
         images: whatever `read_image` takes; read one batch at a time.
-        batch_size: pictures per forward.
+        batch_size: images per forward.
 
     Returns:
         (I, D) float32 on the CPU, each of length 1.
 
     Raises:
-        ImageError: a picture cannot be read; the message names it. `encode_files` leaves such out.
+        ImageError: an image cannot be read; the message names it. `encode_files` leaves such out.
     """
 
     def embed(pixel_values: Tensor) -> Tensor:
-        return normalise(model.get_image_features(pixel_values.to(model.device)).pooler_output)
+        return normalize(model.get_image_features(pixel_values.to(model.device)).pooler_output)
 
     return run_images(processor, images, embed, batch_size)
 
@@ -100,14 +100,14 @@ def encode_files(
     skipped: Skipped | None = None,
     batch_size: int = 16,
 ) -> tuple[list[Path], Tensor]:
-    """Embed picture files, leaving out those that cannot be read.
+    """Embed image files, leaving out those that cannot be read.
 
     Args:
         model: in eval mode.
         processor: the one that came with the model.
         paths: the files; one batch at most is in memory at a time.
         skipped: is told what is left out; given none, a summary is logged at the end.
-        batch_size: pictures per forward.
+        batch_size: images per forward.
 
     Returns:
         The paths that could be read, in the order given, and their (I, D) embeddings as `encode_images` gives them.
@@ -116,11 +116,11 @@ def encode_files(
         ValueError: not one can be read, or `skipped` is strict and one cannot.
     """
     own = Skipped() if skipped is None else skipped
-    pictures = _ReadablePictures(paths, own)
-    embeds = encode_images(model, processor, pictures, batch_size)
+    images = _ReadableImages(paths, own)
+    embeds = encode_images(model, processor, images, batch_size)
     if skipped is None:
         own.log_summary()
-    return pictures.kept, embeds
+    return images.kept, embeds
 
 
 def encode_texts(
@@ -139,7 +139,7 @@ def encode_texts(
     """
 
     def embed(inputs: Any) -> Tensor:
-        return normalise(model.get_text_features(**inputs.to(model.device)).pooler_output)
+        return normalize(model.get_text_features(**inputs.to(model.device)).pooler_output)
 
     return run_texts(processor, texts, embed, batch_size)
 
@@ -148,26 +148,26 @@ def encode_texts(
 def run_images(
     processor: Callable[..., Any], images: Iterable[Any], embed: Callable[[Tensor], Tensor], batch_size: int
 ) -> Tensor:
-    """Read pictures, prepare them and pass them batch by batch through `embed`.
+    """Read images, prepare them and pass them batch by batch through `embed`.
 
     Args:
         processor: makes `pixel_values`.
         images: whatever `read_image` takes.
         embed: (N, 3, height, width) to (N, width).
-        batch_size: pictures per call of `embed`.
+        batch_size: images per call of `embed`.
 
     Returns:
         (I, width) float32 on the CPU.
 
     Raises:
-        ImageError: a picture cannot be read; the message names it.
+        ImageError: an image cannot be read; the message names it.
     """
     total = len(images) if isinstance(images, Sized) else None
-    progress = tqdm(total=total, desc="pictures", unit="picture", leave=False)
+    progress = tqdm(total=total, desc="images", unit="image", leave=False)
     results = []
     with progress:
-        pictures = (read_named(image, f"picture {number}") for number, image in enumerate(images, start=1))
-        while parts := list(_prepared(processor, itertools.islice(pictures, batch_size))):
+        opened = (read_named(image, f"image {number}") for number, image in enumerate(images, start=1))
+        while parts := list(_prepared(processor, itertools.islice(opened, batch_size))):
             # Convolutions run a quarter to a half faster so, on the CPU and under autocast on a GPU.
             pixel_values = torch.cat(parts).contiguous(memory_format=torch.channels_last)
             results.append(embed(pixel_values).float().cpu())
@@ -183,7 +183,7 @@ def run_texts(
     batch_size: int,
     show_progress: bool = True,
 ) -> Tensor:
-    """Tokenise captions and pass them batch by batch through `embed`, longest first so that little is padding.
+    """Tokenize captions and pass them batch by batch through `embed`, longest first so that little is padding.
 
     Args:
         processor: makes `input_ids` and `attention_mask`.
@@ -221,8 +221,8 @@ def check_text(kind: str, text: str) -> None:
         raise ValueError(f"The {kind} {text!r} is not text in UTF-8; set the terminal or the file to UTF-8.") from None
 
 
-class _ReadablePictures:
-    """Pictures read one by one as they are asked for, without those that cannot be; `kept` says which came."""
+class _ReadableImages:
+    """Images read one by one as they are asked for, without those that cannot be; `kept` says which came."""
 
     def __init__(self, paths: Sequence[str | Path], skipped: Skipped) -> None:
         self.paths = paths
@@ -236,23 +236,23 @@ class _ReadablePictures:
         fault = "there is none"
         for path in self.paths:
             try:
-                picture = read_image(path)
+                image = read_image(path)
             except ImageError as error:
                 fault = f"{path} {error}"
                 self.skipped.add(path, str(error))
                 continue
             self.kept.append(Path(path))
-            yield picture
+            yield image
         if not self.kept:
-            raise ValueError(f"No picture can be read: {fault}.")
+            raise ValueError(f"No image can be read: {fault}.")
 
 
-def _prepared(processor: Callable[..., Any], pictures: Iterable[Image.Image]) -> Iterator[Tensor]:
-    """Turn pictures into `pixel_values`, many at once as long as they are small."""
+def _prepared(processor: Callable[..., Any], images: Iterable[Image.Image]) -> Iterator[Tensor]:
+    """Turn images into `pixel_values`, many at once as long as they are small."""
     waiting: list[Image.Image] = []
-    for picture in pictures:
-        waiting.append(picture)
-        if sum(image.width * image.height for image in waiting) > MAX_WAITING_PIXELS:
+    for image in images:
+        waiting.append(image)
+        if sum(one.width * one.height for one in waiting) > MAX_WAITING_PIXELS:
             yield processor(images=waiting)["pixel_values"]
             waiting = []
     if waiting:

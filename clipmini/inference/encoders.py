@@ -1,4 +1,4 @@
-"""Any model that puts pictures and captions into one space, behind one interface: to compare with, to learn from."""
+"""Any model that puts images and captions into one space, behind one interface: to compare with, to learn from."""
 
 import contextlib
 import itertools
@@ -18,7 +18,7 @@ from clipmini.data.images import first_sentence
 from clipmini.files import weights_sha256
 from modeling_clipmini import ClipMiniConfig
 from modeling_clipmini.images_clipmini import read_named
-from modeling_clipmini.modeling_clipmini import normalise
+from modeling_clipmini.modeling_clipmini import normalize
 from modeling_clipmini.processing_clipmini import DEFAULT_MAX_TOKENS
 
 from .encode import encode_images, encode_texts, load_model, run_images, run_texts
@@ -54,17 +54,17 @@ class DualEncoder(ABC):
 
     @abstractmethod
     def encode_images(self, images: Iterable[Any], batch_size: int = 16) -> Tensor:
-        """Embed pictures.
+        """Embed images.
 
         Args:
             images: whatever `read_image` takes; read one batch at a time.
-            batch_size: pictures per forward.
+            batch_size: images per forward.
 
         Returns:
             (I, D) float32 on the CPU, each of length 1.
 
         Raises:
-            ImageError: a picture cannot be read; the message names it.
+            ImageError: an image cannot be read; the message names it.
         """
 
     @abstractmethod
@@ -92,7 +92,7 @@ def load_encoder(name_or_path: str | Path) -> DualEncoder:
         The encoder, in eval mode, on the GPU if there is one.
 
     Raises:
-        ValueError: it cannot be loaded, or does not embed both pictures and captions.
+        ValueError: it cannot be loaded, or does not embed both images and captions.
     """
     name = str(name_or_path)
     if name.startswith(OPEN_CLIP_PREFIX):
@@ -146,7 +146,7 @@ class _Transformers(DualEncoder):
         kind = type(model).__name__
         if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
             raise ValueError(
-                f"The model {name} is a {kind}, which does not embed both pictures and captions; name a dual encoder, "
+                f"The model {name} is a {kind}, which does not embed both images and captions; name a dual encoder, "
                 "such as CLIP, SigLIP or clipmini."
             )
         if info["missing_keys"]:
@@ -154,7 +154,7 @@ class _Transformers(DualEncoder):
         inputs = getattr(getattr(processor, "image_processor", None), "model_input_names", None)
         if inputs != ["pixel_values"]:  # SigLIP 2 with free aspect ratios wants masks and shapes too
             raise ValueError(
-                f"The model {name} has an image processor that makes {inputs}; name a model of pictures of one size, "
+                f"The model {name} has an image processor that makes {inputs}; name a model of images of one size, "
                 "that takes pixel_values alone."
             )
         scale = getattr(model, "logit_scale", None)
@@ -173,13 +173,13 @@ class _Transformers(DualEncoder):
     def encode_images(self, images: Iterable[Any], batch_size: int = 16) -> Tensor:
         def embed(pixel_values: Tensor) -> Tensor:
             pixel_values = pixel_values.to(self.model.device)
-            return normalise(_features(self.model.get_image_features(pixel_values=pixel_values)))
+            return normalize(_features(self.model.get_image_features(pixel_values=pixel_values)))
 
         return run_images(self.prepare_images, images, embed, batch_size)
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 128) -> Tensor:
         def embed(inputs: Any) -> Tensor:
-            return normalise(_features(self.model.get_text_features(**inputs.to(self.model.device))))
+            return normalize(_features(self.model.get_text_features(**inputs.to(self.model.device))))
 
         return run_texts(self.prepare_texts, texts, embed, batch_size)
 
@@ -239,10 +239,10 @@ class _SentenceTransformer(DualEncoder):
         super().__init__(name, "sentence-transformers", None)
 
     def encode_images(self, images: Iterable[Any], batch_size: int = 16) -> Tensor:
-        pictures = (read_named(image, f"picture {number}") for number, image in enumerate(images, start=1))
+        opened = (read_named(image, f"image {number}") for number, image in enumerate(images, start=1))
         results = []
-        with tqdm(desc="pictures", unit="picture", leave=False) as progress:
-            while batch := list(itertools.islice(pictures, batch_size)):
+        with tqdm(desc="images", unit="image", leave=False) as progress:
+            while batch := list(itertools.islice(opened, batch_size)):
                 results.append(self._encode(batch, batch_size))
                 progress.update(len(batch))
         return torch.cat(results)
@@ -254,12 +254,12 @@ class _SentenceTransformer(DualEncoder):
         try:
             embeds = self.model.encode(inputs, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=None)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"The model {self.name} does not embed both pictures and captions: {error}.") from error
-        return normalise(embeds.float().cpu())
+            raise ValueError(f"The model {self.name} does not embed both images and captions: {error}.") from error
+        return normalize(embeds.float().cpu())
 
 
 def check_widths(encoder: DualEncoder, image_embeds: Tensor, text_embeds: Tensor) -> None:
-    """Refuse a model that does not put pictures and captions into one space.
+    """Refuse a model that does not put images and captions into one space.
 
     Raises:
         ValueError: their embeddings differ in width.
@@ -267,7 +267,7 @@ def check_widths(encoder: DualEncoder, image_embeds: Tensor, text_embeds: Tensor
     widths = image_embeds.shape[1], text_embeds.shape[1]
     if widths[0] != widths[1]:
         raise ValueError(
-            f"The {encoder.kind} {encoder.name} embeds pictures in {widths[0]} and captions in {widths[1]} "
+            f"The {encoder.kind} {encoder.name} embeds images in {widths[0]} and captions in {widths[1]} "
             "dimensions; a dual encoder must put them into one space."
         )
 

@@ -1,4 +1,4 @@
-"""Search pictures with words: an exact scan over a folder, and a picture of what was found."""
+"""Search images with words: an exact scan over a folder, and an image of what was found."""
 
 import bisect
 import logging
@@ -28,16 +28,16 @@ from .encode import check_text, encode_files, encode_texts
 logger = logging.getLogger(__name__)
 
 DRAWING_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
-MAX_DRAWN = 100  # pictures per query; more cannot be told apart
+MAX_DRAWN = 100  # images per query; more cannot be told apart
 MAX_TITLE_LINES = 3
 
 # Inches, and dots per inch.
-CELL_WIDTH, PICTURE_HEIGHT, CAPTION_HEIGHT, GAP, MARGIN, TITLE_LINE = 2.2, 1.75, 0.42, 0.12, 0.2, 0.27
+CELL_WIDTH, IMAGE_HEIGHT, CAPTION_HEIGHT, GAP, MARGIN, TITLE_LINE = 2.2, 1.75, 0.42, 0.12, 0.2, 0.27
 DPI, MAX_EDGE_DOTS = 150, 30_000
 TITLE = {"fontsize": 14, "weight": "bold"}
 SCORE = {"fontsize": 10, "weight": "bold"}
 NAME = {"fontsize": 7.5, "color": "#666666"}
-MIN_COLUMNS = 2  # of page width, so that a title above a single picture has room
+MIN_COLUMNS = 2  # of page width, so that a title above a single image has room
 
 # DejaVu comes with matplotlib; the rest, where installed, draw what it lacks.
 FONTS = (
@@ -49,7 +49,7 @@ FONTS = (
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture found, and its cosine similarity with the query, in [-1, 1]."""
+    """An image found, and its cosine similarity with the query, in [-1, 1]."""
 
     path: Path
     score: float
@@ -63,21 +63,21 @@ def search_folder(
     top: int = 9,
     skipped: Skipped | None = None,
 ) -> list[Hit]:
-    """Find the pictures of a folder that fit a query best. For several queries, embed the folder once and `rank`.
+    """Find the images of a folder that fit a query best. For several queries, embed the folder once and `rank`.
 
     Args:
         model: in eval mode.
         processor: the one that came with the model.
         folder: where to look, sub-folders included.
-        query: what the picture should show, in words.
+        query: what the image should show, in words.
         top: how many to give; fewer where the folder holds fewer.
-        skipped: is told of pictures that cannot be read; given none, a summary is logged at the end.
+        skipped: is told of images that cannot be read; given none, a summary is logged at the end.
 
     Returns:
         The hits, best first.
 
     Raises:
-        ValueError: query or `top` is not allowed, the folder has no picture that can be read, or `skipped` is strict.
+        ValueError: query or `top` is not allowed, the folder has no image that can be read, or `skipped` is strict.
     """
     check_search(query, top)
     paths, embeds = embed_folder(model, processor, folder, skipped)
@@ -91,29 +91,29 @@ def embed_folder(
     skipped: Skipped | None = None,
     batch_size: int = 16,
 ) -> tuple[list[Path], Tensor]:
-    """Embed the pictures of a folder, with one batch at most in memory.
+    """Embed the images of a folder, with one batch at most in memory.
 
     Args:
         model: in eval mode.
         processor: the one that came with the model.
         folder: where to look, sub-folders included.
-        skipped: is told of pictures that cannot be read; given none, a summary is logged at the end.
-        batch_size: pictures per forward.
+        skipped: is told of images that cannot be read; given none, a summary is logged at the end.
+        batch_size: images per forward.
 
     Returns:
         The paths that could be read, sorted, and their (I, D) embeddings, each of length 1.
 
     Raises:
-        ValueError: the folder has no picture that can be read, or `skipped` is strict and one cannot.
+        ValueError: the folder has no image that can be read, or `skipped` is strict and one cannot.
     """
     return encode_files(model, processor, find_images(folder), skipped, batch_size)
 
 
 def rank(paths: Sequence[Path], embeddings: Tensor, query_embed: Tensor, top: int = 9) -> list[Hit]:
-    """Sort pictures by their similarity with a query, by comparing with every one.
+    """Sort images by their similarity with a query, by comparing with every one.
 
     Args:
-        paths: I pictures.
+        paths: I images.
         embeddings: (I, D), each of length 1.
         query_embed: (D,), of length 1.
         top: how many to give.
@@ -136,15 +136,15 @@ def check_search(query: str, top: int = 9, out: str | Path | None = None) -> Non
     """Find what is wrong with a search before anything slow is done for it.
 
     Args:
-        query: what the picture should show.
-        top: how many pictures are wanted.
+        query: what the image should show.
+        top: how many images are wanted.
         out: where they are to be drawn, if at all.
 
     Raises:
         ValueError: the query is blank or not UTF-8, `top` is below 1, or the drawing's suffix is not supported.
     """
     if not query.strip():
-        raise ValueError("The query is empty; say in words what the picture should show.")
+        raise ValueError("The query is empty; say in words what the image should show.")
     check_text("query", query)
     _check_top(top)
     if out is not None:
@@ -153,7 +153,7 @@ def check_search(query: str, top: int = 9, out: str | Path | None = None) -> Non
 
 def _check_top(top: int) -> None:
     if top < 1:
-        raise ValueError(f"top={top} is not allowed; ask for at least 1 picture.")
+        raise ValueError(f"top={top} is not allowed; ask for at least 1 image.")
 
 
 def _check_drawing(out: str | Path) -> None:
@@ -162,15 +162,15 @@ def _check_drawing(out: str | Path) -> None:
 
 
 def draw_results(query_hits: Mapping[str, Sequence[Hit]], out: str | Path, columns: int | None = None) -> None:
-    """Draw each query above its best pictures, with scores and file names.
+    """Draw each query above its best images, with scores and file names.
 
     Args:
         query_hits: hits per query, best first; at most `MAX_DRAWN` of each are drawn, and a warning says so.
         out: the file to write, whole or not at all; its folder is made.
-        columns: pictures per row; by default a row per query, or for a single query a grid as wide as high.
+        columns: images per row; by default a row per query, or for a single query a grid as wide as high.
 
     Raises:
-        ValueError: the suffix is not supported, there is nothing to draw, or a picture can no longer be read.
+        ValueError: the suffix is not supported, there is nothing to draw, or an image can no longer be read.
     """
     drawn = {query: list(hits)[:MAX_DRAWN] for query, hits in query_hits.items() if hits}
     _check_drawing(out)
@@ -178,7 +178,7 @@ def draw_results(query_hits: Mapping[str, Sequence[Hit]], out: str | Path, colum
         raise ValueError("There are no results to draw.")
     most = max(map(len, query_hits.values()))
     if most > MAX_DRAWN:
-        logger.warning("only the best %d of %d pictures are drawn", MAX_DRAWN, most)
+        logger.warning("only the best %d of %d images are drawn", MAX_DRAWN, most)
     most = min(most, MAX_DRAWN)
     columns = min(most, columns or (math.ceil(math.sqrt(most)) if len(drawn) == 1 else most))
     with warnings.catch_warnings():
@@ -190,7 +190,7 @@ def draw_results(query_hits: Mapping[str, Sequence[Hit]], out: str | Path, colum
 def _draw_page(query_hits: Mapping[str, Sequence[Hit]], columns: int) -> "_Page":
     page = _Page(max(columns, MIN_COLUMNS) * (CELL_WIDTH + GAP) - GAP + 2 * MARGIN)
     titles = {query: page.wrap(query) for query in query_hits}
-    row_height = PICTURE_HEIGHT + CAPTION_HEIGHT + GAP
+    row_height = IMAGE_HEIGHT + CAPTION_HEIGHT + GAP
     heights = {
         query: (len(titles[query]) + 0.6) * TITLE_LINE + math.ceil(len(hits) / columns) * row_height
         for query, hits in query_hits.items()
@@ -267,23 +267,23 @@ class _Page:
         self.figure.text(left / self.width, 1 - top / self.height, text, va="top", **self.font, **style)
 
     def draw_hit(self, hit: Hit, left: float, top: float) -> None:
-        """Draw a picture as large as its cell lets it be, undistorted, over its score and file name."""
+        """Draw an image as large as its cell lets it be, undistorted, over its score and file name."""
         try:
-            picture = read_image(hit.path)
+            image = read_image(hit.path)
         except ImageError as error:
             raise ValueError(f"{hit.path} {error}, and cannot be drawn.") from None
-        picture.thumbnail((math.ceil(CELL_WIDTH * DPI), math.ceil(PICTURE_HEIGHT * DPI)))
+        image.thumbnail((math.ceil(CELL_WIDTH * DPI), math.ceil(IMAGE_HEIGHT * DPI)))
         box = (
             left / self.width,
-            1 - (top + PICTURE_HEIGHT) / self.height,
+            1 - (top + IMAGE_HEIGHT) / self.height,
             CELL_WIDTH / self.width,
-            PICTURE_HEIGHT / self.height,
+            IMAGE_HEIGHT / self.height,
         )
         self.figure.add_artist(Rectangle(box[:2], box[2], box[3], facecolor="#f3f3f3", edgecolor="none", zorder=-1))
         axes = self.figure.add_axes(box)
-        axes.imshow(picture, interpolation="antialiased")
+        axes.imshow(image, interpolation="antialiased")
         axes.set_axis_off()
-        center, below = left + CELL_WIDTH / 2, top + PICTURE_HEIGHT
+        center, below = left + CELL_WIDTH / 2, top + IMAGE_HEIGHT
         self.write(f"{hit.score:.3f}", center, below + 0.05, ha="center", **SCORE)
         self.write(self.shorten(hit.path.name), center, below + 0.23, ha="center", **NAME)
 

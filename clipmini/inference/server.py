@@ -32,7 +32,7 @@ class Limits:
     """What a server takes on.
 
     Args:
-        max_body_bytes: of a request; a picture in base64 takes 4/3 of its bytes. More gets status 413.
+        max_body_bytes: of a request; an image in base64 takes 4/3 of its bytes. More gets status 413.
         max_active: requests whose bodies are in memory at the same time, those being uploaded included.
         max_waiting: requests that wait for that; further ones get status 503.
         num_workers: threads that work with the model; each has its share of torch's threads.
@@ -63,7 +63,7 @@ def create_app(handler: Callable[[Any], Any], limits: Limits | None = None) -> S
     """Make the ASGI app of a model.
 
     POST a request to `/`; the paths `/models/NAME` and `/pipeline/TASK` that clients know from the Hub lead to the
-    same model, the latter with its task. A body is JSON, or a picture as it is with the parameters in the query. GET
+    same model, the latter with its task. A body is JSON, or an image as it is with the parameters in the query. GET
     `/health` says that the server lives, even when it is busy. Every error is JSON, `{"error": ...}`, but for what is
     no HTTP at all.
 
@@ -234,7 +234,7 @@ class _Service:
 
 
 def _read_request(request: Request, body: bytes) -> Any:
-    """Read what a client sent: JSON, or a picture as it is. Parameters in the body come before those in the URL."""
+    """Read what a client sent: JSON, or an image as it is. Parameters in the body come before those in the URL."""
     parameters: dict[str, Any] = {**request.path_params}
     parameters.pop("name", None)  # there is one model
     for name, value in request.query_params.multi_items():
@@ -244,7 +244,7 @@ def _read_request(request: Request, body: bytes) -> Any:
         else:
             is_number = value.isascii() and value.isdecimal() and len(value) < 10
             parameters[name] = int(value) if is_number else {"true": True, "false": False}.get(value, value)
-    # By contents first: curl calls everything a form, and no picture begins with a brace.
+    # By contents first: curl calls everything a form, and no image begins with a brace.
     if body[:100].lstrip()[:1] != b"{" and "json" not in request.headers.get("content-type", ""):
         return {**parameters, "inputs": body}
     if body.count(b",") > MAX_COMMAS:
@@ -257,7 +257,7 @@ def _read_request(request: Request, body: bytes) -> Any:
 
 
 def _too_large(limit: int) -> RequestError:
-    return RequestError(f"The body is over the limit of {limit} bytes; send a smaller picture.", 413)
+    return RequestError(f"The body is over the limit of {limit} bytes; send a smaller image.", 413)
 
 
 def _timeout(status: int, what: str, seconds: float, headers: dict[str, str] | None = None) -> HTTPException:
@@ -266,7 +266,7 @@ def _timeout(status: int, what: str, seconds: float, headers: dict[str, str] | N
 
 async def _tell_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    error.__traceback__ = None  # its frames hold the body and the picture, and may hold the error
+    error.__traceback__ = None  # its frames hold the body and the image, and may hold the error
     return JSONResponse({"error": str(error)}, error.status)
 
 

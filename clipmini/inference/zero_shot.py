@@ -1,4 +1,4 @@
-"""Classify pictures by labels that are only named, never trained on."""
+"""Classify images by labels that are only named, never trained on."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 from clipmini.data.images import Skipped
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.loss_clipmini import pairwise_logits
-from modeling_clipmini.modeling_clipmini import normalise
+from modeling_clipmini.modeling_clipmini import normalize
 
 from .encode import check_text, encode_files, encode_images, encode_texts
 
@@ -21,7 +21,7 @@ DEFAULT_TEMPLATE = "a photo of a {}."
 
 @dataclass(frozen=True)
 class LabelScore:
-    """A label and the probability that a picture shows it rather than one of the other labels."""
+    """A label and the probability that an image shows it rather than one of the other labels."""
 
     label: str
     score: float
@@ -35,22 +35,22 @@ def classify(
     template: str | Sequence[str] = DEFAULT_TEMPLATE,
     batch_size: int = 16,
 ) -> list[list[LabelScore]]:
-    """Score labels for pictures, as transformers' zero-shot image classification pipeline does.
+    """Score labels for images, as transformers' zero-shot image classification pipeline does.
 
     Args:
         model: in eval mode.
         processor: the one that came with the model.
         images: whatever `read_image` takes; read one batch at a time.
-        labels: what the pictures may show.
+        labels: what the images may show.
         template: the caption made of a label, which stands in place of `{}`, or several of them, whose embeddings are
             averaged. Trained on captions, a model knows sentences better than single words.
-        batch_size: pictures per forward.
+        batch_size: images per forward.
 
     Returns:
-        Per picture all labels, best first; scores are the softmax of the model's logits and sum to 1.
+        Per image all labels, best first; scores are the softmax of the model's logits and sum to 1.
 
     Raises:
-        ValueError: labels or template are wrong, or (as `ImageError`) a picture cannot be read.
+        ValueError: labels or template are wrong, or (as `ImageError`) an image cannot be read.
     """
     label_embeds = embed_labels(lambda captions: encode_texts(model, processor, captions), labels, template)
     image_embeds = encode_images(model, processor, images, batch_size)
@@ -66,22 +66,22 @@ def classify_files(
     skipped: Skipped | None = None,
     batch_size: int = 16,
 ) -> list[tuple[Path, list[LabelScore]]]:
-    """Score labels for picture files, leaving out those that cannot be read.
+    """Score labels for image files, leaving out those that cannot be read.
 
     Args:
         model: in eval mode.
         processor: the one that came with the model.
-        paths: the pictures.
-        labels: what the pictures may show.
+        paths: the images.
+        labels: what the images may show.
         template: as in `classify`.
         skipped: is told what is left out; given none, a summary is logged at the end.
-        batch_size: pictures per forward.
+        batch_size: images per forward.
 
     Returns:
         Each file that could be read, in the order given, with what `classify` returns for it.
 
     Raises:
-        ValueError: labels or template are wrong, no picture can be read, or `skipped` is strict and one cannot.
+        ValueError: labels or template are wrong, no image can be read, or `skipped` is strict and one cannot.
     """
     label_embeds = embed_labels(lambda captions: encode_texts(model, processor, captions), labels, template)
     kept, image_embeds = encode_files(model, processor, paths, skipped, batch_size)
@@ -109,7 +109,7 @@ def embed_labels(
         raise ValueError("There is no template; give at least one.")
     captions = [caption for one in templates for caption in fill_template(labels, one)]
     embeds = encode(captions).view(len(templates), len(labels), -1)
-    return normalise(embeds.mean(dim=0)) if len(templates) > 1 else embeds[0]
+    return normalize(embeds.mean(dim=0)) if len(templates) > 1 else embeds[0]
 
 
 def load_templates(name: str) -> list[str]:

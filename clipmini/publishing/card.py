@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from clipmini.data.licences import UNKNOWN, strictest
+from clipmini.data.licenses import UNKNOWN, strictest
 from clipmini.evaluation.intervals import NUM_RESAMPLES, Interval
 from clipmini.evaluation.naming import (
     eval_results,
@@ -40,14 +40,14 @@ class Part:
     Attributes:
         role: what it is to the model.
         name: as the Hub knows it, or for what the Hub does not have, its own name without a path.
-        licence: as the Hub writes it, or None if it is not stated.
+        license: as the Hub writes it, or None if it is not stated.
         note: what a user of the model should know of it.
         base_models: ids on the Hub of the models that it is, or was made of.
     """
 
     role: str
     name: str
-    licence: str | None = None
+    license: str | None = None
     note: str = ""
     base_models: tuple[str, ...] = ()
 
@@ -87,7 +87,7 @@ class CardFacts:
         name: the model's name.
         config: its config.
         source: what it was trained on: a Hub id, or the name of what lies elsewhere, without a path.
-        licence: the model's own, as the Hub writes it; None if it cannot be told.
+        license: the model's own, as the Hub writes it; None if it cannot be told.
         parts: towers, or the model that it goes on from, and data.
         stages: each stage of training, in order; of a run without stages one, without a name.
         results: as `results.json` has them; what is missing there is not told.
@@ -99,7 +99,7 @@ class CardFacts:
     name: str
     config: ClipMiniConfig
     source: str
-    licence: str | None
+    license: str | None
     parts: Sequence[Part]
     stages: Sequence[Stage]
     results: Mapping[str, Any] = field(default_factory=dict)
@@ -129,7 +129,7 @@ def render_card(facts: CardFacts) -> ModelCard:
     card_data = ModelCardData(
         model_name=name,
         language=facts.language,
-        license=facts.licence,
+        license=facts.license,
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         tags=list(dict.fromkeys([*TAGS, *facts.tags])),
@@ -150,9 +150,9 @@ def render_card(facts: CardFacts) -> ModelCard:
         image_size=pixels.crop_size,
         is_cropped="shortest_edge" in pixels.size,
         source=public_name(facts.source),
-        licence=facts.licence,
-        are_stated=not any(part.licence in (None, UNKNOWN) for part in facts.parts),
-        is_strictest=facts.licence == strictest(part.licence for part in facts.parts),
+        license=facts.license,
+        are_stated=not any(part.license in (None, UNKNOWN) for part in facts.parts),
+        is_strictest=facts.license == strictest(part.license for part in facts.parts),
         parts=facts.parts,
         made_of=[part for part in facts.parts if part.role != DATA],
         stages=facts.stages,
@@ -214,7 +214,7 @@ def _width_rows(measured: Mapping[str, Any]) -> Iterable[tuple[str, list[str]]]:
 
 
 def _headline(split: str, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the one figure that a reader should see first: what a caption finds among held-out pictures."""
+    """Give the one figure that a reader should see first: what a caption finds among held-out images."""
     key = "text_to_image_r1"
     recall = _recalls(measured)[key]
     return {

@@ -46,7 +46,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy",
 SECRET_NAMES = (".env*", "*token", "*.pem", "*.key", "*secret*", "*credential*", ".netrc", "id_rsa*")
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 TEXTS = (".md", ".json", ".py", ".txt")
-# What results hold of single pictures and captions: other people's, and nothing that a figure needs.
+# What results hold of single images and captions: other people's, and nothing that a figure needs.
 OF_SINGLE_INPUTS = ("skipped", "examples", "alike_examples", "rows", "misses")
 
 
@@ -224,7 +224,7 @@ def evaluation_files(folder: Path) -> dict[str, Path]:
 
 
 def results_for_others(file: Path) -> bytes:
-    """Give results as others may see them: without paths of this machine, and without single pictures and captions.
+    """Give results as others may see them: without paths of this machine, and without single images and captions.
 
     Args:
         file: `results.json` of a run or of an evaluation.

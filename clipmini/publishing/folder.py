@@ -19,7 +19,7 @@ HANDLER = Path(modeling_clipmini.__file__).parent / "handler.py"  # Inference En
 REQUIREMENTS_FILE, NOTICE_FILE = "requirements.txt", "NOTICE"
 CODE_NOTICE = """\
 The code in this folder, the files *_clipmini.py and handler.py, is clipmini's.
-Licence of the code: Apache-2.0, http://www.apache.org/licenses/LICENSE-2.0
+License of the code: Apache-2.0, http://www.apache.org/licenses/LICENSE-2.0
 """
 RULE = "\n" + 72 * "-" + "\n\n"  # between the parts of a NOTICE
 NEEDED_BY_THE_MODEL = ("torch", "torchvision", "transformers", "timm", "numpy", "pillow")

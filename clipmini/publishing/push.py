@@ -105,7 +105,7 @@ def prepare_push(
         revision: the branch that it will be pushed to; `main` by default.
         allow_code_drift: take a folder whose code is not this package's. It is not loaded then, to see whether it can
             be.
-        examples: pictures that may be published, each with the labels to choose from, for the Hub's widget.
+        examples: images that may be published, each with the labels to choose from, for the Hub's widget.
 
     Returns:
         The files.
@@ -129,43 +129,43 @@ def prepare_push(
     for name, content in files.items():
         if Path(name).name == RESULTS_FILE and isinstance(content, Path):
             files[name] = results_for_others(content)
-    pictures = {_example_path(picture): picture for picture, _ in examples}
-    if len(pictures) < len(examples):
-        raise ValueError("two examples have the same name in the repository; rename one of the pictures.")
-    for picture, labels in examples:
-        _check_example(picture, labels)
-        _show_example(card, hf_hub_url(repo_id, _example_path(picture), revision=revision), picture, labels)
-    files |= pictures
+    images = {_example_path(image): image for image, _ in examples}
+    if len(images) < len(examples):
+        raise ValueError("two examples have the same name in the repository; rename one of the images.")
+    for image, labels in examples:
+        _check_example(image, labels)
+        _show_example(card, hf_hub_url(repo_id, _example_path(image), revision=revision), image, labels)
+    files |= images
     files[CARD] = str(card).encode()
     check_weights(folder, loads=not drifted)
     return PreparedPush(repo_id, tuple(PushedFile(path, files[path]) for path in sorted(files)))
 
 
-def _example_path(picture: Path) -> str:
-    name = picture.stem + picture.suffix.lower()
+def _example_path(image: Path) -> str:
+    name = image.stem + image.suffix.lower()
     return f"{EXAMPLES}/{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}"
 
 
-def _check_example(picture: Path, labels: Sequence[str]) -> None:
-    if fault := find_fault(picture):
-        raise ValueError(f"{picture} {fault}; name another example.")
-    if not matches(_example_path(picture), KNOWN_FILES):
-        raise ValueError(f"{picture} cannot be an example; save it as .jpg, .jpeg, .png or .webp.")
-    with Image.open(picture) as image:
-        if image.getexif().get_ifd(ExifTags.IFD.GPSInfo):
+def _check_example(image: Path, labels: Sequence[str]) -> None:
+    if fault := find_fault(image):
+        raise ValueError(f"{image} {fault}; name another example.")
+    if not matches(_example_path(image), KNOWN_FILES):
+        raise ValueError(f"{image} cannot be an example; save it as .jpg, .jpeg, .png or .webp.")
+    with Image.open(image) as opened:
+        if opened.getexif().get_ifd(ExifTags.IFD.GPSInfo):
             raise ValueError(
-                f"{picture} tells in its EXIF data where it was taken; save it again without them, or name another "
+                f"{image} tells in its EXIF data where it was taken; save it again without them, or name another "
                 "example."
             )
     if not all(label.strip() for label in labels):
-        raise ValueError(f"{picture} has an empty label; give it as PICTURE=LABEL,LABEL.")
+        raise ValueError(f"{image} has an empty label; give it as IMAGE=LABEL,LABEL.")
 
 
-def _show_example(card: ModelCard, url: str, picture: Path, labels: Sequence[str]) -> None:
-    """Put a picture into what the Hub's widget offers, in the place of one of the same name."""
-    path = _example_path(picture)
+def _show_example(card: ModelCard, url: str, image: Path, labels: Sequence[str]) -> None:
+    """Put an image into what the Hub's widget offers, in the place of one of the same name."""
+    path = _example_path(image)
     shown = [example for example in card.data.get("widget", []) if not example.get("src", "").endswith(path)]
-    example = {"src": url, "candidate_labels": ", ".join(labels), "example_title": picture.stem}
+    example = {"src": url, "candidate_labels": ", ".join(labels), "example_title": image.stem}
     card.data["widget"] = [*shown, example]
 
 
@@ -184,7 +184,7 @@ def push(
     stays, with nothing of the model in it.
 
     What an earlier push left on the branch and this one does not hold, such as old shards, code and results, goes in
-    the same commit, and so do pickles. Examples, licence texts and files that no push makes stay.
+    the same commit, and so do pickles. Examples, license texts and files that no push makes stay.
 
     Args:
         prepared: what `prepare_push` gives.
@@ -245,18 +245,18 @@ def read_example(text: str) -> tuple[Path, list[str]]:
     """Read an example for the widget, as the command takes it.
 
     Args:
-        text: "picture.jpg=a cat,a dog".
+        text: "image.jpg=a cat,a dog".
 
     Returns:
-        The picture, and the labels.
+        The image, and the labels.
 
     Raises:
         ValueError: it is not of that form.
     """
-    picture, separator, labels = text.rpartition("=")
+    image, separator, labels = text.rpartition("=")
     if not separator:
-        raise ValueError(f"--example {text!r} is not of the form PICTURE=LABEL,LABEL.")
-    return Path(picture), [label.strip() for label in labels.split(",")]
+        raise ValueError(f"--example {text!r} is not of the form IMAGE=LABEL,LABEL.")
+    return Path(image), [label.strip() for label in labels.split(",")]
 
 
 def address_card(card: ModelCard, repo_id: str) -> None:

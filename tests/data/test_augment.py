@@ -13,13 +13,13 @@ from clipmini.data.augment import ImageAugmentation, ImageAugmenter, drop_words,
 NOTHING = {"crop_scale": 1.0, "color_jitter": 0.0, "rand_augment": 0, "flip": "never"}
 
 
-def make_picture(width=50, height=40, seed=0):
+def make_image(width=50, height=40, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.fixture
-def picture():
-    return make_picture()
+def image():
+    return make_image()
 
 
 @pytest.fixture
@@ -38,29 +38,29 @@ def process(processor, image):
 @pytest.mark.parametrize("size", [(50, 40), (41, 67), (20, 20), (32, 32), (4, 100), (300, 3)])
 @pytest.mark.parametrize("resample", [0, 2, 3])
 def test_no_augmentation_is_exactly_the_processor(size, resample):
-    image, processor = make_picture(*size), CLIPImageProcessor(size={"shortest_edge": 36}, resample=resample)
+    image, processor = make_image(*size), CLIPImageProcessor(size={"shortest_edge": 36}, resample=resample)
     processor.crop_size = {"height": 32, "width": 32}
     assert torch.equal(augment(processor)(image, ["a"], seed=3), process(processor, image))
 
 
-def test_no_augmentation_follows_a_towers_own_processor(tiny_processor, picture):
-    pixels = augment(tiny_processor.image_processor)(picture, ["a"], seed=3)
-    torch.testing.assert_close(pixels, tiny_processor(images=picture)["pixel_values"][0], rtol=0, atol=1e-6)
+def test_no_augmentation_follows_a_towers_own_processor(tiny_processor, image):
+    pixels = augment(tiny_processor.image_processor)(image, ["a"], seed=3)
+    torch.testing.assert_close(pixels, tiny_processor(images=image)["pixel_values"][0], rtol=0, atol=1e-6)
 
 
-def test_squashing_processor_is_followed_too(picture):
+def test_squashing_processor_is_followed_too(image):
     processor = CLIPImageProcessor(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})
-    assert torch.equal(augment(processor)(picture, [], 0), process(processor, picture))
-    assert augment(processor, resolution=16)(picture, [], 0).shape == (3, 16, 16)
+    assert torch.equal(augment(processor)(image, [], 0), process(processor, image))
+    assert augment(processor, resolution=16)(image, [], 0).shape == (3, 16, 16)
 
 
-def test_a_resolution_scales_size_and_crop_alike(processor, picture):
+def test_a_resolution_scales_size_and_crop_alike(processor, image):
     smaller = CLIPImageProcessor(size={"shortest_edge": 27}, crop_size={"height": 24, "width": 24})
-    assert torch.equal(augment(processor, resolution=24)(picture, [], 0), process(smaller, picture))
+    assert torch.equal(augment(processor, resolution=24)(image, [], 0), process(smaller, image))
 
 
-def test_flip_mirrors_the_processors_pixels(processor, picture):
-    plain, views = process(processor, picture), [augment(processor, flip="always")(picture, [], s) for s in range(40)]
+def test_flip_mirrors_the_processors_pixels(processor, image):
+    plain, views = process(processor, image), [augment(processor, flip="always")(image, [], s) for s in range(40)]
     mirrored = [torch.equal(view, plain.flip(-1)) for view in views]
     assert all(is_mirrored or torch.equal(view, plain) for is_mirrored, view in zip(mirrored, views, strict=True))
     assert 8 < sum(mirrored) < 32
@@ -76,12 +76,12 @@ def test_flip_mirrors_the_processors_pixels(processor, picture):
         ("never", ["a dog"], False),
     ],
 )
-def test_flip_looks_at_every_caption(processor, picture, flip, captions, flips):
-    augmenter, plain = augment(processor, flip=flip), process(processor, picture)
-    assert any(not torch.equal(augmenter(picture, captions, s), plain) for s in range(20)) == flips
+def test_flip_looks_at_every_caption(processor, image, flip, captions, flips):
+    augmenter, plain = augment(processor, flip=flip), process(processor, image)
+    assert any(not torch.equal(augmenter(image, captions, s), plain) for s in range(20)) == flips
 
 
-def test_a_crop_shows_part_of_the_picture(processor):
+def test_a_crop_shows_part_of_the_image(processor):
     # Red and green tell the column and row of each pixel, so a view says which box it shows.
     grid = np.zeros((200, 200, 3), dtype=np.uint8)
     grid[..., 0], grid[..., 1] = np.arange(200)[None, :], np.arange(200)[:, None]
@@ -98,19 +98,19 @@ def test_a_crop_shows_part_of_the_picture(processor):
     assert 0.7 < max(shares) < 1
 
 
-def test_a_crop_is_resized_as_the_processor_resizes(processor, picture, monkeypatch):
+def test_a_crop_is_resized_as_the_processor_resizes(processor, image, monkeypatch):
     augmenter = augment(processor, crop_scale=0.35)
     monkeypatch.setattr(augmenter.crop, "make_params", lambda _: {"left": 3, "top": 5, "width": 41, "height": 30})
     squash = CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
-    assert torch.equal(augmenter(picture, [], 0), process(squash, picture.crop((3, 5, 44, 35))))
+    assert torch.equal(augmenter(image, [], 0), process(squash, image.crop((3, 5, 44, 35))))
 
 
-def test_color_jitter_at_strength_keeps_geometry_and_changes_colours(processor, picture):
-    grey = Image.new("RGB", (50, 40), (100, 100, 100))
-    levels = [augment(processor, color_jitter=0.5)(grey, [], seed)[0].unique() for seed in range(20)]
+def test_color_jitter_at_strength_keeps_geometry_and_changes_colors(processor, image):
+    gray = Image.new("RGB", (50, 40), (100, 100, 100))
+    levels = [augment(processor, color_jitter=0.5)(gray, [], seed)[0].unique() for seed in range(20)]
     assert all(len(level) == 1 for level in levels)
     pixels = torch.cat(levels) * processor.image_std[0] + processor.image_mean[0]
-    assert 0.19 <= pixels.min() < 0.35  # brightness 0.5 to 1.5 of 100 / 255; contrast of one colour changes nothing
+    assert 0.19 <= pixels.min() < 0.35  # brightness 0.5 to 1.5 of 100 / 255; contrast of one color changes nothing
     assert 0.45 < pixels.max() <= 0.6
 
 
@@ -126,43 +126,43 @@ def test_rand_augment_fills_with_the_mean(processor):
 ALL = {"crop_scale": 0.3, "color_jitter": 0.4, "rand_augment": 2, "flip": "safe"}
 
 
-def test_views_are_pure_functions_of_their_arguments(processor, picture):
+def test_views_are_pure_functions_of_their_arguments(processor, image):
     one, other = augment(processor, **ALL), augment(processor, **ALL)
     torch.manual_seed(1)
-    views = [one(picture, ["a"], seed) for seed in range(8)]
+    views = [one(image, ["a"], seed) for seed in range(8)]
     torch.manual_seed(2)
     for seed in reversed(range(8)):
-        assert torch.equal(other(picture, ["a"], seed), views[seed])
+        assert torch.equal(other(image, ["a"], seed), views[seed])
     assert len({view.numpy().tobytes() for view in views}) == 8
 
 
-def test_all_bits_of_a_seed_count(processor, picture):
+def test_all_bits_of_a_seed_count(processor, image):
     augmenter = augment(processor, **ALL)
-    views = [augmenter(picture, ["a"], seed) for seed in (1, 1 + 2**32, 1 + 2**63, -1, 2**70)]
+    views = [augmenter(image, ["a"], seed) for seed in (1, 1 + 2**32, 1 + 2**63, -1, 2**70)]
     assert len({view.numpy().tobytes() for view in views}) == 5
 
 
-def test_random_state_is_left_alone(processor, picture, monkeypatch):
+def test_random_state_is_left_alone(processor, image, monkeypatch):
     def refuse(*_):
         raise AssertionError("the random state of GPUs was touched")
 
     monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
     before = torch.get_rng_state()
-    augment(processor, **ALL)(picture, ["a"], 7)
+    augment(processor, **ALL)(image, ["a"], 7)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("options", [NOTHING, ALL, {**ALL, "rand_augment": 0, "color_jitter": 0}])
-def test_result_is_a_float_tensor_of_the_crop_size(processor, picture, options):
+def test_result_is_a_float_tensor_of_the_crop_size(processor, image, options):
     for resolution, edge in ((None, 32), (24, 24)):
-        pixels = augment(processor, resolution, **options)(picture, ["a"], 0)
+        pixels = augment(processor, resolution, **options)(image, ["a"], 0)
         assert pixels.shape == (3, edge, edge)
         assert pixels.dtype == torch.float32
         assert torch.isfinite(pixels).all()
 
 
 @pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (1, 1), (2, 3), (3, 300)])
-def test_extreme_pictures_are_taken(processor, size):
+def test_extreme_images_are_taken(processor, size):
     for seed in range(5):
         assert augment(processor, **ALL)(Image.new("RGB", size, "red"), ["a"], seed).shape == (3, 32, 32)
 

@@ -11,7 +11,7 @@ import pytest
 from clipmini.data.images import Skipped
 from clipmini.data.pairs import load_pairs
 from modeling_clipmini.images_clipmini import FORMATS
-from pair_files import WHOLE, encode, write_csv, write_jsonl, write_pictures
+from pair_files import WHOLE, encode, write_csv, write_images, write_jsonl
 
 
 def captions_of(source, **options):
@@ -31,11 +31,11 @@ def make_csv(folder):
 
 
 class TestBadInput:
-    def test_bad_pictures_are_left_out(self, tmp_path, caplog):
-        write_pictures(tmp_path, 6)
+    def test_bad_images_are_left_out(self, tmp_path, caplog):
+        write_images(tmp_path, 6)
         (tmp_path / "1.png").unlink()
         (tmp_path / "2.png").write_bytes(b"")
-        (tmp_path / "3.png").write_text("no picture")
+        (tmp_path / "3.png").write_text("no image")
         (tmp_path / "4.png").write_bytes(encode()[:44])
         rows = [{"image": f"{number}.png", "caption": "a", "x": number} for number in range(6)]
         table = write_jsonl(tmp_path / "a.jsonl", [*rows, {"image": None, "caption": "b"}, {"caption": "c"}])
@@ -54,12 +54,12 @@ class TestBadInput:
         assert len(caplog.records) == 6
 
     def test_unchecked(self, tmp_path):
-        table = make_csv(write_pictures(tmp_path, 3))
+        table = make_csv(write_images(tmp_path, 3))
         (tmp_path / "1.png").unlink()
         assert len(captions_of(table, check_images=False)) == 3
 
     def test_sums_up_by_itself(self, tmp_path, caplog):
-        table = make_csv(write_pictures(tmp_path, 3))
+        table = make_csv(write_images(tmp_path, 3))
         (tmp_path / "1.png").unlink()
         load_pairs(table, **WHOLE)
         assert caplog.messages[-1] == "1 input skipped"
@@ -68,13 +68,13 @@ class TestBadInput:
         assert len(caplog.messages) == 1
 
     def test_strict(self, tmp_path):
-        table = make_csv(write_pictures(tmp_path, 3))
+        table = make_csv(write_images(tmp_path, 3))
         (tmp_path / "1.png").unlink()
         with pytest.raises(ValueError, match=r"1\.png: does not exist"):
             load_pairs(table, skipped=Skipped(strict=True))
 
     def test_captions_of_every_kind(self, tmp_path):
-        write_pictures(tmp_path, 3)
+        write_images(tmp_path, 3)
         long = " ".join(["word"] * 10_000)
         values = [
             "a",
@@ -102,7 +102,7 @@ class TestBadInput:
         assert {reason for _, reason in skipped.items} == {"is empty or no text", "has no caption that is a text"}
 
     def test_absurd_caption_is_cut(self, tmp_path):
-        table = write_jsonl(write_pictures(tmp_path, 1) / "a.jsonl", [{"image": "0.png", "caption": "x" * 1_000_000}])
+        table = write_jsonl(write_images(tmp_path, 1) / "a.jsonl", [{"image": "0.png", "caption": "x" * 1_000_000}])
         assert [len(text) for text in captions_of(table)[0]] == [100_000]
 
     def test_numbers_and_nulls_in_parquet(self, tmp_path):
@@ -114,7 +114,7 @@ class TestBadInput:
         assert skipped.items == [("row 2", "has no caption that is a text"), ("row 3", "has neither bytes nor a path")]
 
     def test_rows_that_cannot_be_parsed(self, tmp_path):
-        write_pictures(tmp_path, 3)
+        write_images(tmp_path, 3)
         skipped = Skipped()
         table = tmp_path / "a.csv"
         table.write_text(
@@ -190,9 +190,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("files", "reason"),
         [
-            ({}, "has no pictures"),
-            ({"notes.txt": b"hello"}, "has no pictures"),
-            ({"a.png": b"x"}, "has pictures but no captions; add metadata.jsonl"),
+            ({}, "has no images"),
+            ({"notes.txt": b"hello"}, "has no images"),
+            ({"a.png": b"x"}, "has images but no captions; add metadata.jsonl"),
             ({"a.txt": b"0.png#0\ta\n", "b.txt": b"0.png#0\ta\n"}, "several caption files"),
             ({"a.csv": b""}, "no rows"),
             ({"a.csv": b"image,caption\n"}, "no rows"),
@@ -221,7 +221,7 @@ class TestBadInput:
             load_pairs(make_csv(tmp_path), image_root=tmp_path / "gone")
 
     def test_table_without_split_beside_others(self, tmp_path, caplog):
-        write_pictures(tmp_path, 2)
+        write_images(tmp_path, 2)
         write_jsonl(tmp_path / "train.jsonl", [{"image": "0.png", "caption": "a"}])
         write_jsonl(tmp_path / "info.json", [{"anything": 1}])
         assert captions_of(tmp_path) == [["a"]]
@@ -230,29 +230,29 @@ class TestBadInput:
 
     @pytest.mark.parametrize("contents", ['{"MIT": "the text"}', '["MIT"]', "3", "[]"])
     def test_table_without_pairs_beside_others(self, contents, tmp_path, caplog):
-        make_csv(write_pictures(tmp_path, 3))
-        for name in ("licences.json", "pairs.json"):
+        make_csv(write_images(tmp_path, 3))
+        for name in ("licenses.json", "pairs.json"):
             (tmp_path / name).write_text(contents)
             assert captions_of(tmp_path) == [["zero", "nought"], ["one"], ["two"]]
             assert f"left out {tmp_path / name}" in caplog.text
 
     def test_a_split_without_pairs_is_an_error(self, tmp_path):
-        write_pictures(tmp_path, 2)
+        write_images(tmp_path, 2)
         write_jsonl(tmp_path / "train.jsonl", [{"image": "0.png", "caption": "a"}])
         write_jsonl(tmp_path / "test.jsonl", [{"image": "1.png", "titel": "b"}])
         with pytest.raises(ValueError, match=r"test\.jsonl has no caption column"):
             load_pairs(tmp_path)
 
     def test_the_same_table_in_two_formats(self, tmp_path):
-        write_csv(write_pictures(tmp_path, 3) / "metadata.csv", [("image", "caption"), *ROWS])
+        write_csv(write_images(tmp_path, 3) / "metadata.csv", [("image", "caption"), *ROWS])
         write_jsonl(tmp_path / "metadata.jsonl", [{"image": name, "caption": text} for name, text in ROWS])
         with pytest.raises(ValueError, match=r"both metadata\.csv and metadata\.jsonl.*; remove one"):
             load_pairs(tmp_path)
         assert len(captions_of(tmp_path / "metadata.csv")) == 3
 
     def test_a_sub_folder_that_cannot_be_read(self, tmp_path, monkeypatch, caplog):
-        make_csv(write_pictures(tmp_path, 3))
-        closed = write_pictures(tmp_path / "closed", 1)
+        make_csv(write_images(tmp_path, 3))
+        closed = write_images(tmp_path / "closed", 1)
         scandir = os.scandir
 
         def refuse(path):
@@ -265,6 +265,6 @@ class TestBadInput:
         assert caplog.messages == [f"cannot look into {closed} (Permission denied)"]
 
     def test_a_path_that_is_too_long(self, tmp_path):
-        write_pictures(tmp_path, 1)
+        write_images(tmp_path, 1)
         rows = [{"image": "x" * 300, "caption": "a"}, {"image": "0.png", "caption": "b"}]
         assert captions_of(write_jsonl(tmp_path / "a.jsonl", rows)) == [["b"]]

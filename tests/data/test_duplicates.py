@@ -9,7 +9,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from clipmini.data.duplicates import find_duplicates, normalise_caption, share_ids
+from clipmini.data.duplicates import find_duplicates, normalize_caption, share_ids
 from modeling_clipmini.images_clipmini import ImageError
 
 
@@ -23,7 +23,7 @@ def encode(color, size=(8, 6), note=None, suffix="PNG"):
 
 
 def make_pairs(*rows):
-    """Rows are (image_id, encoded picture or path, captions)."""
+    """Rows are (image_id, encoded image or path, captions)."""
     features = Features(
         {"image": ImageFeature(decode=False), "captions": List(Value("string")), "image_id": Value("int64")}
     )
@@ -57,7 +57,7 @@ def pairs():
 def test_all_groups_are_found(pairs):
     report = find_duplicates(pairs)
     assert report.num_images == 7
-    assert report.pictures == [[1, 4, 7], [2, 5]]
+    assert report.images == [[1, 4, 7], [2, 5]]
     assert report.within == {"train": [[1, 4], [2, 5]]}
     assert report.across == {("train", "test"): [[1, 4, 7]]}
     assert report.captions == {"a cat": [3, 4, 5]}
@@ -65,7 +65,7 @@ def test_all_groups_are_found(pairs):
 
 def test_one_split_alone(pairs):
     report = find_duplicates(pairs["train"])
-    assert report.pictures == [[1, 4], [2, 5]]
+    assert report.images == [[1, 4], [2, 5]]
     assert list(report.within.values()) == [[[1, 4], [2, 5]]]
     assert report.across == {}
 
@@ -78,34 +78,34 @@ def test_files_are_read(tmp_path):
     for name in ("one.png", "other.png"):
         (tmp_path / name).write_bytes(encode("red"))
     report = find_duplicates(make_pairs((0, tmp_path / "one.png", ["a"]), (1, tmp_path / "other.png", ["b"])))
-    assert report.pictures == [[0, 1]]
+    assert report.images == [[0, 1]]
 
 
-def test_same_pixels_in_another_shape_are_another_picture():
+def test_same_pixels_in_another_shape_are_another_image():
     report = find_duplicates(make_pairs((0, encode("red", (8, 6)), ["a"]), (1, encode("red", (6, 8)), ["b"])))
-    assert report.pictures == []
+    assert report.images == []
 
 
 def test_nearly_the_same_is_not_the_same():
     report = find_duplicates(make_pairs((0, encode((9, 9, 9)), ["a b"]), (1, encode((9, 9, 8)), ["ab"])))
-    assert (report.pictures, report.captions) == ([], {})
+    assert (report.images, report.captions) == ([], {})
     assert report.summary() == (
-        "No picture comes up under more than one image id (0 of 2 images). "
-        "No caption comes up with different pictures (0 images)."
+        "No image comes up under more than one image id (0 of 2 images). "
+        "No caption comes up with different images (0 images)."
     )
 
 
-def test_captions_of_one_picture_are_no_duplicates():
+def test_captions_of_one_image_are_no_duplicates():
     rows = [(0, encode("red"), ["a dog", "A dog."]), (1, encode("red"), ["a dog"]), (2, encode("blue"), ["...", "!"]),
             (3, encode("green"), ["!?"])]  # fmt: skip
     assert find_duplicates(make_pairs(*rows)).captions == {}
 
 
-def test_an_unreadable_picture_is_named(tmp_path):
+def test_an_unreadable_image_is_named(tmp_path):
     with pytest.raises(ImageError, match=r"gone\.png.*does not exist"):
         find_duplicates(make_pairs((0, tmp_path / "gone.png", ["a"])))
     with pytest.raises(ImageError, match="image_id 5"):
-        find_duplicates(make_pairs((5, b"no picture", ["a"])))
+        find_duplicates(make_pairs((5, b"no image", ["a"])))
 
 
 def test_an_empty_split_is_no_trouble(pairs):
@@ -114,7 +114,7 @@ def test_an_empty_split_is_no_trouble(pairs):
 
 
 @pytest.mark.parametrize(
-    ("caption", "normalised"),
+    ("caption", "normalized"),
     [
         ("A dog , and a cat .", "a dog and a cat"),
         ("\tA  DOG,and a\u00a0cat!", "a dog and a cat"),
@@ -127,20 +127,20 @@ def test_an_empty_split_is_no_trouble(pairs):
         ("3 + 4", "3 + 4"),
     ],
 )
-def test_normalised_captions(caption, normalised):
-    assert normalise_caption(caption) == normalised
-    assert normalise_caption(normalised) == normalised
+def test_normalized_captions(caption, normalized):
+    assert normalize_caption(caption) == normalized
+    assert normalize_caption(normalized) == normalized
 
 
 def test_report_in_words_and_json(pairs):
     report = find_duplicates(pairs)
     assert report.summary() == (
-        "2 pictures come up under more than one image id (5 of 7 images; 1 in both train and test, where copies "
-        "flatter figures). 1 caption comes up with different pictures (3 images)."
+        "2 images come up under more than one image id (5 of 7 images; 1 in both train and test, where copies "
+        "flatter figures). 1 caption comes up with different images (3 images)."
     )
     assert json.loads(json.dumps(report.as_dict())) == {
         "num_images": 7,
-        "pictures": {"num_groups": 2, "num_images": 5, "examples": [[1, 4, 7], [2, 5]]},
+        "images": {"num_groups": 2, "num_images": 5, "examples": [[1, 4, 7], [2, 5]]},
         "within": {"train": 2},
         "across": {"train+test": 1},
         "captions": {"num_groups": 1, "num_images": 3, "examples": [{"caption": "a cat", "image_ids": [3, 4, 5]}]},
@@ -150,7 +150,7 @@ def test_report_in_words_and_json(pairs):
 def test_json_has_only_a_few_examples():
     data = encode("red")
     report = find_duplicates(make_pairs(*[(number, data, ["a"]) for number in range(30)]))
-    assert report.as_dict()["pictures"] == {"num_groups": 1, "num_images": 30, "examples": [[0, 1, 2, 3, 4]]}
+    assert report.as_dict()["images"] == {"num_groups": 1, "num_images": 30, "examples": [[0, 1, 2, 3, 4]]}
 
 
 def test_sharing_gives_the_smallest_id_of_a_group(pairs):
@@ -165,7 +165,7 @@ def test_sharing_gives_the_smallest_id_of_a_group(pairs):
         assert dataset["image"][:] == before[split]["image"]
         assert dataset["captions"][:] == before[split]["captions"]
         assert pairs[split].to_dict() == before[split]
-    assert find_duplicates(shared).pictures == []
+    assert find_duplicates(shared).images == []
 
 
 def test_sharing_by_captions_joins_what_they_link(pairs):
@@ -184,7 +184,7 @@ def test_long_chains_are_joined():
     assert set(share_ids(pairs, report, captions=True)["train"]["image_id"]) == {0}
 
 
-def test_sharing_keeps_selections_and_copies_no_pictures(pairs):
+def test_sharing_keeps_selections_and_copies_no_images(pairs):
     chosen = DatasetDict(train=pairs["train"].select([4, 2, 0]), test=pairs["test"])
     shared = share_ids(chosen, find_duplicates(chosen))
     assert shared["train"]["image_id"][:] == [6, 1, 1]
@@ -196,9 +196,9 @@ def test_sharing_keeps_selections_and_copies_no_pictures(pairs):
     assert addresses[0] == addresses[1]
 
 
-def test_all_pictures_of_an_id_are_compared():
+def test_all_images_of_an_id_are_compared():
     joined = DatasetDict(
         train=make_pairs((1, encode("red"), ["a"]), (1, encode("blue"), ["b"])),
         test=make_pairs((9, encode("red"), ["c"])),
     )
-    assert find_duplicates(joined).pictures == [[1, 9]]
+    assert find_duplicates(joined).images == [[1, 9]]

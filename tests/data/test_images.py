@@ -1,4 +1,4 @@
-"""Pictures are found in folders, and what had to be left out is counted and named."""
+"""Images are found in folders, and what had to be left out is counted and named."""
 
 import logging
 
@@ -24,7 +24,7 @@ class TestFindImages:
         assert find_images(folder) == [folder / "a.png"]
 
     @pytest.mark.parametrize(
-        ("name", "reason"), [("gone", "does not exist"), ("a.txt", "not a folder"), ("empty", "has no pictures")]
+        ("name", "reason"), [("gone", "does not exist"), ("a.txt", "not a folder"), ("empty", "has no images")]
     )
     def test_errors(self, name, reason, tmp_path):
         (tmp_path / "a.txt").write_text("a")

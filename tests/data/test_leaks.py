@@ -8,9 +8,9 @@ from clipmini.data import leaks
 from clipmini.data.leaks import find_leaks
 
 
-def encode(picture, format="PNG", **options):
+def encode(image, format="PNG", **options):
     file = io.BytesIO()
-    picture.save(file, format, **options)
+    image.save(file, format, **options)
     return {"bytes": file.getvalue(), "path": None}
 
 
@@ -21,15 +21,15 @@ def photographs():
     ]
 
 
-def pairs_of(toy_pairs, pictures, captions):
+def pairs_of(toy_pairs, images, captions):
     rows = [
         {"image": image, "captions": texts, "image_id": number}
-        for number, (image, texts) in enumerate(zip(pictures, captions, strict=True))
+        for number, (image, texts) in enumerate(zip(images, captions, strict=True))
     ]
     return type(toy_pairs).from_list(rows, features=toy_pairs.features)
 
 
-def test_copies_and_pictures_saved_anew_are_told_apart(toy_pairs, photographs):
+def test_copies_and_images_saved_anew_are_told_apart(toy_pairs, photographs):
     astronaut, coffee, cat, rocket = photographs
     train = pairs_of(toy_pairs, [encode(astronaut), encode(coffee)], [["An astronaut."], ["a cup", "Some coffee!"]])
     held_out = pairs_of(
@@ -60,7 +60,7 @@ def test_nothing_leaks_where_nothing_is_shared(toy_pairs, photographs):
 
 
 def test_large_sets_are_compared_in_blocks(toy_pairs, photographs, monkeypatch):
-    pictures = [encode(photo) for photo in photographs]
-    pairs = pairs_of(toy_pairs, pictures, [["a"]] * 4)
+    images = [encode(photo) for photo in photographs]
+    pairs = pairs_of(toy_pairs, images, [["a"]] * 4)
     monkeypatch.setattr(leaks, "MAX_DIFFERENCES", 5)
     assert find_leaks(pairs, pairs.select([3, 1])).exact == [0, 1]

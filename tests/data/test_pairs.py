@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from clipmini.data.pairs import load_pairs
 from clipmini.data.sources import _split_in
 from modeling_clipmini.images_clipmini import read_image
-from pair_files import WHOLE, colour_of, encode, write_csv, write_jsonl, write_pictures
+from pair_files import WHOLE, color_of, encode, write_csv, write_images, write_jsonl
 
 
 def contents(pairs):
-    """Map each picture's colour, split by split, to its captions."""
+    """Map each image's color, split by split, to its captions."""
     return {
         split: {read_image(row["image"]).getpixel((0, 0)): row["captions"] for row in rows}
         for split, rows in pairs.items()
@@ -34,7 +34,7 @@ def make_csv(folder):
 
 
 def make_many(folder, count=40, **columns):
-    write_pictures(folder, count)
+    write_images(folder, count)
     rows = [{"image": f"{number}.png", "caption": f"{number} {k}"} for k in range(2) for number in range(count)]
     return write_jsonl(folder / "pairs.jsonl", rows)
 
@@ -67,8 +67,8 @@ class TestSplits:
         data = [encode(number // 3) for number in range(60)]
         pq.write_table(pa.table({"image": data, "caption": [str(n) for n in range(60)]}), tmp_path / "a.parquet")
         pairs = load_pairs(tmp_path / "a.parquet")
-        colours = [set(captions) for captions in contents(pairs).values()]
-        assert sum(map(len, colours)) == len(set.union(*colours)) == 20
+        colors = [set(captions) for captions in contents(pairs).values()]
+        assert sum(map(len, colors)) == len(set.union(*colors)) == 20
         assert {len(row["captions"]) for rows in pairs.values() for row in rows} == {3}
 
     @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -108,7 +108,7 @@ class TestSplits:
     )
     def test_draws_only_what_is_missing(self, given_splits, expected, tmp_path):
         for index, split in enumerate(given_splits):
-            folder = write_pictures(tmp_path / split, 10, start=10 * index)
+            folder = write_images(tmp_path / split, 10, start=10 * index)
             write_jsonl(
                 folder / "metadata.jsonl", [{"file_name": f"{10 * index + n}.png", "caption": "a"} for n in range(10)]
             )
@@ -122,13 +122,13 @@ class TestSplits:
     def test_files_named_by_split(self, tmp_path):
         for index, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "flickr_val"]):
             rows = [{"image": f"{index}.png", "caption": name}]
-            write_jsonl(write_pictures(tmp_path, 1, index) / f"{name}.jsonl", rows)
+            write_jsonl(write_images(tmp_path, 1, index) / f"{name}.jsonl", rows)
         pairs = load_pairs(tmp_path)
         assert {split: len(rows) for split, rows in pairs.items()} == {"train": 2, "validation": 1}
 
     def test_names_that_only_hold_the_name_of_a_split(self, tmp_path):
         for index, name in enumerate(["dev trip", "home", "my-test"]):
-            folder = write_pictures(tmp_path / name, 1, index)
+            folder = write_images(tmp_path / name, 1, index)
             write_jsonl(folder / "metadata.jsonl", [{"file_name": f"{index}.png", "caption": name}])
         pairs = load_pairs(tmp_path, **WHOLE)
         assert {split: len(rows) for split, rows in pairs.items()} == {"train": 3}
@@ -151,7 +151,7 @@ class TestSplits:
         assert _split_in(Path(name)) == split
 
     def test_split_column(self, tmp_path):
-        write_pictures(tmp_path, 4)
+        write_images(tmp_path, 4)
         splits = ["train", "restval", "val", "test"]
         table = write_csv(
             tmp_path / "a.csv", [("image", "caption", "split"), *((f"{n}.png", "a", s) for n, s in enumerate(splits))]
@@ -168,17 +168,17 @@ class TestSplits:
             load_pairs(table)
 
     def test_an_image_in_two_splits_is_kept_and_said(self, tmp_path, caplog):
-        write_pictures(tmp_path, 3)
+        write_images(tmp_path, 3)
         for split, numbers in {"train": [0, 1], "test": [1, 2]}.items():
             write_jsonl(tmp_path / f"{split}.jsonl", [{"image": f"{n}.png", "caption": split} for n in numbers])
         pairs = load_pairs(tmp_path, **WHOLE)
-        assert contents(pairs)["train"][colour_of(1)] == ["train"]
-        assert contents(pairs)["test"][colour_of(1)] == ["test"]
+        assert contents(pairs)["train"][color_of(1)] == ["train"]
+        assert contents(pairs)["test"][color_of(1)] == ["test"]
         assert len({image_id for rows in pairs.values() for image_id in rows["image_id"]}) == 4
         assert "has 1 images in both test and train" in caplog.text
 
     def test_a_few_images(self, tmp_path):
-        pairs = load_pairs(make_csv(write_pictures(tmp_path, 3)))
+        pairs = load_pairs(make_csv(write_images(tmp_path, 3)))
         assert {split: len(rows) for split, rows in pairs.items()} == {"train": 1, "validation": 1, "test": 1}
         table = write_csv(tmp_path / "pairs.csv", [("image", "caption"), *ROWS[:2]])
         with pytest.raises(ValueError, match="2 images are too few"):

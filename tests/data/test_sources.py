@@ -13,13 +13,13 @@ from datasets import Dataset, DatasetDict
 from clipmini.data.images import Skipped
 from clipmini.data.pairs import load_pairs
 from modeling_clipmini.images_clipmini import read_image
-from pair_files import WHOLE, colour_of, encode, write_csv, write_jsonl, write_pictures
+from pair_files import WHOLE, color_of, encode, write_csv, write_images, write_jsonl
 
 EXAMPLE_PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 
 
 def contents(pairs):
-    """Map each picture's colour, split by split, to its captions."""
+    """Map each image's color, split by split, to its captions."""
     return {
         split: {read_image(row["image"]).getpixel((0, 0)): row["captions"] for row in rows}
         for split, rows in pairs.items()
@@ -31,7 +31,7 @@ def captions_of(source, **options):
     return [row["captions"] for row in rows]
 
 
-THREE = {colour_of(0): ["zero", "nought"], colour_of(1): ["one"], colour_of(2): ["two"]}
+THREE = {color_of(0): ["zero", "nought"], color_of(1): ["one"], color_of(2): ["two"]}
 ROWS = [("0.png", "zero"), ("1.png", "one"), ("2.png", "two"), ("0.png", "nought")]
 BY_IMAGE = [("0.png", ["zero", "nought"]), ("1.png", ["one"]), ("2.png", ["two"])]
 
@@ -173,7 +173,7 @@ class TestSources:
     @pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__.removeprefix("make_"))
     def test_every_kind_gives_the_same(self, make, tmp_path):
         skipped = Skipped()
-        pairs = load_pairs(make(write_pictures(tmp_path, 3)), **WHOLE, skipped=skipped)
+        pairs = load_pairs(make(write_images(tmp_path, 3)), **WHOLE, skipped=skipped)
         assert contents(pairs) == {"train": THREE}
         assert skipped.items == []
         rows = pairs["train"]
@@ -194,37 +194,37 @@ class TestSources:
         assert row["captions"] == ["a slender silver fish swimming above rocks"]
 
     def test_does_not_depend_on_the_working_folder(self, tmp_path, monkeypatch):
-        make_csv(write_pictures(tmp_path / "here", 3))
+        make_csv(write_images(tmp_path / "here", 3))
         monkeypatch.chdir(tmp_path)
         pairs = load_pairs("here/pairs.csv", **WHOLE)
         monkeypatch.chdir("/")
         assert contents(pairs) == {"train": THREE}
 
     @pytest.mark.parametrize("folder", ["Images", "flickr/Flicker8k_Dataset"])
-    def test_pictures_in_a_sub_folder(self, folder, tmp_path):
-        write_pictures(tmp_path / folder, 3)
+    def test_images_in_a_sub_folder(self, folder, tmp_path):
+        write_images(tmp_path / folder, 3)
         (tmp_path / "another").mkdir()
         assert contents(load_pairs(make_tokens(tmp_path), **WHOLE)) == {"train": THREE}
         assert contents(load_pairs(tmp_path, **WHOLE)) == {"train": THREE}
 
     def test_image_root(self, tmp_path):
-        root = write_pictures(tmp_path / "elsewhere", 3)
-        write_pictures(tmp_path, 3, start=100)  # not these
+        root = write_images(tmp_path / "elsewhere", 3)
+        write_images(tmp_path, 3, start=100)  # not these
         table = make_tokens(tmp_path)
         assert contents(load_pairs(table, image_root=root, **WHOLE)) == {"train": THREE}
 
     def test_named_columns(self, tmp_path):
         rows = [("image", "caption", "foto", "titel"), ("x", "y", "0.png", "null"), ("x", "y", "1.png", "eins")]
-        table = write_csv(write_pictures(tmp_path, 2) / "a.csv", rows)
+        table = write_csv(write_images(tmp_path, 2) / "a.csv", rows)
         assert captions_of(table, image_column="foto", caption_column="titel") == [["null"], ["eins"]]
 
     def test_quotes_newlines_and_words_that_look_missing(self, tmp_path):
         texts = ["None", "NA", "null", "nan", 'a "red" fish, swimming', "two\nlines", "🐟 émoji", "7"]
         rows = [("image", "caption"), *(("0.png", text) for text in texts)]
-        assert captions_of(write_csv(write_pictures(tmp_path, 1) / "a.csv", rows)) == [texts]
+        assert captions_of(write_csv(write_images(tmp_path, 1) / "a.csv", rows)) == [texts]
 
     def test_the_same_path_spelt_differently(self, tmp_path):
-        write_pictures(tmp_path / "sub", 1)
+        write_images(tmp_path / "sub", 1)
         spellings = ["sub/0.png", "./sub/0.png", "sub/../sub//0.png", str(tmp_path / "sub/0.png")]
         table = write_jsonl(tmp_path / "a.jsonl", [{"image": name, "caption": name[:5]} for name in spellings])
         assert len(captions_of(table)) == 1
@@ -234,34 +234,34 @@ class TestSources:
         pq.write_table(pa.table({"image": data, "caption": ["a fish"] * 20}), tmp_path / "train.parquet")
         pairs = load_pairs(tmp_path)
         assert sum(map(len, pairs.values())) == 20
-        assert len(pickle.dumps(pairs)) < 100_000  # of two megabytes: pictures stay in the memory-mapped file
+        assert len(pickle.dumps(pairs)) < 100_000  # of two megabytes: images stay in the memory-mapped file
         assert len(pairs["train"][0]["image"]["bytes"]) > 100_000
 
-    def test_an_edited_table_or_picture_is_seen(self, tmp_path):
+    def test_an_edited_table_or_image_is_seen(self, tmp_path):
         for caption in ("before", "after"):
             pq.write_table(pa.table({"image": [encode()], "caption": [caption]}), tmp_path / "a.parquet")
             assert captions_of(tmp_path / "a.parquet") == [[caption]]
-        table = make_csv(write_pictures(tmp_path, 3))
+        table = make_csv(write_images(tmp_path, 3))
         (tmp_path / "1.png").write_bytes(b"")
         assert len(captions_of(table)) == 2
         (tmp_path / "1.png").write_bytes(encode(1))
         assert len(captions_of(table)) == 3
 
     def test_leaves_nothing_behind(self, tmp_path):
-        make_image_folder(write_pictures(tmp_path / "data", 3))
+        make_image_folder(write_images(tmp_path / "data", 3))
         before = sorted(tmp_path.rglob("*"))
         load_pairs(tmp_path / "data", **WHOLE)
         assert sorted(tmp_path.rglob("*")) == before
         assert not list(Path(datasets.config.HF_DATASETS_CACHE).rglob("*"))
 
     def test_checking_leaves_nothing_in_the_cache(self, tmp_path):
-        table = make_parquet_of_bytes(write_pictures(tmp_path, 3))
+        table = make_parquet_of_bytes(write_images(tmp_path, 3))
         load_pairs(table, **WHOLE)
         found = [path.name for path in Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")]
         assert found == ["parquet-train.arrow"]
 
     def test_several_processes_agree(self, tmp_path):
-        make_image_folder(write_pictures(tmp_path, 3))
+        make_image_folder(write_images(tmp_path, 3))
         (tmp_path / "1.png").write_bytes(b"")
         assert captions_of(tmp_path, num_proc=2) == captions_of(tmp_path) == [["zero", "nought"], ["two"]]
 
@@ -272,8 +272,8 @@ class TestHub:
         return load_pairs("owner/name", **options)
 
     def rows(self, numbers, **columns):
-        pictures = [{"bytes": encode(number), "path": None} for number in numbers]
-        table = {"image": pictures, "caption": [[f"n{number}"] for number in numbers], **columns}
+        images = [{"bytes": encode(number), "path": None} for number in numbers]
+        table = {"image": images, "caption": [[f"n{number}"] for number in numbers], **columns}
         return Dataset.from_dict(table).cast_column("image", datasets.Image())
 
     def test_splits_as_they_are(self, monkeypatch):
@@ -303,8 +303,8 @@ class TestHub:
     def test_selected_rows(self, monkeypatch):
         loaded = DatasetDict({"train": self.rows([1, 2, 3, 4]).select([3, 1])})
         assert contents(self.load(monkeypatch, loaded, **WHOLE))["train"] == {
-            colour_of(4): ["n4"],
-            colour_of(2): ["n2"],
+            color_of(4): ["n4"],
+            color_of(2): ["n2"],
         }
 
     def test_offline(self, monkeypatch):

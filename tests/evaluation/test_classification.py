@@ -11,7 +11,7 @@ from clipmini.evaluation.classification import classification_metrics
 
 
 def test_metrics_by_hand():
-    # Pictures of classes 0, 0, 1, 2; the second is taken for class 2. No picture of class 3.
+    # Images of classes 0, 0, 1, 2; the second is taken for class 2. No image of class 3.
     scores = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.3, 0.1, 0.5, 0.1], [0.2, 0.6, 0.1, 0.1], [0.2, 0.1, 0.4, 0.3]])
     result = classification_metrics(scores, torch.tensor([0, 0, 1, 2]), confidence=scores.amax(dim=1))
     assert result.num_images == 4
@@ -27,7 +27,7 @@ def test_metrics_by_hand():
 
 
 def test_calibration_is_measured_bin_by_bin():
-    # Of ten pictures with confidence 0.8, eight are right: nothing is amiss.
+    # Of ten images with confidence 0.8, eight are right: nothing is amiss.
     scores = torch.tensor([[0.8, 0.2]] * 10)
     labels = torch.tensor([0] * 8 + [1] * 2)
     result = classification_metrics(scores, labels, confidence=scores.amax(dim=1))
@@ -75,7 +75,7 @@ def test_intervals_are_those_of_a_share():
 
 
 def test_rare_classes_make_the_mean_over_classes_less_sure():
-    # 90 pictures of class 0, 10 of class 1, half of each right.
+    # 90 images of class 0, 10 of class 1, half of each right.
     labels = torch.tensor([0] * 90 + [1] * 10)
     scores = torch.eye(2).repeat(50, 1)
     result = classification_metrics(scores, labels)

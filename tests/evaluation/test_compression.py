@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clipmini.evaluation.diagnostics import PRECISIONS, cut_off, quantise
+from clipmini.evaluation.diagnostics import PRECISIONS, cut_off, quantize
 
 
 def test_cut_off_vectors_have_length_1():
@@ -12,20 +12,20 @@ def test_cut_off_vectors_have_length_1():
 
 def test_int8_has_255_steps():
     embeds = torch.tensor([[1.0, 0.0], [0.6, -0.8]])
-    assert quantise(embeds, "int8").tolist() == [[127, 0], [76, -102]]
+    assert quantize(embeds, "int8").tolist() == [[127, 0], [76, -102]]
 
 
 def test_binary_counts_bits_that_agree():
     embeds = torch.tensor([[0.1, -0.2, 0.3, -0.9], [0.1, 0.2, 0.3, -0.1]])
-    one, other = quantise(embeds, "binary")
+    one, other = quantize(embeds, "binary")
     assert (one @ other).item() == 3 - 1
 
 
 def test_float32_is_left_alone():
     embeds = torch.randn(3, 4)
-    assert quantise(embeds, "float32") is embeds
+    assert quantize(embeds, "float32") is embeds
 
 
 def test_other_precisions_are_refused():
     with pytest.raises(ValueError, match=f"precision='int4'.*{', '.join(PRECISIONS)}"):
-        quantise(torch.eye(2), "int4")
+        quantize(torch.eye(2), "int4")

@@ -26,7 +26,7 @@ def trained(num_images=50, captions=2, noise=0.1):
 
 
 def test_figures_by_hand():
-    # Two pictures at right angles; a caption on each.
+    # Two images at right angles; a caption on each.
     result = diagnose(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), temperature=0.05)
     assert result.modality_gap == 0
     assert result.alignment == 0
@@ -85,7 +85,7 @@ def test_a_trained_model_has_no_fault():
 
 def test_random_towers_are_named():
     (fault,) = diagnose(random_unit(50, 16), random_unit(100, 16, seed=1), torch.arange(50).repeat(2)).faults
-    assert "not surely closer to their own picture" in fault
+    assert "not surely closer to their own image" in fault
 
 
 def test_a_collapse_is_named():
@@ -93,7 +93,7 @@ def test_a_collapse_is_named():
     point = unit([[1.0] * 16])
     collapsed = torch.nn.functional.normalize(point + 0.01 * images, dim=-1)
     (fault,) = diagnose(collapsed, texts, ids).faults
-    assert "all pictures get nearly the same embedding" in fault
+    assert "all images get nearly the same embedding" in fault
     line = unit([[1.0 if number % 2 else -1.0, 0.001 * number, *[0.0] * 14] for number in range(100)])
     (fault,) = diagnose(images, line, ids).faults
     assert "captions differ in hardly more than one dimension" in fault
@@ -112,5 +112,5 @@ def test_a_set_without_pairs_has_figures_of_each_side():
 
 
 def test_nothing_is_refused():
-    with pytest.raises(ValueError, match="0 pictures and 2 captions"):
+    with pytest.raises(ValueError, match="0 images and 2 captions"):
         diagnose(torch.empty(0, 2), torch.eye(2), torch.arange(2))

@@ -6,7 +6,7 @@ import torch
 
 from clipmini.evaluation import intervals
 from clipmini.evaluation.intervals import bootstrap_intervals, paired_bootstrap
-from clipmini.evaluation.retrieval import METRIC_NAMES, QueryScores, retrieval_scores, summarise_scores
+from clipmini.evaluation.retrieval import METRIC_NAMES, QueryScores, retrieval_scores, summarize_scores
 
 
 def scores_of(text_ranks, image_ranks, captions=1):
@@ -35,7 +35,7 @@ def random_scores(num_images, captions, seed=0):
 def test_every_metric_has_an_interval_around_it():
     scores = random_scores(40, 3)
     result = bootstrap_intervals(scores)
-    values = summarise_scores(scores)
+    values = summarize_scores(scores)
     assert list(result) == list(METRIC_NAMES)
     for name, interval in result.items():
         assert interval.value == values[name]
@@ -61,7 +61,7 @@ def test_captions_that_succeed_together_make_nothing_surer():
     assert vars(five["text_to_image_r1"]) == pytest.approx(vars(one["text_to_image_r1"]))
 
 
-def test_each_resample_is_summarised_as_the_whole_is(monkeypatch):
+def test_each_resample_is_summarized_as_the_whole_is(monkeypatch):
     scores = random_scores(12, 2)
     weights = np.array([[1] * 12, [2] + [0] * 3 + [1] * 6 + [3, 1], [0] * 6 + [2] * 6, [12] + [0] * 11])
     monkeypatch.setattr(intervals, "resample_weights", lambda *_: iter([weights[:3], weights[3:]]))
@@ -76,7 +76,7 @@ def test_each_resample_is_summarised_as_the_whole_is(monkeypatch):
             )
             for direction, score in scores.items()
         }
-        assert {name: values[row] for name, values in drawn.items()} == pytest.approx(summarise_scores(repeated))
+        assert {name: values[row] for name, values in drawn.items()} == pytest.approx(summarize_scores(repeated))
 
 
 def test_memory_is_bounded_by_drawing_a_few_at_a_time(monkeypatch):
@@ -98,8 +98,8 @@ def test_a_model_does_not_differ_from_itself():
         assert (difference.value, difference.low, difference.high, difference.p_value) == (0, 0, 0, 1)
 
 
-def test_a_small_difference_is_sure_where_the_same_pictures_are_hard_for_both():
-    # Ranks vary by a thousand between pictures, and by one between models.
+def test_a_small_difference_is_sure_where_the_same_images_are_hard_for_both():
+    # Ranks vary by a thousand between images, and by one between models.
     ranks = [100 * number for number in range(50)]
     better, worse = scores_of(ranks, ranks), scores_of([rank + 1 for rank in ranks], ranks)
     difference = paired_bootstrap(better, worse)["text_to_image_mean_rank"]

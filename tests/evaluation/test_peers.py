@@ -106,7 +106,7 @@ def test_ties_are_won_by_order_elsewhere_and_lost_here():
     images = texts = normalize(torch.ones(10, 32), dim=-1)
     ids = torch.arange(10)
     elsewhere = clip_benchmark_recalls(images, texts, ids, ks=(1, 5))
-    assert elsewhere["text_to_image_r5"] > 0  # of a model that has learnt nothing
+    assert elsewhere["text_to_image_r5"] > 0  # of a model that has learned nothing
     result = retrieval_metrics(images, texts, ids)
     assert result["text_to_image_r5"] == result["image_to_text_r5"] == 0
 

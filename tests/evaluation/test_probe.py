@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from clipmini.evaluation.probe import neighbour_votes, probe
+from clipmini.evaluation.probe import neighbor_votes, probe
 
 
 def clusters(count, num_classes=3, noise=0.1, seed=0):
@@ -13,15 +13,15 @@ def clusters(count, num_classes=3, noise=0.1, seed=0):
 
 def test_votes_by_hand():
     train = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
-    votes = neighbour_votes(train, torch.tensor([2, 0, 1]), torch.tensor([[1.0, 0.0]]), 4, 2)
+    votes = neighbor_votes(train, torch.tensor([2, 0, 1]), torch.tensor([[1.0, 0.0]]), 4, 2)
     weights = torch.tensor([0.6, 1.0]).div(0.07).softmax(dim=0)
     torch.testing.assert_close(votes, torch.tensor([[weights[0], 0, weights[1], 0]]))
 
 
 def test_clusters_are_told_apart():
     result = probe(*clusters(60), *clusters(30, seed=1), 3)
-    assert result.linear.top1.value == result.neighbours.top1.value == 1
-    assert (result.num_train_images, result.num_neighbours) == (60, 20)
+    assert result.linear.top1.value == result.neighbors.top1.value == 1
+    assert (result.num_train_images, result.num_neighbors) == (60, 20)
 
 
 def test_random_labels_are_not():
@@ -33,14 +33,14 @@ def test_random_labels_are_not():
     assert sum(accuracies) / 5 == pytest.approx(1 / 3, abs=0.15)
 
 
-def test_a_class_without_training_pictures_is_never_guessed():
+def test_a_class_without_training_images_is_never_guessed():
     test, labels = clusters(30, num_classes=4, seed=1)
     result = probe(*clusters(60), test, labels, 4)
     assert result.linear.confusion.sum(axis=0)[3] == 0
     assert result.linear.per_class[3] == 0
 
 
-def test_too_few_pictures_are_refused():
+def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="there are 3 of 3"):
         probe(*clusters(3), *clusters(3), 3)
     with pytest.raises(ValueError, match="at least two classes"):
@@ -50,11 +50,11 @@ def test_too_few_pictures_are_refused():
 def test_a_fold_of_one_class_is_refused_with_the_remedy():
     embeds, labels = clusters(6, num_classes=2)
     labels[:] = torch.tensor([0, 0, 0, 0, 0, 1])
-    with pytest.raises(ValueError, match=r"cross-validation.* Give every class two training pictures"):
+    with pytest.raises(ValueError, match=r"cross-validation.* Give every class two training images"):
         probe(embeds, labels, embeds, labels, 2)
 
 
-def test_a_class_with_one_picture_does_not_stop_the_others():
+def test_a_class_with_one_image_does_not_stop_the_others():
     embeds, labels = clusters(31)
     labels[30] = 3
     assert probe(embeds, labels, *clusters(30, seed=1), 4).linear.top1.value == 1

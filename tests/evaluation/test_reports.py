@@ -29,7 +29,7 @@ def run(*arguments):
 
 @pytest.fixture
 def pair_folder(toy_pairs, tmp_path):
-    """The toy captions with noise for pictures, half of them for training; a test picture is one of training too."""
+    """The toy captions with noise for images, half of them for training; a test image is one of training too."""
     lines = []
     (tmp_path / "pairs").mkdir()
     for row in toy_pairs:
@@ -94,12 +94,12 @@ def test_leaks_are_counted_and_the_figure_without_them_is_given(tiny_folder, pai
     out = tmp_path / "report"
     run(tiny_folder, pair_folder, "--out", out)
     leaks = json.loads((out / "results.json").read_text())["leaks"]
-    assert leaks["exact_pictures"] == 1
+    assert leaks["exact_images"] == 1
     assert leaks["num_train_images"] == 6
     rest = leaks["without"]
     assert leaks["rows"] == [0]
     assert rest["num_images"] == 5
-    assert "among 6 training pictures" in (out / "report.html").read_text()
+    assert "among 6 training images" in (out / "report.html").read_text()
     run(tiny_folder, pair_folder, "--out", out, "--no-check-leaks", "--overwrite")
     assert "leaks" not in json.loads((out / "results.json").read_text())
     assert "was not checked" in (out / "report.html").read_text()
@@ -108,7 +108,7 @@ def test_leaks_are_counted_and_the_figure_without_them_is_given(tiny_folder, pai
 def test_training_data_may_be_named(tiny_folder, pair_folder, tmp_path):
     out = tmp_path / "report"
     run(tiny_folder, pair_folder, "--split", "train", "--train-data", pair_folder, "--out", out)
-    assert json.loads((out / "results.json").read_text())["leaks"]["exact_pictures"] == 6
+    assert json.loads((out / "results.json").read_text())["leaks"]["exact_images"] == 6
 
 
 def test_the_train_split_is_named_as_such(tiny_folder, pair_folder, tmp_path):
@@ -249,15 +249,15 @@ def test_zero_shot_with_a_list_of_templates(tiny_folder, class_folder, tmp_path)
     assert len(json.loads((tmp_path / "report" / "results.json").read_text())["templates"]) == 7
 
 
-def test_probe_holds_pictures_out(tiny_folder, class_folder, tmp_path):
+def test_probe_holds_images_out(tiny_folder, class_folder, tmp_path):
     result = run(tiny_folder, class_folder, "--task", "probe", "--out", tmp_path / "report", "--json")
     assert result.exit_code == 0, result.output
     results = json.loads(result.stdout)
     assert (results["num_train_images"], results["data"]["num_images"]) == (24, 6)
-    assert results["metrics"]["top1"]["value"] == 1  # colours are easy, even at random
-    assert results["neighbours"]["num_neighbours"] == 20
+    assert results["metrics"]["top1"]["value"] == 1  # colors are easy, even at random
+    assert results["neighbors"]["num_neighbors"] == 20
     assert results["data"]["split"] == "a held-out fifth of train"
-    assert results["leaks"]["exact_pictures"] == 0
+    assert results["leaks"]["exact_images"] == 0
     assert "a fifth of each class was held out" in (tmp_path / "report" / "report.html").read_text()
 
 
@@ -269,18 +269,18 @@ def test_what_a_probe_has_seen_is_counted_and_the_figure_without_it_given(tiny_f
             split = "train" if number < 8 else "test"
             source = (class_folder / "train" / name / "7.png") if number == 11 else None
             pixels = np.random.default_rng(number + 100 * (name == "sea")).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            picture = Image.open(source) if source else Image.fromarray(pixels).resize((64, 48), 0)
-            picture.save(class_folder / split / name / f"{number}.png")
+            image = Image.open(source) if source else Image.fromarray(pixels).resize((64, 48), 0)
+            image.save(class_folder / split / name / f"{number}.png")
         shutil.rmtree(class_folder / name)
     shutil.rmtree(class_folder / "red_fox")
     result = run(tiny_folder, class_folder, "--task", "probe", "--out", tmp_path / "report", "--json")
     assert result.exit_code == 0, result.output
     results = json.loads(result.stdout)
     assert (results["data"]["split"], results["data"]["num_images"]) == ("test", 8)
-    assert results["leaks"]["exact_pictures"] == 2
+    assert results["leaks"]["exact_images"] == 2
     assert results["leaks"]["without"]["num_images"] == 6
-    assert "2 of these pictures are among 16 training pictures" in (tmp_path / "report" / "results.md").read_text()
-    assert any("2 of these pictures" in warning for warning in results["warnings"])
+    assert "2 of these images are among 16 training images" in (tmp_path / "report" / "results.md").read_text()
+    assert any("2 of these images" in warning for warning in results["warnings"])
 
 
 def test_a_probe_is_not_measured_on_what_it_was_fitted_on(tiny_folder, class_folder, tmp_path):

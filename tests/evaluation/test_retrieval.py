@@ -70,7 +70,7 @@ def test_a_perfect_model_has_no_misses():
     assert measure_retrieval(perfect, num_resamples=10).misses == []
 
 
-def test_pictures_and_captions_can_be_left_out():
+def test_images_and_captions_can_be_left_out():
     embeds = make_embeddings(num_images=5)
     rest = embeds.without([1, 3], [0, 9])
     assert rest.image_ids.tolist() == [5, 11, 17]

@@ -21,8 +21,8 @@ def test_it_is_short_and_needs_no_clipmini():
 
 
 @pytest.fixture
-def pictures(toy_pairs, tmp_path):
-    folder = tmp_path / "pictures"
+def images(toy_pairs, tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     lines = ["file_name,caption"]
     for row in toy_pairs:
@@ -34,7 +34,7 @@ def pictures(toy_pairs, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_trains_and_what_it_leaves_loads(tiny_folder, pictures, tmp_path):
+def test_it_trains_and_what_it_leaves_loads(tiny_folder, images, tmp_path):
     code = f"""
 import runpy
 sys.argv[0] = {str(SCRIPT)!r}
@@ -47,7 +47,7 @@ print(json.dumps(classify(sys.argv[2] + "/0.png", candidate_labels=["red", "blue
 """
     arguments = "--output_dir tuned --max_steps 20 --per_device_train_batch_size 6 --learning_rate 1e-3".split()
     arguments += "--logging_steps 1 --save_steps 12 --report_to none --use_cpu --license cc-by-4.0".split()
-    result = run_as_stranger(code, tmp_path, tiny_folder, pictures, *arguments)
+    result = run_as_stranger(code, tmp_path, tiny_folder, images, *arguments)
     assert "(16,)" in result.stdout
     assert {entry["label"] for entry in json.loads(result.stdout.splitlines()[-1])} == {"red", "blue"}
     tuned = tmp_path / "tuned"
@@ -63,7 +63,7 @@ print(json.dumps(classify(sys.argv[2] + "/0.png", candidate_labels=["red", "blue
     assert {"README.md", "config.json", "model.safetensors"} <= paths
     assert str(tmp_path) not in (tuned / "README.md").read_text()
     again = [*arguments, "--resume_from_checkpoint", "tuned/checkpoint-12"]
-    resumed = run_as_stranger(code, tmp_path, tiny_folder, pictures, *again)
+    resumed = run_as_stranger(code, tmp_path, tiny_folder, images, *again)
     assert resumed.stdout.count("'loss'") == 8
     losses = [json.loads(line.replace("'", '"'))["loss"] for line in result.stdout.splitlines() if "'loss'" in line]
     assert len(losses) == 20

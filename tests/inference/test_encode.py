@@ -1,4 +1,4 @@
-"""Damaged model folders and unreadable pictures: each is named, in one sentence."""
+"""Damaged model folders and unreadable images: each is named, in one sentence."""
 
 import json
 import shutil
@@ -76,23 +76,23 @@ class TestNames:
         (tmp_path / "7.png").write_bytes(b"")
         for source in (tmp_path / "7.png", str(tmp_path / "7.png"), {"bytes": b"", "path": str(tmp_path / "7.png")}):
             with pytest.raises(ImageError) as caught:
-                read_named(source, "picture 8")
+                read_named(source, "image 8")
             assert str(caught.value) == f"{tmp_path / '7.png'}: is empty (zero bytes)"
 
     @pytest.mark.parametrize("source", [b"", {"bytes": b"", "path": None}])
     def test_no_path(self, source):
         with pytest.raises(ImageError) as caught:
-            read_named(source, "picture 8")
-        assert str(caught.value) == "picture 8: is empty (zero bytes)"
+            read_named(source, "image 8")
+        assert str(caught.value) == "image 8: is empty (zero bytes)"
 
-    def test_a_good_picture(self):
+    def test_a_good_image(self):
         assert read_named(Image.new("RGB", (4, 3), "red"), "x").getpixel((0, 0)) == (255, 0, 0)
 
     def test_while_encoding(self, tiny_model, tiny_processor, tmp_path):
         good = Image.new("RGB", (4, 3))
         with pytest.raises(ImageError, match=r"none\.png: does not exist$"):
             encode_images(tiny_model, tiny_processor, [good, tmp_path / "none.png"])
-        with pytest.raises(ImageError, match=r"^picture 2: is empty"):
+        with pytest.raises(ImageError, match=r"^image 2: is empty"):
             encode_images(tiny_model, tiny_processor, [good, b""])
 
 

@@ -88,13 +88,13 @@ def test_sentence_transformers(clip_folder, toy_pairs, tmp_path):
     encoder = load_encoder(tmp_path / "peer")
     assert (encoder.kind, encoder.logit_scale) == ("sentence-transformers", None)
     images, texts = encoder.encode_images(toy_pairs["image"], batch_size=5), encoder.encode_texts(CAPTIONS[:2])
-    pictures = [read_image(image) for image in toy_pairs["image"]]
-    torch.testing.assert_close(images, normalize(torch.tensor(model.encode(pictures)), dim=-1))
+    opened = [read_image(image) for image in toy_pairs["image"]]
+    torch.testing.assert_close(images, normalize(torch.tensor(model.encode(opened)), dim=-1))
     torch.testing.assert_close(texts, normalize(torch.tensor(model.encode(CAPTIONS[:2])), dim=-1))
 
 
-def test_a_picture_that_cannot_be_read_is_named(clip_folder, toy_pairs):
-    with pytest.raises(ImageError, match="picture 2: "):
+def test_a_image_that_cannot_be_read_is_named(clip_folder, toy_pairs):
+    with pytest.raises(ImageError, match="image 2: "):
         load_encoder(clip_folder).encode_images([toy_pairs[0]["image"], {"bytes": b"no", "path": None}])
 
 

@@ -1,4 +1,4 @@
-"""Ranking by hand-made embeddings, folders with broken pictures, and the drawing of results."""
+"""Ranking by hand-made embeddings, folders with broken images, and the drawing of results."""
 
 import itertools
 import logging
@@ -18,8 +18,8 @@ COLORS = ["red", "green", "blue", "white", "black"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five plain pictures of different shapes, one of them in a sub-folder."""
-    root = tmp_path / "pictures"
+    """Five plain images of different shapes, one of them in a sub-folder."""
+    root = tmp_path / "images"
     (root / "more").mkdir(parents=True)
     for index, color in enumerate(COLORS):
         parent = root / "more" if color == "white" else root
@@ -66,8 +66,8 @@ class TestSearchFolder:
         assert [hit.score for hit in hits] == pytest.approx([score for score, _ in expected], abs=1e-6)
         assert -1 <= hits[-1].score <= hits[0].score <= 1
 
-    def test_broken_pictures_are_left_out_and_counted(self, tiny_model, tiny_processor, folder, caplog):
-        (folder / "a.jpg").write_bytes(b"no picture")
+    def test_broken_images_are_left_out_and_counted(self, tiny_model, tiny_processor, folder, caplog):
+        (folder / "a.jpg").write_bytes(b"no image")
         (folder / "empty.png").write_bytes(b"")
         skipped = Skipped()
         paths, embeds = embed_folder(tiny_model, tiny_processor, folder, skipped)
@@ -79,19 +79,19 @@ class TestSearchFolder:
             torch.testing.assert_close(encode_images(tiny_model, tiny_processor, [path])[0], embed)
 
     def test_summary_where_no_one_else_counts(self, tiny_model, tiny_processor, folder, caplog):
-        (folder / "a.jpg").write_bytes(b"no picture")
+        (folder / "a.jpg").write_bytes(b"no image")
         with caplog.at_level(logging.WARNING):
             search_folder(tiny_model, tiny_processor, folder, "a")
         assert caplog.messages[-1] == "1 input skipped"
 
     def test_strict_stops(self, tiny_model, tiny_processor, folder):
-        (folder / "bad.jpg").write_bytes(b"no picture")
+        (folder / "bad.jpg").write_bytes(b"no image")
         with pytest.raises(ValueError, match=r"bad\.jpg"):
             search_folder(tiny_model, tiny_processor, folder, "a", skipped=Skipped(strict=True))
 
-    def test_nothing_but_broken_pictures(self, tiny_model, tiny_processor, tmp_path):
-        (tmp_path / "bad.jpg").write_bytes(b"no picture")
-        with pytest.raises(ValueError, match=r"No picture can be read: .*bad\.jpg is not an image"):
+    def test_nothing_but_broken_images(self, tiny_model, tiny_processor, tmp_path):
+        (tmp_path / "bad.jpg").write_bytes(b"no image")
+        with pytest.raises(ValueError, match=r"No image can be read: .*bad\.jpg is not an image"):
             search_folder(tiny_model, tiny_processor, tmp_path, "a")
 
     @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ class TestSearchFolder:
         embed_folder(tiny_model, tiny_processor, folder, batch_size=2)
         assert ahead == [1, 2, 1, 2, 1]
 
-    def test_large_pictures_are_prepared_a_few_at_a_time(self, tiny_model, tiny_processor, folder, monkeypatch):
+    def test_large_images_are_prepared_a_few_at_a_time(self, tiny_model, tiny_processor, folder, monkeypatch):
         expected = embed_folder(tiny_model, tiny_processor, folder)[1]
         sizes = []
         prepare = type(tiny_processor).__call__
@@ -152,7 +152,7 @@ class TestDrawResults:
         paths = itertools.cycle([folder / "red.png", folder / "green.png", folder / "blue.png"])
         return [Hit(path, 0.5 - 0.1 * index) for index, path in zip(range(num_hits), paths, strict=False)]
 
-    def test_pictures_keep_their_shape(self, tmp_path):
+    def test_images_keep_their_shape(self, tmp_path):
         Image.new("RGB", (400, 100), (255, 0, 0)).save(tmp_path / "wide.png")
         Image.new("RGB", (100, 400), (0, 0, 255)).save(tmp_path / "high.png")
         draw_results({"a": [Hit(tmp_path / "wide.png", 1.0), Hit(tmp_path / "high.png", 0.5)]}, tmp_path / "out.png")
@@ -230,7 +230,7 @@ class TestDrawResults:
         with pytest.raises(ValueError, match=r"gone\.png does not exist"):
             draw_results({"a": [Hit(folder / "gone.png", 1.0)]}, out)
         assert out.read_text() == "old"
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.png", "pictures"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out.png"]
 
     def test_nothing_to_draw(self, tmp_path):
         with pytest.raises(ValueError, match="no results"):
@@ -254,7 +254,7 @@ class TestDrawResults:
         draw_results(
             {"a": self.hits(folder, 2), "b": self.hits(folder, 5), "c": self.hits(folder, 3)}, tmp_path / "x.png"
         )
-        assert caplog.messages == ["only the best 2 of 5 pictures are drawn"]
+        assert caplog.messages == ["only the best 2 of 5 images are drawn"]
 
 
 def test_check_search_passes_what_is_right():

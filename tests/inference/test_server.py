@@ -132,7 +132,7 @@ class TestInferenceClient:
 
 
 class TestRequests:
-    def test_a_picture_as_it_is(self, handler, address):
+    def test_a_image_as_it_is(self, handler, address):
         status, answer, _ = ask(address, png(), "/?candidate_labels=a%20fish,dog&hypothesis_template=%7B%7D")
         parameters = {"candidate_labels": ["a fish", "dog"], "hypothesis_template": "{}"}
         assert (status, answer) == (200, handler({"inputs": png(), "parameters": parameters}))
@@ -167,7 +167,7 @@ MALFORMED = [
     (b'{"inputs": "a",}', 400, "not JSON"),
     (b'{"inputs": "\xff"}', 400, "not JSON"),
     (b'{"inputs": {"image": ""}, "parameters": {"candidate_labels": ["\\ud800"]}}', 422, "UTF-8"),
-    (b'{"inputs": NaN}', 422, "nan is no picture"),
+    (b'{"inputs": NaN}', 422, "nan is no image"),
     (b'{"inputs": ' + b"[" * 100_000, 400, "not JSON"),
     (b'{"inputs": ' + b"9" * 5000 + b"}", 400, "not JSON"),
     (b'{"parameters": []}', 422, "no inputs"),

@@ -17,9 +17,9 @@ PROGRAM = """
 import { readFileSync } from "node:fs";
 import { InferenceClient } from "@huggingface/inference";
 
-const [url, picture, labels] = process.argv.slice(2);
+const [url, image, labels] = process.argv.slice(2);
 const client = new InferenceClient().endpoint(url);
-const image = new Blob([readFileSync(picture)], { type: "image/png" });
+const image = new Blob([readFileSync(image)], { type: "image/png" });
 const parameters = { candidate_labels: JSON.parse(labels), hypothesis_template: "a photo of {}" };
 const answers = {
   blob: await client.zeroShotImageClassification({ inputs: image, parameters }),
@@ -51,16 +51,16 @@ def program(tmp_path_factory):
 
 
 def test_the_client_gets_what_the_model_says(program, tiny_folder, tmp_path):
-    picture = tmp_path / "picture.png"
-    Image.linear_gradient("L").resize((90, 60)).convert("RGB").save(picture)
+    image = tmp_path / "image.png"
+    Image.linear_gradient("L").resize((90, 60)).convert("RGB").save(image)
     with serve_command(tiny_folder) as (url, _):
-        command = ["node", program, url, picture, json.dumps(LABELS)]
+        command = ["node", program, url, image, json.dumps(LABELS)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
     handler = RequestHandler(*load_model(tiny_folder))
     parameters = {"candidate_labels": LABELS, "hypothesis_template": "a photo of {}"}
-    expected = handler({"inputs": picture.read_bytes(), "parameters": parameters})
+    expected = handler({"inputs": image.read_bytes(), "parameters": parameters})
     for answer in (answers["blob"], answers["object"]):
         assert [item["label"] for item in answer] == [item["label"] for item in expected]
         assert [item["score"] for item in answer] == pytest.approx([item["score"] for item in expected], abs=1e-5)

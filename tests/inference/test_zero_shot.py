@@ -75,7 +75,7 @@ def test_the_model_stays_out_of_the_graph(tiny_model, tiny_processor, paths):
     assert all(parameter.grad is None for parameter in tiny_model.parameters())
 
 
-def test_an_unreadable_picture_is_an_error(tiny_model, tiny_processor, tmp_path):
+def test_an_unreadable_image_is_an_error(tiny_model, tiny_processor, tmp_path):
     with pytest.raises(ImageError, match=r"none\.png: does not exist"):
         classify(tiny_model, tiny_processor, [tmp_path / "none.png"], LABELS)
 

@@ -35,11 +35,11 @@ def test_defaults_follow_the_loss(tiny_config):
 
 
 def test_the_classifier_of_a_timm_config_is_dropped():
-    labelled = TimmWrapperConfig.from_dict({"architecture": "resnet18", "num_classes": 1000})
-    config = ClipMiniConfig(vision_config=labelled)
+    labeled = TimmWrapperConfig.from_dict({"architecture": "resnet18", "num_classes": 1000})
+    config = ClipMiniConfig(vision_config=labeled)
     assert config.vision_config.num_labels == 0
     assert "tench" not in config.to_json_string()
-    assert labelled.num_labels == 1000  # the caller's own is left alone
+    assert labeled.num_labels == 1000  # the caller's own is left alone
 
 
 def test_no_folder_is_told_and_a_hub_id_stays(tiny_config, tmp_path, monkeypatch):

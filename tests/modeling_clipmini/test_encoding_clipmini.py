@@ -29,9 +29,9 @@ def model(loaded):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Five picture files that differ."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """Five image files that differ."""
+    folder = tmp_path_factory.mktemp("images")
     for number in range(5):
         image = Image.linear_gradient("L").resize((60 + 10 * number, 50)).rotate(60 * number).convert("RGB")
         image.save(folder / f"{number}.png")
@@ -47,24 +47,24 @@ def test_texts_are_what_processor_and_model_give(model):
     assert np.allclose(np.linalg.norm(embeds, axis=1), 1)
 
 
-def test_pictures_are_what_processor_and_model_give(model, pictures):
-    images = [Image.open(path) for path in pictures]
+def test_images_are_what_processor_and_model_give(model, images):
+    opened = [Image.open(path) for path in images]
     with torch.no_grad():
-        expected = model(**model.processor(images=images)).image_embeds.numpy()
-    embeds = model.encode_image(images)
+        expected = model(**model.processor(images=opened)).image_embeds.numpy()
+    embeds = model.encode_image(opened)
     assert embeds.dtype == np.float32
     assert np.allclose(embeds, expected, atol=1e-6)
-    assert np.array_equal(model.encode_image(pictures), embeds)  # paths
-    assert np.array_equal(model.encode_image(map(str, pictures)), embeds)  # any iterable
+    assert np.array_equal(model.encode_image(images), embeds)  # paths
+    assert np.array_equal(model.encode_image(map(str, images)), embeds)  # any iterable
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_the_order_is_kept_whatever_the_batches(batch_size, model, pictures):
+def test_the_order_is_kept_whatever_the_batches(batch_size, model, images):
     texts = [letter * (1 + 7 * number % 5) for number, letter in enumerate("abcdefghij")]
     alone = np.stack([model.encode_text(text) for text in texts])
     assert np.allclose(model.encode_text(texts, batch_size), alone, atol=1e-6)
-    alone = np.stack([model.encode_image(path) for path in pictures])
-    assert np.allclose(model.encode_image(pictures, batch_size), alone, atol=1e-6)
+    alone = np.stack([model.encode_image(path) for path in images])
+    assert np.allclose(model.encode_image(images, batch_size), alone, atol=1e-6)
 
 
 def test_texts_of_like_length_share_a_batch(model, monkeypatch):
@@ -76,46 +76,46 @@ def test_texts_of_like_length_share_a_batch(model, monkeypatch):
     assert all(batch["attention_mask"].all() for batch in shapes)
 
 
-def test_one_input_gives_one_row(model, pictures):
-    assert model.encode_text("a cat").shape == model.encode_image(pictures[0]).shape == (16,)
-    assert model.encode_text(["a cat"]).shape == model.encode_image([pictures[0]]).shape == (1, 16)
+def test_one_input_gives_one_row(model, images):
+    assert model.encode_text("a cat").shape == model.encode_image(images[0]).shape == (16,)
+    assert model.encode_text(["a cat"]).shape == model.encode_image([images[0]]).shape == (1, 16)
     assert model.encode_text([]).shape == model.encode_image([]).shape == (0, 16)
     assert model.encode_text([], truncate_dim=3).shape == (0, 3)
 
 
-def test_tensors_on_request_and_float32_whatever_the_model_runs_in(model, pictures):
+def test_tensors_on_request_and_float32_whatever_the_model_runs_in(model, images):
     assert torch.equal(model.encode_text(TEXTS, convert_to_tensor=True), torch.tensor(model.encode_text(TEXTS)))
-    expected = model.encode_image(pictures)
-    embeds = model.to(torch.bfloat16).encode_image(pictures, convert_to_tensor=True)
+    expected = model.encode_image(images)
+    embeds = model.to(torch.bfloat16).encode_image(images, convert_to_tensor=True)
     assert embeds.dtype == torch.float32
     assert torch.allclose(embeds.norm(dim=1), torch.ones(5))
     assert np.allclose(embeds, expected, atol=0.05)
 
 
-def test_a_truncated_embedding_has_length_one_again(model, pictures):
+def test_a_truncated_embedding_has_length_one_again(model, images):
     for whole, cut in (
         (model.encode_text(TEXTS), model.encode_text(TEXTS, truncate_dim=5)),
-        (model.encode_image(pictures), model.encode_image(pictures, truncate_dim=5)),
+        (model.encode_image(images), model.encode_image(images, truncate_dim=5)),
     ):
         prefix = whole[:, :5]
         assert np.allclose(cut, prefix / np.linalg.norm(prefix, axis=1, keepdims=True), atol=1e-6)
 
 
-def test_a_half_encodes_its_side(tiny_folder, model, pictures):
+def test_a_half_encodes_its_side(tiny_folder, model, images):
     vision, text = ClipMiniVisionModel.from_pretrained(tiny_folder), ClipMiniTextModel.from_pretrained(tiny_folder)
-    assert np.allclose(vision.encode_image(pictures), model.encode_image(pictures), atol=1e-6)
+    assert np.allclose(vision.encode_image(images), model.encode_image(images), atol=1e-6)
     assert np.allclose(text.encode_text(TEXTS), model.encode_text(TEXTS), atol=1e-6)
     assert not hasattr(vision, "encode_text")
     assert not hasattr(text, "encode_image")
 
 
-def test_one_batch_of_pictures_is_read_at_a_time(model, pictures, monkeypatch):
+def test_one_batch_of_images_is_read_at_a_time(model, images, monkeypatch):
     events = []
     features = model.get_image_features
     read = module.read_named
     monkeypatch.setattr(module, "read_named", lambda *args, **kw: events.append("read") or read(*args, **kw))
     monkeypatch.setattr(model, "get_image_features", lambda *args, **kw: events.append("run") or features(*args, **kw))
-    model.encode_image(pictures, batch_size=2)
+    model.encode_image(images, batch_size=2)
     assert events == ["read", "read", "run", "read", "read", "run", "read", "run"]
 
 
@@ -130,11 +130,11 @@ def test_training_mode_is_left_and_entered_again(model):
     assert model.text_model.training
 
 
-def test_pictures_that_come_one_by_one_are_held_a_batch_at_a_time(model, pictures):
+def test_images_that_come_one_by_one_are_held_a_batch_at_a_time(model, images):
     alive = []
 
     def come():
-        for path in pictures:
+        for path in images:
             alive[:] = [reference for reference in alive if reference() is not None]
             assert len(alive) <= 2
             image = Image.open(path)
@@ -142,23 +142,23 @@ def test_pictures_that_come_one_by_one_are_held_a_batch_at_a_time(model, picture
             yield image
 
     embeds = model.encode_image(come(), batch_size=1)
-    assert np.allclose(embeds, model.encode_image(pictures), atol=1e-6)
+    assert np.allclose(embeds, model.encode_image(images), atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "L", "P"])
-def test_a_path_is_as_good_as_a_picture(mode, model, tmp_path):
-    picture = Image.new(mode, (60, 60), {"RGBA": (255, 0, 0, 0), "LA": (0, 0), "I;16": 30000}.get(mode, 200))
-    picture.save(tmp_path / "picture.png")
-    expected = model.encode_image(picture)
-    assert np.array_equal(model.encode_image(tmp_path / "picture.png"), expected)
+def test_a_path_is_as_good_as_a_image(mode, model, tmp_path):
+    image = Image.new(mode, (60, 60), {"RGBA": (255, 0, 0, 0), "LA": (0, 0), "I;16": 30000}.get(mode, 200))
+    image.save(tmp_path / "image.png")
+    expected = model.encode_image(image)
+    assert np.array_equal(model.encode_image(tmp_path / "image.png"), expected)
     if "A" in mode:
         assert np.array_equal(expected, model.encode_image(Image.new("RGB", (60, 60), "white")))
 
 
 @pytest.fixture(scope="module")
-def address(pictures):
-    """The folder of pictures, served on loopback."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=pictures[0].parent)
+def address(images):
+    """The folder of images, served on loopback."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=images[0].parent)
     handler.log_message = lambda *args: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -166,16 +166,16 @@ def address(pictures):
         server.shutdown()
 
 
-def test_an_address_is_as_good_as_a_path(model, pictures, address):
-    assert np.array_equal(model.encode_image(f"{address}/3.png"), model.encode_image(pictures[3]))
+def test_an_address_is_as_good_as_a_path(model, images, address):
+    assert np.array_equal(model.encode_image(f"{address}/3.png"), model.encode_image(images[3]))
     with pytest.raises(ValueError, match=r"^http.*/9\.png: cannot be fetched \(HTTP Error 404: File not found\)"):
         model.encode_image([f"{address}/9.png"])
 
 
-def test_a_broken_picture_is_named(model, pictures, tmp_path):
+def test_a_broken_image_is_named(model, images, tmp_path):
     text, cut = tmp_path / "text.png", tmp_path / "cut.png"
-    text.write_text("no picture")
-    cut.write_bytes(pictures[4].read_bytes()[:200])
+    text.write_text("no image")
+    cut.write_bytes(images[4].read_bytes()[:200])
     for broken, message in (
         (tmp_path / "none.png", r"none\.png: does not exist"),
         (text, r"text\.png: is not an image"),
@@ -184,7 +184,7 @@ def test_a_broken_picture_is_named(model, pictures, tmp_path):
         (Image.new("RGB", (0, 5)), r"image number 3: has no pixels"),
     ):
         with pytest.raises(ValueError, match=message):
-            model.encode_image([*pictures[:2], broken])
+            model.encode_image([*images[:2], broken])
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_model_from_nowhere_says_how_to_set_a_processor(tiny_model, tiny_proce
 
 
 def test_the_processor_is_of_the_models_own_revision(tiny_folder, tmp_path):
-    """A repository whose two revisions prepare pictures differently, as the Hub's cache holds it."""
+    """A repository whose two revisions prepare images differently, as the Hub's cache holds it."""
     repository = tmp_path / "cache" / "models--org--tiny"
     for branch, commit, size in (("main", "a" * 40, 64), ("old", "b" * 40, 32)):
         (repository / "refs").mkdir(parents=True, exist_ok=True)

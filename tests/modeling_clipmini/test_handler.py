@@ -25,7 +25,7 @@ LABELS = ["a red square", "a blue disc", "nothing at all"]
 LONG_LABEL = "a label of very many words " * 200
 
 
-def picture(size=(200, 120)):
+def make_image(size=(200, 120)):
     return Image.merge(
         "RGB", [Image.linear_gradient("L").resize(size).rotate(90 * turn).resize(size) for turn in range(3)]
     )
@@ -69,42 +69,42 @@ FORMS = {
 
 class TestZeroShot:
     @pytest.mark.parametrize("form", FORMS)
-    def test_every_form_of_a_picture_gets_the_scores_of_the_pipeline(self, handler, classify, form):
-        request = {**FORMS[form](picture()), "parameters": {"candidate_labels": LABELS}}
+    def test_every_form_of_a_image_gets_the_scores_of_the_pipeline(self, handler, classify, form):
+        request = {**FORMS[form](make_image()), "parameters": {"candidate_labels": LABELS}}
         before = json.dumps(request, default=str)
-        assert_same(handler(request), classify(picture(), candidate_labels=LABELS))
+        assert_same(handler(request), classify(make_image(), candidate_labels=LABELS))
         assert json.dumps(request, default=str) == before
 
     @pytest.mark.parametrize("template", ["{}", "a photo of a {}.", "{} as a drawing"])
     def test_template(self, handler, classify, template):
         parameters = {"candidate_labels": LABELS, "hypothesis_template": template}
-        answer = handler({"inputs": picture(), "parameters": parameters})
-        assert_same(answer, classify(picture(), candidate_labels=LABELS, hypothesis_template=template))
+        answer = handler({"inputs": make_image(), "parameters": parameters})
+        assert_same(answer, classify(make_image(), candidate_labels=LABELS, hypothesis_template=template))
 
     def test_other_braces_of_a_template_stay(self, handler, monkeypatch):
         texts = []
         monkeypatch.setattr(handler, "_embed_labels", lambda captions: texts.append(captions) or torch.ones(2, 16))
         parameters = {"candidate_labels": ["a", "b"], "hypothesis_template": "{0} {label!r} {} }"}
-        handler({"inputs": picture(), "parameters": parameters})
+        handler({"inputs": make_image(), "parameters": parameters})
         assert texts == [("{0} {label!r} a }", "{0} {label!r} b }")]
 
     def test_labels_in_one_string(self, handler):
-        whole = handler({"inputs": picture(), "parameters": {"candidate_labels": "cat , dog,fish"}})
-        assert whole == handler({"inputs": picture(), "parameters": {"candidate_labels": ["cat", "dog", "fish"]}})
+        whole = handler({"inputs": make_image(), "parameters": {"candidate_labels": "cat , dog,fish"}})
+        assert whole == handler({"inputs": make_image(), "parameters": {"candidate_labels": ["cat", "dog", "fish"]}})
 
     def test_many_labels_are_the_pipelines_too(self, handler, classify):
         labels = [f"thing number {number}" for number in range(300)]
-        answer = handler({"inputs": picture(), "parameters": {"candidate_labels": labels}})
-        assert_same(answer, classify(picture(), candidate_labels=labels))
+        answer = handler({"inputs": make_image(), "parameters": {"candidate_labels": labels}})
+        assert_same(answer, classify(make_image(), candidate_labels=labels))
         assert sum(item["score"] for item in answer) == pytest.approx(1)
 
     def test_a_long_label_is_cut(self, handler):
-        answer = handler({"inputs": picture(), "parameters": {"candidate_labels": [LONG_LABEL, "short"]}})
+        answer = handler({"inputs": make_image(), "parameters": {"candidate_labels": [LONG_LABEL, "short"]}})
         assert {item["label"] for item in answer} == {LONG_LABEL, "short"}
 
-    def test_several_pictures(self, handler):
+    def test_several_images(self, handler):
         parameters = {"candidate_labels": LABELS}
-        images = [picture(), picture((50, 80))]
+        images = [make_image(), make_image((50, 80))]
         answers = handler({"inputs": [in_base64(image) for image in images], "parameters": parameters})
         assert len(answers) == 2
         for image, answer in zip(images, answers, strict=True):
@@ -113,9 +113,9 @@ class TestZeroShot:
     def test_bias_and_scale_are_the_models(self, tiny_config, tiny_processor):
         model = ClipMiniModel(tiny_config(loss="sigmoid")).eval()
         parameters = {"candidate_labels": LABELS, "hypothesis_template": "{}"}
-        answer = RequestHandler(model, tiny_processor)({"inputs": picture(), "parameters": parameters})
+        answer = RequestHandler(model, tiny_processor)({"inputs": make_image(), "parameters": parameters})
         with torch.no_grad():
-            expected = model(**tiny_processor(images=[picture()], text=LABELS)).logits_per_image.softmax(dim=-1)
+            expected = model(**tiny_processor(images=[make_image()], text=LABELS)).logits_per_image.softmax(dim=-1)
         scores = {item["label"]: item["score"] for item in answer}
         assert [scores[label] for label in LABELS] == pytest.approx(expected[0].tolist(), abs=1e-6)
 
@@ -125,12 +125,12 @@ class TestZeroShot:
         monkeypatch.setattr(tiny_model, "get_text_features", lambda **inputs: calls.append(1) or embed(**inputs))
         handler = RequestHandler(tiny_model, tiny_processor)
         for labels in (LABELS, LABELS, LABELS[:2]):
-            handler({"inputs": picture(), "parameters": {"candidate_labels": labels}})
+            handler({"inputs": make_image(), "parameters": {"candidate_labels": labels}})
         assert len(calls) == 2
 
     def test_threads_do_not_disturb_each_other(self, handler):
         requests = [
-            {"inputs": picture((60 + number, 60)), "parameters": {"candidate_labels": [f"{number} " * number, "b"]}}
+            {"inputs": make_image((60 + number, 60)), "parameters": {"candidate_labels": [f"{number} " * number, "b"]}}
             for number in range(1, 25)
         ]
         expected = [handler(request) for request in requests]
@@ -141,14 +141,14 @@ class TestZeroShot:
             assert_same(answer, other)
 
 
-class TestPictures:
+class TestImages:
     def test_are_turned_upright(self, handler, classify):
         exif = Image.Exif()
         exif[0x0112] = 6  # turn by 270 degrees
-        content = encoded(picture(), "PNG", exif=exif)
+        content = encoded(make_image(), "PNG", exif=exif)
         parameters = {"candidate_labels": LABELS}
         answer = handler({"inputs": content, "parameters": parameters})
-        assert_same(answer, classify(picture().transpose(Image.Transpose.ROTATE_270), **parameters))
+        assert_same(answer, classify(make_image().transpose(Image.Transpose.ROTATE_270), **parameters))
         assert_same(answer, classify(Image.open(io.BytesIO(content)), **parameters))
 
     def test_of_an_animation_the_first_frame_counts(self, handler):
@@ -178,8 +178,8 @@ class TestPictures:
     def test_large_ones_are_decoded_one_after_the_other(self, handler, monkeypatch):
         monkeypatch.setattr(handler_module, "MANY_PIXELS", 1000)
         with handler._memory_lock, ThreadPoolExecutor(2) as pool:
-            small = pool.submit(handler, {"inputs": picture((30, 30)), "parameters": {"candidate_labels": LABELS}})
-            large = pool.submit(handler, {"inputs": picture((40, 40)), "parameters": {"candidate_labels": LABELS}})
+            small = pool.submit(handler, {"inputs": make_image((30, 30)), "parameters": {"candidate_labels": LABELS}})
+            large = pool.submit(handler, {"inputs": make_image((40, 40)), "parameters": {"candidate_labels": LABELS}})
             assert len(small.result(20)) == 3
             assert not large.done()
             handler._memory_lock.release()
@@ -216,13 +216,13 @@ class TestFeatures:
     @pytest.mark.parametrize(
         "request_",
         [
-            {"inputs": {"image": in_base64(picture())}, "parameters": {"task": "feature-extraction"}},
-            {"inputs": encoded(picture()), "task": "feature-extraction"},
-            {"inputs": in_base64(picture()), "task": "image-feature-extraction"},
+            {"inputs": {"image": in_base64(make_image())}, "parameters": {"task": "feature-extraction"}},
+            {"inputs": encoded(make_image()), "task": "feature-extraction"},
+            {"inputs": in_base64(make_image()), "task": "image-feature-extraction"},
         ],
     )
-    def test_of_a_picture(self, handler, request_):
-        expected = encode_images(handler.model, handler.processor, [picture()])[0]
+    def test_of_a_image(self, handler, request_):
+        expected = encode_images(handler.model, handler.processor, [make_image()])[0]
         assert handler(request_) == pytest.approx(expected.tolist(), abs=1e-5)
         assert handler({**request_, "inputs": [request_["inputs"]]})[0] == pytest.approx(expected.tolist(), abs=1e-5)
 
@@ -238,7 +238,7 @@ def zero_shot(inputs=b"", labels=("a", "b"), **parameters):
     return {"inputs": inputs, "parameters": {"candidate_labels": list(labels), **parameters}}
 
 
-GOOD = encoded(picture())
+GOOD = encoded(make_image())
 REFUSED = [
     ([], 422, "JSON object"),
     ({}, 422, "no inputs"),
@@ -261,26 +261,26 @@ REFUSED = [
     (zero_shot(GOOD, hypothesis_template="{} {}"), 422, "must hold {} once"),
     (zero_shot(GOOD, hypothesis_template=["{}"]), 422, "must hold {} once"),
     (zero_shot(GOOD, hypothesis_template="\ud800{}"), 422, "UTF-8"),
-    (zero_shot([GOOD] * 33), 422, "33 pictures"),
-    (zero_shot([]), 422, "0 pictures"),
+    (zero_shot([GOOD] * 33), 422, "33 images"),
+    (zero_shot([]), 422, "0 images"),
     (zero_shot(None), 422, "no inputs"),
-    (zero_shot(3), 422, "3 is no picture"),
-    (zero_shot({"url": "x"}), 422, "None is no picture"),
-    (zero_shot({"image": {"image": "x"}}), 422, "is no picture"),
+    (zero_shot(3), 422, "3 is no image"),
+    (zero_shot({"url": "x"}), 422, "None is no image"),
+    (zero_shot({"image": {"image": "x"}}), 422, "is no image"),
     (zero_shot(b""), 422, "is empty (zero bytes)"),
     (
-        zero_shot(encoded(picture(), "TIFF")),
+        zero_shot(encoded(make_image(), "TIFF")),
         422,
         "read here: JPEG, PNG, WEBP, GIF, BMP.",
     ),  # a tile of one may unpack to gigabytes
     (zero_shot(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"), 422, "is not an image"),
     (zero_shot(GOOD[:-200]), 422, "truncated"),
-    (zero_shot(encoded(picture(), "JPEG")[:-200]), 422, "truncated"),
-    (zero_shot("no base64!"), 422, "neither a picture's base64 nor"),
+    (zero_shot(encoded(make_image(), "JPEG")[:-200]), 422, "truncated"),
+    (zero_shot("no base64!"), 422, "neither an image's base64 nor"),
     (zero_shot("data:image/png,abc"), 422, "not in base64"),
     (zero_shot("https://example.org/cat.png"), 422, "not fetched"),
     (zero_shot("http://127.0.0.1/cat.png"), 422, "not fetched"),
-    (zero_shot("file:///etc/passwd"), 422, "neither a picture's base64 nor"),
+    (zero_shot("file:///etc/passwd"), 422, "neither an image's base64 nor"),
     (zero_shot(encoded(Image.new("L", (2, 202)))), 422, "longer than 1:100"),
     (zero_shot(encoded_bomb(7100)), 413, "50.4 megapixels, over the limit of 50"),
     (zero_shot([encoded_bomb(4000)] * 4), 413, "64.0 megapixels are over"),
@@ -309,7 +309,7 @@ class TestRefused:
         assert caught.value.status == status
         assert len(str(caught.value)) < 400
 
-    def test_pictures_of_very_many_bytes(self, monkeypatch):
+    def test_images_of_very_many_bytes(self, monkeypatch):
         monkeypatch.setattr(handler_module, "MAX_IMAGE_BYTES", len(GOOD) - 1)
         with pytest.raises(RequestError, match="over the limit") as caught:
             read_content(GOOD)
@@ -337,24 +337,24 @@ class Blocker:
         if name.split(".")[0] in ("clipmini", "modeling_clipmini"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocker())
-folder, picture = sys.argv[1:]
+folder, image = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("handler", folder + "/handler.py")  # as Inference Endpoints do
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 answer = module.EndpointHandler(folder)
 labels = ["a red square", "a blue disc", "nothing at all"]
-request = {"inputs": open(picture, "rb").read(), "parameters": {"candidate_labels": labels}}
+request = {"inputs": open(image, "rb").read(), "parameters": {"candidate_labels": labels}}
 answers = [answer(request), answer({"inputs": "a"})]
 events = []
 sys.addaudithook(lambda name, arguments: events.append(name))
 answer(request)
-for inputs in (picture, "file://" + picture, "http://127.0.0.1:9/", "data:," + picture, "__import__('os')"):
+for inputs in (image, "file://" + image, "http://127.0.0.1:9/", "data:," + image, "__import__('os')"):
     try:
         answer({"inputs": inputs, "parameters": {"candidate_labels": ["{0.__class__}", inputs]}})
     except ValueError:
-        answer({"inputs": [inputs, picture]})
+        answer({"inputs": [inputs, image]})
     else:
-        raise SystemExit("a picture was found at " + inputs)
+        raise SystemExit("an image was found at " + inputs)
 watched = ("open", "socket", "subprocess", "os", "exec", "compile")
 print(json.dumps([*answers, sorted({name for name in events if name.split(".")[0] in watched})]))
 """
@@ -368,9 +368,9 @@ class TestEndpointHandler:
         snapshot.mkdir()
         for file in blobs.iterdir():
             (snapshot / file.name).symlink_to(file)
-        (tmp_path / "picture.png").write_bytes(GOOD)
+        (tmp_path / "image.png").write_bytes(GOOD)
         done = subprocess.run(
-            [sys.executable, "-c", DEPLOYMENT, str(snapshot), str(tmp_path / "picture.png")],
+            [sys.executable, "-c", DEPLOYMENT, str(snapshot), str(tmp_path / "image.png")],
             cwd=tmp_path,
             env={**os.environ, "HF_HOME": str(tmp_path / "hf")},
             capture_output=True,

@@ -1,4 +1,4 @@
-"""Pictures of every awkward kind are read rightly, or refused with a reason and nothing but `ImageError`."""
+"""Images of every awkward kind are read rightly, or refused with a reason and nothing but `ImageError`."""
 
 import contextlib
 import http.server
@@ -39,8 +39,8 @@ def png_chunk(name, data):
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png_of(width, height, depth, colour_type, rows, *extra):
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+def png_of(width, height, depth, color_type, rows, *extra):
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
     compressor = zlib.compressobj()
     data = b"".join(compressor.compress(b"\0" + row) for row in rows) + compressor.flush()
     body = png_chunk(b"IHDR", header) + b"".join(extra) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
@@ -63,7 +63,7 @@ def row_of(mode, *values):
 
 
 class TestReadImage:
-    def test_takes_path_bytes_row_and_picture(self, tmp_path):
+    def test_takes_path_bytes_row_and_image(self, tmp_path):
         data = encode(row_of("RGB", RED, GREEN))
         path = tmp_path / "a.png"
         path.write_bytes(data)
@@ -106,8 +106,8 @@ class TestReadImage:
     )
     def test_turned_upright_once(self, orientation, expected):
         image = Image.new("RGB", (2, 2))
-        for index, colour in enumerate([RED, GREEN, BLUE, WHITE]):
-            image.putpixel((index % 2, index // 2), colour)
+        for index, color in enumerate([RED, GREEN, BLUE, WHITE]):
+            image.putpixel((index % 2, index // 2), color)
         exif = Image.Exif()
         exif[0x0112] = orientation
         upright = read_image(encode(image, exif=exif))
@@ -139,7 +139,7 @@ class TestReadImage:
         image = row_of("RGBA", (255, 0, 0, 255), (255, 0, 0, 0), (0, 0, 0, 128))
         assert pixels(read_image(encode(image))) == [RED, WHITE, (127, 127, 127)]
 
-    def test_grey_with_alpha(self):
+    def test_gray_with_alpha(self):
         assert pixels(read_image(encode(row_of("LA", (0, 255), (0, 0))))) == [BLACK, WHITE]
 
     @pytest.mark.parametrize("transparency", [0, b"\0\xff"])
@@ -154,22 +154,22 @@ class TestReadImage:
         assert pixels(read_image(encode(image))) == [RED, GREEN]
 
     @pytest.mark.parametrize(("mode", "key", "other", "shown"), [("RGB", RED, BLUE, BLUE), ("L", 9, 0, BLACK)])
-    def test_transparent_colour(self, mode, key, other, shown):
+    def test_transparent_color(self, mode, key, other, shown):
         assert pixels(read_image(encode(row_of(mode, key, other), transparency=key))) == [WHITE, shown]
 
     @pytest.mark.parametrize(
         ("value", "expected"), [(0, 0), (128, 0), (129, 1), (257, 1), (32768, 128), (65278, 254), (65535, 255)]
     )
-    def test_16_bit_grey_is_scaled_and_rounded(self, value, expected):
+    def test_16_bit_gray_is_scaled_and_rounded(self, value, expected):
         data = png_of(1, 1, 16, 0, [struct.pack(">H", value)])
         assert pixels(read_image(data)) == [(expected,) * 3]
 
-    def test_16_bit_tiff_and_colour(self):
+    def test_16_bit_tiff_and_color(self):
         tiff = encode(row_of("I;16", 0, 65535), "TIFF")
         assert pixels(read_image(tiff)) == [BLACK, WHITE]
         assert pixels(read_image(png_of(1, 1, 16, 2, [struct.pack(">HHH", 65535, 0, 32768)]))) == [(255, 0, 128)]
 
-    def test_1_bit_and_grey(self):
+    def test_1_bit_and_gray(self):
         assert pixels(read_image(encode(row_of("1", 0, 1)))) == [BLACK, WHITE]
         assert pixels(read_image(encode(row_of("L", 7)))) == [(7, 7, 7)]
 
@@ -183,12 +183,12 @@ class TestReadImage:
         ("kind", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})]
     )
     def test_first_frame_of_an_animation(self, kind, options):
-        frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, GREEN)]
+        frames = [Image.new("RGB", (4, 4), color) for color in (RED, GREEN)]
         data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         assert Image.open(io.BytesIO(data)).n_frames == 2
         assert set(pixels(read_image(data))) == {RED}
 
-    def test_does_not_change_the_callers_picture(self):
+    def test_does_not_change_the_callers_image(self):
         image = row_of("RGBA", (255, 0, 0, 0))
         read_image(image)
         assert image.mode == "RGBA"
@@ -205,7 +205,7 @@ def truncate(data, share):
 
 FAULTS = {
     "empty": (lambda: b"", "zero bytes"),
-    "text": (lambda: b"this is not a picture, whatever its name", "not an image"),
+    "text": (lambda: b"this is not an image, whatever its name", "not an image"),
     "html": (lambda: b"<!DOCTYPE html><html></html>", "not an image"),
     "postscript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     "jpeg in half": (lambda: truncate(jpeg(), 0.5), "truncated"),
@@ -266,7 +266,7 @@ class TestFaults:
         with pytest.raises(ImageError, match="neither"):
             read_image(source)
 
-    def test_pictures_in_memory(self):
+    def test_images_in_memory(self):
         with pytest.raises(ImageError, match="no pixels"):
             read_image(Image.new("RGB", (0, 5)))
         with pytest.raises(ImageError, match="101x1"):

@@ -20,7 +20,7 @@ IMAGES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
 TEXTS = torch.tensor([[0.8, 0.6], [0.0, 1.0], [1.0, 0.0]])
 SIMILARITIES = [[0.8, 0.0, 1.0], [0.6, 1.0, 0.0], [0.96, 0.8, 0.6]]
 SCALE = torch.tensor(2.0)
-SHARED_IDS = torch.tensor([7, 3, 7])  # images 0 and 2 are one picture
+SHARED_IDS = torch.tensor([7, 3, 7])  # images 0 and 2 are one image
 
 
 def log_softmax(row, column):
@@ -74,8 +74,8 @@ def test_infonce_without_shared_ids_is_clips_loss():
     assert torch.allclose(infonce_loss(IMAGES, TEXTS, SCALE), clip_loss)
 
 
-def test_a_second_caption_of_one_picture_is_not_punished():
-    """Perfect embeddings of one picture with two captions: only ids let the loss reach its least value."""
+def test_a_second_caption_of_one_image_is_not_punished():
+    """Perfect embeddings of one image with two captions: only ids let the loss reach its least value."""
     images = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     scale = torch.tensor(100.0)
     with_ids = infonce_loss(images, images, scale, torch.tensor([1, 1, 2])).item()

@@ -117,7 +117,7 @@ def test_tuples_have_the_documented_order(tiny_model):
         assert torch.equal(value, output[expected])
 
 
-def test_features_are_projected_and_not_yet_normalised(tiny_model):
+def test_features_are_projected_and_not_yet_normalized(tiny_model):
     inputs = make_inputs()
     features = tiny_model.get_image_features(inputs["pixel_values"]).pooler_output
     assert torch.allclose(torch.nn.functional.normalize(features, dim=-1), tiny_model(**inputs).image_embeds)

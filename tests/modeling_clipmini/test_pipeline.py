@@ -33,7 +33,7 @@ def expect(tiny_folder):
 
 
 @pytest.fixture
-def pictures():
+def images():
     ramp = Image.linear_gradient("L")
     return [
         Image.merge("RGB", [ramp.rotate(90 * turn).resize(size) for turn in range(3)])
@@ -46,38 +46,38 @@ def assert_same(answer, expected):
     assert [item["score"] for item in answer] == pytest.approx([score for _, score in expected], abs=1e-5)
 
 
-def test_pillow_picture_and_path(classify, expect, pictures, tmp_path):
-    file = tmp_path / "picture.png"
-    pictures[0].save(file)
-    for picture in (pictures[0], str(file)):
-        assert_same(classify(picture, candidate_labels=LABELS), expect(pictures[0]))
+def test_pillow_image_and_path(classify, expect, images, tmp_path):
+    file = tmp_path / "image.png"
+    images[0].save(file)
+    for image in (images[0], str(file)):
+        assert_same(classify(image, candidate_labels=LABELS), expect(images[0]))
 
 
 @pytest.mark.parametrize("batch_size", [None, 2, 3])
-def test_several_pictures(classify, expect, pictures, batch_size):
-    answers = classify(pictures, candidate_labels=LABELS, batch_size=batch_size)
-    for picture, answer in zip(pictures, answers, strict=True):
-        assert_same(answer, expect(picture))
+def test_several_images(classify, expect, images, batch_size):
+    answers = classify(images, candidate_labels=LABELS, batch_size=batch_size)
+    for image, answer in zip(images, answers, strict=True):
+        assert_same(answer, expect(image))
 
 
 @pytest.mark.parametrize("template", ["{}", "a photo of a {}.", "{} in a drawing"])
-def test_templates(classify, expect, pictures, template):
-    answer = classify(pictures[0], candidate_labels=LABELS, hypothesis_template=template)
-    assert_same(answer, expect(pictures[0], template=template))
+def test_templates(classify, expect, images, template):
+    answer = classify(images[0], candidate_labels=LABELS, hypothesis_template=template)
+    assert_same(answer, expect(images[0], template=template))
 
 
-def test_one_label(classify, pictures):
-    assert classify(pictures[0], candidate_labels=["a"]) == [{"label": "a", "score": 1.0}]
+def test_one_label(classify, images):
+    assert classify(images[0], candidate_labels=["a"]) == [{"label": "a", "score": 1.0}]
 
 
-def test_long_labels(classify, expect, pictures):
+def test_long_labels(classify, expect, images):
     """The pipeline pads but does not cut; the model does."""
     labels = ["short", "a label of very many words " * 200, "another one of very many words " * 300]
-    assert_same(classify(pictures[0], candidate_labels=labels), expect(pictures[0], labels))
-    cut = classify(pictures[0], candidate_labels=labels, tokenizer_kwargs={"truncation": True})
-    assert_same(cut, expect(pictures[0], labels))  # the tokenizer cuts them likewise
+    assert_same(classify(images[0], candidate_labels=labels), expect(images[0], labels))
+    cut = classify(images[0], candidate_labels=labels, tokenizer_kwargs={"truncation": True})
+    assert_same(cut, expect(images[0], labels))  # the tokenizer cuts them likewise
 
 
-def test_many_labels(classify, expect, pictures):
+def test_many_labels(classify, expect, images):
     labels = [f"thing number {number}" for number in range(500)]
-    assert_same(classify(pictures[0], candidate_labels=labels), expect(pictures[0], labels))
+    assert_same(classify(images[0], candidate_labels=labels), expect(images[0], labels))

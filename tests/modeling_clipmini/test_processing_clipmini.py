@@ -78,7 +78,7 @@ def test_pixels_are_timms(name, width, height, interpolation, crop_pct):
     assert greatest_difference(image, config, timm_pixels(image, config)) <= steps + 1e-3
 
 
-def test_most_pictures_need_no_allowance_for_the_crop():
+def test_most_images_need_no_allowance_for_the_crop():
     image, config = photograph("astronaut", 512, 384), make_config(crop_pct=0.875)
     assert greatest_difference(image, config, timm_transform(config)(image)) <= 1.001
 
@@ -138,7 +138,7 @@ def test_a_tokenizer_without_a_limit_gets_the_towers(tiny_config):
     assert ClipMiniProcessor.from_towers(tiny_config(), tokenizer).tokenizer.model_max_length == 64
 
 
-def test_transparent_pictures_lie_on_white(tiny_processor):
+def test_transparent_images_lie_on_white(tiny_processor):
     image = Image.new("RGBA", (50, 50), (255, 0, 0, 0))
     white = Image.new("RGB", (50, 50), "white")
     for given in (image, [image]):

@@ -73,7 +73,7 @@ AUDIT = """
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
-folder, picture = sys.argv[1], Image.open(sys.argv[2]).convert("RGB")
+folder, image = sys.argv[1], Image.open(sys.argv[2]).convert("RGB")
 events = []
 def is_uploaded(frame):
     return "transformers_modules" in frame.f_code.co_filename
@@ -92,8 +92,8 @@ model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 assert is_uploaded(type("", (), {"f_code": type(model).forward.__wrapped__.__code__}))
 def use():
-    model(**processor(images=[picture], text=["a"])).loss.backward()
-    model.encode_image([picture, picture])
+    model(**processor(images=[image], text=["a"])).loss.backward()
+    model.encode_image([image, image])
     model.encode_text(["a", "b"], show_progress_bar=True)
 use()  # whatever is imported late is imported now
 is_closed = True
@@ -103,25 +103,25 @@ print(json.dumps(events))
 
 
 @pytest.fixture
-def picture(tmp_path):
-    Image.linear_gradient("L").save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+def image(tmp_path):
+    Image.linear_gradient("L").save(tmp_path / "image.png")
+    return tmp_path / "image.png"
 
 
-def test_an_audit_hook_sees_no_connection_and_no_file(tiny_folder, picture, tmp_path):
+def test_an_audit_hook_sees_no_connection_and_no_file(tiny_folder, image, tmp_path):
     """Nobody connects; the uploaded code opens nothing at all; and once all is loaded, nobody opens anything."""
-    output = run_as_stranger(AUDIT, tmp_path, tiny_folder, picture).stdout
+    output = run_as_stranger(AUDIT, tmp_path, tiny_folder, image).stdout
     assert json.loads(output.splitlines()[-1]) == []
 
 
 @pytest.mark.slow
-def test_the_audit_hook_sees_what_it_is_for(tiny_folder, picture, tmp_path):
+def test_the_audit_hook_sees_what_it_is_for(tiny_folder, image, tmp_path):
     doctored = tmp_path / "doctored"
     shutil.copytree(tiny_folder, doctored)
     code = (doctored / "loss_clipmini.py").read_text(encoding="utf-8")
     added = "\nimport socket\nopen(__file__).close()\nsocket.socket().close()\n"
     (doctored / "loss_clipmini.py").write_text(code + added)
-    output = run_as_stranger(AUDIT, tmp_path, doctored, picture).stdout
+    output = run_as_stranger(AUDIT, tmp_path, doctored, image).stdout
     assert {event for event, _ in json.loads(output.splitlines()[-1])} == {"open", "socket.__new__"}
 
 

@@ -15,7 +15,7 @@ from hub_schema import metadata_faults, metadata_of
 from stranger import run_as_stranger
 
 NO_DUPLICATES = {
-    "pictures": {"num_groups": 0, "num_images": 0, "examples": []},
+    "images": {"num_groups": 0, "num_images": 0, "examples": []},
     "within": {},
     "across": {},
     "captions": {"num_groups": 0, "num_images": 0, "examples": []},
@@ -47,17 +47,17 @@ def render(tiny_config, results, *overrides, recipe="demo"):
 
 
 def test_it_tells_what_was_done_and_reached(results, tiny_config):
-    text = render(tiny_config, results, "source=/home/me/my pictures").text
-    assert "trained on 1,680 pictures of `my pictures`" in text
+    text = render(tiny_config, results, "source=/home/me/my images").text
+    assert "trained on 1,680 images of `my images`" in text
     assert "| train | 1,680 | 8,400 |" in text
     assert "| heads | 40 epochs | 64 | 0.001 |" in text
-    assert "**Among 32 pictures of the test split" in text
+    assert "**Among 32 images of the test split" in text
     assert text.count("| text to image | **31.2** (25.0 to 40.0) | **31.2** (25.0 to 40.0) |") == 2
-    assert text.count("32 pictures, 160 captions; the checkpoint was chosen on this split") == 1
+    assert text.count("32 images, 160 captions; the checkpoint was chosen on this split") == 1
     assert "could not be read or had no caption: 2" in text
     assert "Leak check, copies in two splits: none found" in text
     assert text.count("| 8 | 10.0 (5.0 to 20.0) | 10.0 (5.0 to 20.0) | 10.0 (5.0 to 20.0) |") == 2
-    assert "training took 2.5 min, reading pictures and what frozen towers make of them not counted." in text
+    assert "training took 2.5 min, reading images and what frozen towers make of them not counted." in text
     assert "torch 2.15.0" in text
     assert "captions of COCO and Flickr30k" in text  # what MiniLM has read belongs to every figure
     assert "before training" not in text  # heads that started at random have nothing to be compared with
@@ -94,8 +94,8 @@ def test_the_stages_that_were_run_are_told(results, tiny_config):
 
 def test_nothing_of_this_machine_is_told(results, tiny_config, tmp_path):
     places = {
-        "source": tmp_path / "pictures",
-        "image_root": tmp_path / "pictures",
+        "source": tmp_path / "images",
+        "image_root": tmp_path / "images",
         "output_dir": tmp_path / "runs" / "mine",
         "feature_cache_dir": tmp_path / "cache",
         "training.teacher": tmp_path / "teacher.parquet",
@@ -104,7 +104,7 @@ def test_nothing_of_this_machine_is_told(results, tiny_config, tmp_path):
         path.mkdir(parents=True, exist_ok=True)
     card = render(tiny_config, results, *(f"{key}={path}" for key, path in places.items()))
     assert str(tmp_path.parent) not in card.content
-    assert "image_root: pictures" in card.content
+    assert "image_root: images" in card.content
     assert "teacher: teacher.parquet" in card.content
     assert card.text.lstrip().startswith("# mine\n")
 
@@ -129,7 +129,7 @@ def test_the_hub_takes_its_metadata(results, tiny_config):
     data = metadata_of(card.content)
     assert data["base_model"] == ["timm/tf_efficientnet_lite0.in1k", "sentence-transformers/all-MiniLM-L6-v2"]
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "zero-shot-image-classification")
-    assert data["license"] == "apache-2.0"  # of Apache-2.0 towers and CC0 pictures
+    assert data["license"] == "apache-2.0"  # of Apache-2.0 towers and CC0 images
     assert "datasets" not in data  # a folder here is none of the Hub's
     (index,) = data["model-index"]
     assert index["name"] == "demo"
@@ -140,19 +140,19 @@ def test_the_hub_takes_its_metadata(results, tiny_config):
     assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
 
 
-def test_the_licence_is_the_strictest_or_none(results, tiny_config):
-    def licence(*overrides):
+def test_the_license_is_the_strictest_or_none(results, tiny_config):
+    def license(*overrides):
         return render(tiny_config, results, *overrides).data.license
 
-    assert licence("license=CC-BY-NC-4.0") == "cc-by-nc-4.0"
-    assert licence("license=null") is None
-    assert licence("model=tiny", "license=mit") == "mit"
+    assert license("license=CC-BY-NC-4.0") == "cc-by-nc-4.0"
+    assert license("license=null") is None
+    assert license("model=tiny", "license=mit") == "mit"
     text = render(tiny_config, results, "license=null").text
     assert "| training data | photos | not stated |" in text
-    assert "Not all of these licences are stated, so none is claimed for the model" in text
-    assert licence("license=llama2") is None
+    assert "Not all of these licenses are stated, so none is claimed for the model" in text
+    assert license("license=llama2") is None
     assert (
-        "Nobody can say which of these licences is the strictest, so"
+        "Nobody can say which of these licenses is the strictest, so"
         in render(tiny_config, results, "license=llama2").text
     )
 
@@ -193,7 +193,7 @@ def test_every_python_block_runs_where_clipmini_is_not_installed(
 ):
     folder = tmp_path / "model"
     save_model_folder(tiny_model, tiny_processor, folder)
-    Image.linear_gradient("L").resize((200, 120)).convert("RGB").save(tmp_path / "picture.jpg")
+    Image.linear_gradient("L").resize((200, 120)).convert("RGB").save(tmp_path / "image.jpg")
     blocks = python_blocks(render(tiny_config, results), folder)
     assert len(blocks) == 4
     code = f"for block in {blocks!r}:\n    exec(compile(block, '<card>', 'exec'), {{}})\n"

@@ -188,18 +188,18 @@ def test_strangers_load_what_was_pushed_by_its_id(hub, folder, prepared, tmp_pat
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
-picture = Image.linear_gradient("L").resize((200, 120)).convert("RGB")
+image = Image.linear_gradient("L").resize((200, 120)).convert("RGB")
 for revision in ("main", "ones"):
     model = AutoModel.from_pretrained("org/clipmini", trust_remote_code=True, revision=revision)
     processor = AutoProcessor.from_pretrained("org/clipmini", trust_remote_code=True, revision=revision)
     with torch.no_grad():
-        print(model(**processor(images=[picture], text=["a"])).image_embeds.tolist())
+        print(model(**processor(images=[image], text=["a"])).image_embeds.tolist())
 classify = pipeline("zero-shot-image-classification", model="org/clipmini", trust_remote_code=True)
-print(len(classify(picture, candidate_labels=["a", "b"])))
+print(len(classify(image, candidate_labels=["a", "b"])))
 """
     lines = run_as_stranger(code, tmp_path, **hub.environment()).stdout.splitlines()
-    picture = Image.linear_gradient("L").resize((200, 120)).convert("RGB")
-    inputs = ClipMiniProcessor.from_pretrained(folder)(images=[picture])
+    image = Image.linear_gradient("L").resize((200, 120)).convert("RGB")
+    inputs = ClipMiniProcessor.from_pretrained(folder)(images=[image])
     with torch.no_grad():
         expected = other.eval()(**inputs).image_embeds
     found = [torch.tensor(json.loads(line)) for line in lines[-3:-1]]

@@ -19,7 +19,7 @@ def folder(pushable_folder):
     """A model in a run's folder."""
     run = pushable_folder.parent
     (run / "recipe_as_run.yaml").write_text("data: {source: /home/me/photos}\n")
-    (run / "curves.png").write_bytes(b"a picture")
+    (run / "curves.png").write_bytes(b"an image")
     results = {
         "data": {"source": "/home/me/photos"},
         "skipped": [{"path": "/home/me/photos/7.png", "reason": "is empty"}],
@@ -83,20 +83,20 @@ def test_what_a_person_wrote_into_the_card_stays(folder):
     assert "## My own words\n\nHello." in contents(prepare_push(folder, "org/clipmini"))["README.md"].decode()
 
 
-def test_example_pictures_become_a_widget(folder, tmp_path):
-    picture = tmp_path / "my cat.PNG"
-    Image.new("RGB", (20, 20)).save(picture)
-    examples = [(picture, ["cat", "a dog"])]
+def test_example_images_become_a_widget(folder, tmp_path):
+    image = tmp_path / "my cat.PNG"
+    Image.new("RGB", (20, 20)).save(image)
+    examples = [(image, ["cat", "a dog"])]
     files = contents(prepare_push(folder, "org/clipmini", examples=examples, revision="v2"))
-    assert files["examples/my-cat.png"] == picture.read_bytes()
+    assert files["examples/my-cat.png"] == image.read_bytes()
     (example,) = ModelCard(files["README.md"].decode()).data["widget"]
     assert example["src"].endswith("/org/clipmini/resolve/v2/examples/my-cat.png")
     assert example["candidate_labels"] == "cat, a dog"
     with pytest.raises(ValueError, match="same name in the repository"):
         prepare_push(folder, "org/clipmini", examples=[*examples, (tmp_path / "other" / "my cat.png", ["cat"])])
     with pytest.raises(ValueError, match="empty label"):
-        prepare_push(folder, "org/clipmini", examples=[(picture, ["cat", ""])])
-    picture.write_bytes(b"no picture")
+        prepare_push(folder, "org/clipmini", examples=[(image, ["cat", ""])])
+    image.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"my cat\.PNG is not an image"):
         prepare_push(folder, "org/clipmini", examples=examples)
 
@@ -220,7 +220,7 @@ def test_broken_weights_are_refused(folder, damage):
         prepare_push(folder, "org/clipmini")
 
 
-def test_a_card_without_licence_is_refused(folder, make_card):
+def test_a_card_without_license_is_refused(folder, make_card):
     make_card(None).save(folder / "README.md")
     with pytest.raises(ValueError, match=r"states no license: set data\.license in the recipe"):
         prepare_push(folder, "org/clipmini")

@@ -8,7 +8,7 @@ import re
 
 import yaml
 
-from clipmini.data.licences import LICENCES
+from clipmini.data.licenses import LICENSES
 
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # the oldest have no owner
 
@@ -26,7 +26,7 @@ def metadata_faults(content):
     except yaml.YAMLError as error:
         return [f"not YAML: {error}"]
     faults = [f"{key} is empty" for key, value in data.items() if value in (None, [], "")]
-    if data.get("license", "mit") not in LICENCES:
+    if data.get("license", "mit") not in LICENSES:
         faults.append(f"license {data['license']!r} is not one of the Hub's")
     for key in ("base_model", "datasets"):
         faults += [f"{key} {name!r} is no id of the Hub" for name in _texts(data, key) if not REPO_ID.fullmatch(name)]
@@ -34,7 +34,7 @@ def metadata_faults(content):
         faults += [f"{key} is no text"] if not isinstance(data.get(key, ""), str) else []
     for example in data.get("widget") or []:
         if set(example) < {"src", "candidate_labels"} or not example["src"].startswith("http"):
-            faults.append(f"widget: {example} is no picture with labels")
+            faults.append(f"widget: {example} is no image with labels")
     return faults + [fault for model in data.get("model-index") or [] for fault in _index_faults(model)]
 
 

@@ -1,4 +1,4 @@
-"""Files of pictures and captions that tests write; import as `pair_files`."""
+"""Files of images and captions that tests write; import as `pair_files`."""
 
 import csv
 import io
@@ -9,17 +9,17 @@ from PIL import Image
 WHOLE = {"validation_fraction": 0, "test_fraction": 0}
 
 
-def colour_of(number):
+def color_of(number):
     return (number % 256, number * 7 % 256, number * 31 % 256)
 
 
 def encode(number=0):
     stream = io.BytesIO()
-    Image.new("RGB", (4, 3), colour_of(number)).save(stream, "PNG")
+    Image.new("RGB", (4, 3), color_of(number)).save(stream, "PNG")
     return stream.getvalue()
 
 
-def write_pictures(folder, count, start=0):
+def write_images(folder, count, start=0):
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(start, start + count):
         (folder / f"{number}.png").write_bytes(encode(number))

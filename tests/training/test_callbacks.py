@@ -44,18 +44,18 @@ def test_a_finite_loss_passes(loss):
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("-inf"), torch.tensor(float("inf"))])
-def test_a_loss_that_is_not_finite_names_the_step_and_the_pictures(loss):
+def test_a_loss_that_is_not_finite_names_the_step_and_the_images(loss):
     with pytest.raises(NonFiniteLossError) as error:
         check_finite(loss, 7, [f"{number}.jpg" for number in range(8)])
     message = str(error.value)
-    assert message.startswith(f"the loss is {float(loss)} at step 7, on the pictures 0.jpg, 1.jpg, ")
+    assert message.startswith(f"the loss is {float(loss)} at step 7, on the images 0.jpg, 1.jpg, ")
     assert "7.jpg; lower learning_rate" in message
     assert "max_grad_norm" in message
     assert "fp16" in message
     assert isinstance(error.value, ValueError)  # one sentence of the command
 
 
-def test_of_many_pictures_the_first_are_named():
+def test_of_many_images_the_first_are_named():
     with pytest.raises(NonFiniteLossError, match=r"6\.jpg, 7\.jpg and 3 more; lower"):
         check_finite(float("nan"), 7, [f"{number}.jpg" for number in range(11)])
     with pytest.raises(NonFiniteLossError, match="at step 7; lower"):

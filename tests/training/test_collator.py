@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipmini.data.augment import normalise_pixels
+from clipmini.data.augment import normalize_pixels
 from clipmini.training.batches import ClipMiniCollator
 from modeling_clipmini.images_clipmini import ImageError
 
@@ -27,12 +27,12 @@ def test_pads_to_the_longest_and_passes_ids(tiny_processor):
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, longest)
 
 
-def test_rows_of_an_epoch_give_bytes_that_normalise_to_the_same(tiny_processor):
+def test_rows_of_an_epoch_give_bytes_that_normalize_to_the_same(tiny_processor):
     plain = ClipMiniCollator(tiny_processor)(make_rows())
     items = [{**row, "row": index, "caption": "a"} for index, row in enumerate(make_rows())]
     batch = ClipMiniCollator(tiny_processor)(items)
     assert batch["pixels"].dtype is torch.uint8
-    assert torch.equal(normalise_pixels(tiny_processor.image_processor, batch["pixels"]), plain["pixel_values"])
+    assert torch.equal(normalize_pixels(tiny_processor.image_processor, batch["pixels"]), plain["pixel_values"])
 
 
 def test_draws_every_caption_and_follows_the_seed(tiny_processor):
@@ -46,7 +46,7 @@ def test_draws_every_caption_and_follows_the_seed(tiny_processor):
     assert len(set(draw(0))) == 2
 
 
-def test_cached_features_stand_for_pictures_and_captions(tiny_processor):
+def test_cached_features_stand_for_images_and_captions(tiny_processor):
     rows = [
         {"image_id": 5, "row": 0, "pooled_image": torch.ones(3), "pooled_text": torch.tensor([1.0, 1.0])},
         {"image_id": 7, "row": 1, "pooled_image": torch.zeros(3), "pooled_text": torch.tensor([2.0, 2.0])},
@@ -62,7 +62,7 @@ def test_very_long_captions_are_cut(tiny_processor):
     assert ClipMiniCollator(tiny_processor)([row])["input_ids"].shape[1] == 64
 
 
-def test_a_picture_that_cannot_be_read_is_named(tiny_processor, tmp_path):
+def test_a_image_that_cannot_be_read_is_named(tiny_processor, tmp_path):
     (tmp_path / "7.png").write_bytes(b"")
     row = {"image": {"bytes": None, "path": str(tmp_path / "7.png")}, "captions": ["a"], "image_id": 3}
     with pytest.raises(ImageError) as caught:

@@ -44,9 +44,9 @@ def test_one_stage(drawn, tmp_path):
     ]
     assert drawn["borders"] == set()
     assert drawn["names"] == []
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.width > 1000
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 1000
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
 
 

@@ -375,25 +375,25 @@ def test_only_the_columns_that_matter_are_hashed():
     assert len({hash_rows(pairs_of({**FIRST, "captions": [""] * count})) for count in (1, 2)}) == 2
 
 
-def test_a_picture_in_a_file_is_known_by_path_size_and_time(tmp_path):
+def test_a_image_in_a_file_is_known_by_path_size_and_time(tmp_path):
     def hash_of(path):
         return hash_rows(pairs_of({**FIRST, "image": {"bytes": None, "path": str(path)}}))
 
-    picture, other = tmp_path / "a.jpg", tmp_path / "b.jpg"
-    for path in (picture, other):
+    image, other = tmp_path / "a.jpg", tmp_path / "b.jpg"
+    for path in (image, other):
         path.write_bytes(b"1234")
         os.utime(path, ns=(10, 10))
-    first = hash_of(picture)
-    assert hash_of(picture) == first
+    first = hash_of(image)
+    assert hash_of(image) == first
     assert hash_of(other) != first
-    os.utime(picture, ns=(10, 11))
-    assert hash_of(picture) != first
-    picture.write_bytes(b"12345")
-    os.utime(picture, ns=(10, 10))
-    assert hash_of(picture) != first
-    picture.unlink()
+    os.utime(image, ns=(10, 11))
+    assert hash_of(image) != first
+    image.write_bytes(b"12345")
+    os.utime(image, ns=(10, 10))
+    assert hash_of(image) != first
+    image.unlink()
     with pytest.raises(ValueError, match=r"a\.jpg cannot be read \(No such file"):
-        hash_of(picture)
+        hash_of(image)
 
 
 def test_a_column_that_cannot_be_hashed_is_refused():

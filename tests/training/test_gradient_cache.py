@@ -73,7 +73,7 @@ def test_it_leaves_the_random_state_where_one_pass_leaves_it(model, batch):
     assert torch.equal(torch.get_rng_state(), after_one_pass)
 
 
-def test_only_the_last_chunk_synchronises_and_brings_the_rest(model, batch):
+def test_only_the_last_chunk_synchronizes_and_brings_the_rest(model, batch):
     from contextlib import contextmanager
 
     entered = []

@@ -297,10 +297,10 @@ def test_what_is_linear(layer, expected):
 
 def test_layers_that_change_their_weight_are_passed_over(tiny_config):
     model = ClipMiniModel(tiny_config(vision_config={"architecture": "test_nfnet"}))
-    standardised = {name for name, module in model.named_modules() if type(module).__name__ == "ScaledStdConv2d"}
+    standardized = {name for name, module in model.named_modules() if type(module).__name__ == "ScaledStdConv2d"}
     add_lora(model, ["vision"])
-    assert standardised
-    assert not standardised & adapted(model)
+    assert standardized
+    assert not standardized & adapted(model)
 
 
 @pytest.mark.parametrize(

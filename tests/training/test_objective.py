@@ -70,7 +70,7 @@ def test_no_logits_are_kept_for_the_backward_pass(monkeypatch, options):
     assert not [shape for shape in kept if len(shape) == 2 and shape[1] == len(IDS)]  # chunk by chunk, (*, 7)
 
 
-def test_matryoshka_is_the_mean_over_widths_of_cut_and_normalised_embeddings():
+def test_matryoshka_is_the_mean_over_widths_of_cut_and_normalized_embeddings():
     pairs = make_embeddings()
     losses = [
         infonce_loss(F.normalize(pairs.image[:, :d], dim=-1), F.normalize(pairs.text[:, :d], dim=-1), SCALE, IDS)

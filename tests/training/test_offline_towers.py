@@ -109,7 +109,7 @@ def test_table():
     assert set(towers._CONVERTERS) == set(OFFLINE_TOWERS)
     for name, tower in OFFLINE_TOWERS.items():
         assert tower.name == name
-        assert tower.licence == "Apache-2.0"
+        assert tower.license == "Apache-2.0"
     assert "Flickr30k" in OFFLINE_TOWERS[TEXT].note
 
 
@@ -189,7 +189,7 @@ def timm_logits(vision_folder, photographs):
     ("photograph", "allowed"),
     [("cat", {"tabby", "tiger cat", "Egyptian cat"}), ("coffee", {"espresso"})],
 )
-def test_vision_recognises(photograph, allowed, timm_logits):
+def test_vision_recognizes(photograph, allowed, timm_logits):
     probability, index = timm_logits[photograph].softmax(-1).max(-1)
     label = ImageNetInfo().index_to_description(index.item()).split(",")[0]
     assert label in allowed
@@ -224,9 +224,9 @@ def test_folder(name, request, cache):
     folder = request.getfixturevalue("vision_folder" if name == VISION else "text_folder")
     tower = OFFLINE_TOWERS[name]
     notice = (folder / "NOTICE").read_text()
-    for fact in (tower.distribution, tower.version, tower.sha256, tower.licence, tower.changes, tower.note):
+    for fact in (tower.distribution, tower.version, tower.sha256, tower.license, tower.changes, tower.note):
         assert fact in notice
-    # the copyright line of the distribution's own licence
+    # the copyright line of the distribution's own license
     assert "Copyright (c)" in notice
     # nothing about this machine, and every file as readable as the next
     for file in folder.iterdir():

@@ -175,7 +175,7 @@ def test_a_wrong_preset_is_refused(preset, message):
         build_model(preset)
 
 
-def test_a_preset_can_change_how_pictures_are_prepared():
+def test_a_preset_can_change_how_images_are_prepared():
     _, plain = build_model(TINY)
     model, processor = build_model(replace(TINY, pretrained_cfg={"crop_pct": 1.0}))
     assert plain.image_processor.size["shortest_edge"] > plain.image_processor.crop_size["height"]

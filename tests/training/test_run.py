@@ -24,16 +24,16 @@ training:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Twenty pictures with captions in a CSV, two of them broken: no splits."""
+    """Twenty images with captions in a CSV, two of them broken: no splits."""
     folder = tmp_path_factory.mktemp("photos")
     lines = ["file_name,caption"]
     for index in range(20):
         image = Image.new("RGB", (48, 40), (12 * index, 250 - 12 * index, 90))
         ImageDraw.Draw(image).rectangle((index, index, 20, 20), fill="white")
         image.save(folder / f"{index}.png")
-        lines.append(f"{index}.png,picture number {index}")
+        lines.append(f"{index}.png,image number {index}")
     (folder / "7.png").write_bytes(b"")
-    (folder / "8.png").write_text("no picture")
+    (folder / "8.png").write_text("no image")
     (folder / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
@@ -49,7 +49,7 @@ def recipe(photos, tmp_path):
     return make
 
 
-def test_a_folder_of_pictures_becomes_a_model(recipe, tmp_path, caplog):
+def test_a_folder_of_images_becomes_a_model(recipe, tmp_path, caplog):
     result = train(recipe())
     assert {file.name for file in result.output_dir.iterdir() if not file.name.startswith("checkpoint")} == {
         "curves.png",
@@ -249,12 +249,12 @@ def test_without_a_validation_split_the_last_weights_are_kept(recipe, caplog):
     assert "no validation split" in caplog.text
 
 
-def test_strict_stops_at_the_first_broken_picture(recipe):
+def test_strict_stops_at_the_first_broken_image(recipe):
     with pytest.raises(ValueError, match=r"(7|8)\.png"):
         train(recipe("strict=true"))
 
 
-def test_copies_and_pictures_with_one_caption_share_ids_on_request(tmp_path, caplog):
+def test_copies_and_images_with_one_caption_share_ids_on_request(tmp_path, caplog):
     captions = {"a": ["A dog."], "copy_of_a": ["a cat"], "b": ["a  DOG"], "c": ["a hen"]}
     lines = ["file_name,caption,split"]
     for number, (name, texts) in enumerate(captions.items()):
@@ -272,7 +272,7 @@ def test_copies_and_pictures_with_one_caption_share_ids_on_request(tmp_path, cap
         return {split: rows["image_id"][:] for split, rows in pairs.items()}
 
     plain = ids()
-    assert "1 picture comes up under more than one image id" in caplog.text
+    assert "1 image comes up under more than one image id" in caplog.text
     assert len({*plain["train"], *plain["validation"]}) == 5
     first, copy, dog, hen = plain["train"]
     copies = ids("share_duplicate_ids=true")

@@ -11,7 +11,7 @@ from clipmini.training.run import train
 from clipmini.training.trainer import ClipMiniTrainer
 from hub_repositories import Repository
 from modeling_clipmini import ClipMiniModel
-from pair_files import write_pictures
+from pair_files import write_images
 
 ABOUT = {"license": "mit", "dataset": "org/pairs"}
 
@@ -66,7 +66,7 @@ def test_push_to_hub_is_one_commit_like_that_of_the_command(make_trainer, hub, t
     assert (card.data.license, card.data.datasets, card.data.language) == ("mit", ["org/pairs"], "en")
     assert (card.data.base_model, "toys" in card.data.tags) == (["timm/a", "org/b"], True)
     assert "`mit`, as its author states it" in card.text
-    assert "**Among 4 pictures of the validation split" in card.text
+    assert "**Among 4 images of the validation split" in card.text
     assert "| train | 8 | 16 |" in card.text
     for path, file in files.items():
         (tmp_path / path).write_bytes(file.content)
@@ -118,7 +118,7 @@ def test_a_push_that_fails_after_training_says_how_to_repeat_it(recipe, hub, tmp
     assert (tmp_path / "run" / "results.json").exists()
 
 
-def test_push_to_hub_asks_for_licence_and_data(make_trainer, hub):
+def test_push_to_hub_asks_for_license_and_data(make_trainer, hub):
     trainer = make_trainer()
     for about in ({}, {"license": "mit"}, {"dataset": "org/pairs"}):
         with pytest.raises(ValueError, match=r"pass push_to_hub\(license="):
@@ -141,8 +141,8 @@ def test_a_checkpoint_is_never_pushed(make_trainer, hub):
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A recipe for a model of twelve pictures."""
-    folder = write_pictures(tmp_path / "pictures", 12)
+    """A recipe for a model of twelve images."""
+    folder = write_images(tmp_path / "images", 12)
     lines = [f"{number}.png,number {number}" for number in range(12)]
     (folder / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]))
     file = tmp_path / "recipe.yaml"
@@ -184,8 +184,8 @@ def test_a_recipe_can_end_with_a_push(recipe, preset, hub, tmp_path):
     ("overrides", "message"),
     [
         (["license=cc0-1.0"], "hub_model_id=None: name the repository as owner/name"),
-        (["hub_model_id=org/clipmini", "license=unknown"], "licence, and that of the training data, pictures, is not"),
-        (["hub_model_id=org/clipmini"], "licence, and that of the training data, pictures, is not stated"),
+        (["hub_model_id=org/clipmini", "license=unknown"], "license, and that of the training data, images, is not"),
+        (["hub_model_id=org/clipmini"], "license, and that of the training data, images, is not stated"),
     ],
 )
 def test_what_a_push_would_refuse_stops_a_run_before_it_begins(recipe, hub, tmp_path, overrides, message):

@@ -41,7 +41,7 @@ def photos(tmp_path_factory):
     for index in range(16):
         Image.new("RGB", (48, 40), (12 * index, 250 - 12 * index, 90)).save(folder / f"{index}.png")
         split = "validation" if index % 4 == 0 else "train"
-        lines += [f"{index}.png,picture number {index},{split}", f"{index}.png,a {index}th colour,{split}"]
+        lines += [f"{index}.png,image number {index},{split}", f"{index}.png,a {index}th color,{split}"]
     (folder / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
     return folder
 

@@ -108,7 +108,7 @@ def test_copies_that_share_an_id_are_told_apart_by_their_captions(tiny_folder, t
     assert not torch.equal(one.images[0], one.images[1])
 
 
-def test_ids_may_be_shared_after_the_teacher_has_seen_the_pictures(tiny_folder, toy_pairs, tmp_path):
+def test_ids_may_be_shared_after_the_teacher_has_seen_the_images(tiny_folder, toy_pairs, tmp_path):
     rows = toy_pairs.to_list()
     rows[7]["image"] = rows[2]["image"]  # a copy with captions of its own
     pairs = DatasetDict(train=type(toy_pairs).from_list(rows, features=toy_pairs.features))
@@ -121,7 +121,7 @@ def test_ids_may_be_shared_after_the_teacher_has_seen_the_pictures(tiny_folder, 
         assert torch.equal(loaded.texts, expected.texts)
 
 
-def test_pictures_that_share_id_and_captions_keep_their_own_embeddings(tiny_folder, made, toy_pairs, tmp_path):
+def test_images_that_share_id_and_captions_keep_their_own_embeddings(tiny_folder, made, toy_pairs, tmp_path):
     same = {"captions": ["a shape"], "image_id": 3}
     shared = toy_pairs.map(lambda row: {**row, **same}, features=toy_pairs.features)
     embed_with_teacher(tiny_folder, shared, tmp_path / "shared.parquet")
@@ -177,9 +177,9 @@ def test_what_is_no_such_file_is_named(tmp_path, toy_pairs):
 
 
 @pytest.mark.parametrize(
-    ("image", "name"), [({"bytes": b"no picture", "path": None}, "image_id 1:"), ("missing.jpg", r"missing\.jpg:")]
+    ("image", "name"), [({"bytes": b"no image", "path": None}, "image_id 1:"), ("missing.jpg", r"missing\.jpg:")]
 )
-def test_a_picture_that_cannot_be_read_is_named_and_leaves_nothing(
+def test_a_image_that_cannot_be_read_is_named_and_leaves_nothing(
     tiny_folder, toy_pairs, tmp_path, monkeypatch, image, name
 ):
     monkeypatch.setattr(teacher, "ROWS_PER_GROUP", 1)  # the first group is on disk when the second fails

@@ -28,7 +28,7 @@ def make(architecture):
     return model
 
 
-def pictures(batch=2, size=64):
+def make_images(batch=2, size=64):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
@@ -76,11 +76,11 @@ def test_an_architecture_without_stages_is_a_value_error(kind):
 @pytest.mark.parametrize("count", [-1, 0, 5, 6])
 def test_there_must_be_something_to_freeze_and_something_to_train(count):
     with pytest.raises(ValueError, match=f"num_trainable_stages={count} .* has 5 stages, so that 1 to 4"):
-        FrozenFront.find(make("test_resnet"), count, pictures())
+        FrozenFront.find(make("test_resnet"), count, make_images())
 
 
 def test_the_boundary_of_a_small_resnet():
-    front = FrozenFront.find(make("test_resnet"), 2, pictures())
+    front = FrozenFront.find(make("test_resnet"), 2, make_images())
     assert front.entry == "layer3.0"
     assert front.activation_shape == (48, 8, 8)
     assert list(front.modules)[-3:] == ["maxpool", "layer1.0", "layer2.0"]
@@ -89,11 +89,11 @@ def test_the_boundary_of_a_small_resnet():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_front_and_rest_are_the_whole(architecture):
     model = make(architecture)
-    images = pictures()
+    images = make_images()
     with torch.no_grad():
         whole = model(images)
     for count in {1, 2, num_stages(model) // 2, num_stages(model) - 1}:
-        front = FrozenFront.find(model, count, pictures(batch=1))
+        front = FrozenFront.find(model, count, make_images(batch=1))
         activation = front.front(images)
         assert activation.shape == (2, *front.activation_shape)
         assert not activation.requires_grad
@@ -109,7 +109,7 @@ def test_front_and_rest_are_the_whole(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_rest_gets_the_gradients_of_the_whole(architecture):
-    model, count, images = make(architecture), 2, pictures(size=32)
+    model, count, images = make(architecture), 2, make_images(size=32)
     front = FrozenFront.find(model, count, images)
     freeze(front)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -125,11 +125,11 @@ def test_the_rest_gets_the_gradients_of_the_whole(architecture):
 
 def test_the_front_runs_nothing_of_the_rest():
     model = make("resnet18")
-    front = FrozenFront.find(model, 2, pictures())
+    front = FrozenFront.find(model, 2, make_images())
     ran = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    front.front(pictures())
+    front.front(make_images())
     assert ran[-1] == "layer2"  # the whole model's hook, "", would come last of all
     assert not any(name.startswith(("layer3", "layer4")) for name in ran)
     ran.clear()
@@ -145,7 +145,7 @@ def test_the_model_is_left_as_it_was():
     model.layer4.forward = layer4 = model.layer4.forward
     state, names = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
     modes = [module.training for module in model.modules()]
-    front = FrozenFront.find(model, 2, pictures())
+    front = FrozenFront.find(model, 2, make_images())
     for _ in range(2):
         assert [module.training for module in model.modules()] == modes
         assert [name for name, _ in model.named_modules()] == names
@@ -156,42 +156,42 @@ def test_the_model_is_left_as_it_was():
         assert not any(module._forward_pre_hooks for module in model.modules())
         freeze(front)
         modes = [module.training for module in model.modules()]
-        front.front(pictures())
+        front.front(make_images())
 
 
 def test_forwards_come_back_after_an_error():
     model = make("test_resnet")
-    front = FrozenFront.find(model, 2, pictures())
+    front = FrozenFront.find(model, 2, make_images())
     own = model.layer1[0].forward = model.layer1[0].forward  # as accelerate puts its own there
-    whole = model(pictures())
+    whole = model(make_images())
     with pytest.raises(RuntimeError, match="channels"), front.resuming():
         model(torch.randn(2, 5, 8, 8))
     assert model.layer1[0].forward is own
     assert [name for name, module in model.named_modules() if "forward" in vars(module)] == ["layer1.0"]
-    torch.testing.assert_close(model(pictures()), whole)
+    torch.testing.assert_close(model(make_images()), whole)
 
 
 def test_an_error_within_the_front_is_not_taken_for_its_end():
-    front = FrozenFront.find(make("test_resnet"), 2, pictures())
+    front = FrozenFront.find(make("test_resnet"), 2, make_images())
     with pytest.raises(RuntimeError, match="channels"):
         front.front(torch.randn(2, 5, 64, 64))
-    front.front(pictures())
+    front.front(make_images())
 
 
 def test_the_front_must_be_in_eval_mode():
     model = make("test_resnet")
-    front = FrozenFront.find(model, 2, pictures())
+    front = FrozenFront.find(model, 2, make_images())
     model.layer2[0].bn1.train()
     with pytest.raises(AssertionError, match="eval mode"):
-        front.front(pictures())
+        front.front(make_images())
     model.eval().layer3.train()
-    front.front(pictures())
+    front.front(make_images())
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "convnext_atto"])
 def test_channels_last(architecture):
     model = make(architecture).to(memory_format=torch.channels_last)
-    images = pictures().contiguous(memory_format=torch.channels_last)
+    images = make_images().contiguous(memory_format=torch.channels_last)
     front = FrozenFront.find(model, 2, images)
     activation = front.front(images)
     assert activation.is_contiguous(memory_format=torch.channels_last)
@@ -204,7 +204,7 @@ def test_channels_last(architecture):
 def test_gradient_checkpointing_runs_the_same(architecture):
     """timm then runs the blocks of a stage without the stage, forward and once more in backward."""
     model = make(architecture)
-    images = pictures(size=32)
+    images = make_images(size=32)
     whole = model(images)
     model.set_grad_checkpointing()
     front = FrozenFront.find(model, 2, images)
@@ -218,10 +218,10 @@ def test_gradient_checkpointing_runs_the_same(architecture):
 
 def test_the_wrapper_of_transformers_resumes(tiny_model):
     tower = tiny_model.vision_model
-    front = FrozenFront.find(tower.timm_model, 2, pictures())
+    front = FrozenFront.find(tower.timm_model, 2, make_images())
     freeze(front)
-    expected = tiny_model.pool_images(pictures())
-    activation = front.front(pictures())
+    expected = tiny_model.pool_images(make_images())
+    activation = front.front(make_images())
     with front.resuming():
         pooled = tiny_model.pool_images(activation)
     torch.testing.assert_close(pooled, expected, rtol=1e-6, atol=1e-6)
@@ -233,15 +233,15 @@ def test_the_wrapper_of_transformers_resumes(tiny_model):
 @pytest.mark.parametrize("count", [1, 6])
 def test_a_vision_transformer_cannot_be_split(count, caplog):
     size = timm.get_pretrained_cfg("test_vit").input_size[-1]
-    assert FrozenFront.find(make("test_vit"), count, pictures(size=size)) is None
+    assert FrozenFront.find(make("test_vit"), count, make_images(size=size)) is None
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "VisionTransformer cannot be split before blocks." in warning.getMessage()
     assert "whole tower" in warning.getMessage()
 
 
-def test_a_picture_that_the_model_itself_refuses_is_an_error():
+def test_a_image_that_the_model_itself_refuses_is_an_error():
     with pytest.raises((RuntimeError, AssertionError)):
-        FrozenFront.find(make("test_vit"), 2, pictures(size=50))
+        FrozenFront.find(make("test_vit"), 2, make_images(size=50))
 
 
 class Chain(nn.Module):

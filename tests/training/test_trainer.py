@@ -97,7 +97,7 @@ def test_evaluate_is_retrieval_over_the_whole_split(make_trainer, toy_pairs, tin
     assert several["eval_a_mean_recall"] == several["eval_b_mean_recall"]
 
 
-def test_copies_of_a_picture_that_share_an_id_are_right_answers(tiny_model, tiny_processor, toy_pairs):
+def test_copies_of_a_image_that_share_an_id_are_right_answers(tiny_model, tiny_processor, toy_pairs):
     together = toy_pairs.select([0, 0])
     rows = [{**row, "image_id": number} for number, row in enumerate(together)]
     apart = type(toy_pairs).from_list(rows, toy_pairs.features)

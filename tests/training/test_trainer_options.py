@@ -103,7 +103,7 @@ def test_batch_norm_statistics_are_kept_unless_asked_otherwise(make_trainer):
     assert not torch.equal(weights_after(make_trainer(freeze_batch_norm=False))[name], before)
 
 
-def test_training_the_last_stages_from_cached_activations_is_training_them_from_pictures(
+def test_training_the_last_stages_from_cached_activations_is_training_them_from_images(
     make_trainer, tiny_processor, toy_pairs
 ):
     options = {"vision_stages": 2, "optim": "sgd", "learning_rate": 0.1}
@@ -117,8 +117,8 @@ def test_training_the_last_stages_from_cached_activations_is_training_them_from_
     assert not any(
         name.startswith(("vision_model.timm_model.conv1", "vision_model.timm_model.layer1")) for name in moved
     )
-    from_pictures = evaluate_retrieval(cached.model, tiny_processor, toy_pairs)
-    assert cached.evaluate()["eval_mean_recall"] == pytest.approx(from_pictures["mean_recall"], abs=0.05)
+    from_images = evaluate_retrieval(cached.model, tiny_processor, toy_pairs)
+    assert cached.evaluate()["eval_mean_recall"] == pytest.approx(from_images["mean_recall"], abs=0.05)
 
 
 def test_a_tower_of_tokens_trains_its_last_stages_from_cached_ones(make_trainer, tiny_processor):
@@ -179,7 +179,7 @@ def test_a_level_before_the_first_trained_stage_needs_the_whole_tower(make_train
     assert "vision_levels=[1, 4] needs feature maps from before" in caplog.text
 
 
-def test_cached_views_are_the_augmented_pictures(make_trainer, toy_pairs):
+def test_cached_views_are_the_augmented_images(make_trainer, toy_pairs):
     options = {"freeze_vision": True, "augment": {"crop_scale": 0.5, "color_jitter": 0.2}}
     trainer = make_trainer(**options, num_views=3)
     features = trainer.train_dataset.pairs.image_features
@@ -235,7 +235,7 @@ def test_layers_nearer_to_the_input_learn_more_slowly(make_trainer):
     assert rate[id(trainer.model.text_projection.weight)] == 1e-3
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_step_and_pictures(make_trainer):
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_images(make_trainer):
     trainer = make_trainer()
     with torch.no_grad():
         trainer.model.text_projection.weight.fill_(math.nan)
@@ -243,7 +243,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_pictures(make_traine
         trainer.train()
 
 
-def test_of_a_broken_batch_the_offending_pictures_are_named(make_trainer, monkeypatch):
+def test_of_a_broken_batch_the_offending_images_are_named(make_trainer, monkeypatch):
     trainer = make_trainer()
     embed = trainer._embed
 
@@ -253,7 +253,7 @@ def test_of_a_broken_batch_the_offending_pictures_are_named(make_trainer, monkey
         return image.masked_fill(is_third[:, None], math.nan), text
 
     monkeypatch.setattr(trainer, "_embed", broken)
-    with pytest.raises(NonFiniteLossError, match=r"on the pictures image_id \d+;"):
+    with pytest.raises(NonFiniteLossError, match=r"on the images image_id \d+;"):
         trainer.train()
 
 
@@ -262,7 +262,7 @@ def test_of_a_broken_batch_the_offending_pictures_are_named(make_trainer, monkey
     [
         ({"freeze_text": True, "word_dropout": 0.1}, "word_dropout has no effect"),
         ({"freeze_text": True, "length_groups": 2}, "length_groups has no effect"),
-        ({"freeze_vision": True, "augment": {}}, "augment makes one view of each picture"),
+        ({"freeze_vision": True, "augment": {}}, "augment makes one view of each image"),
         ({"num_views": 2, "augment": {}}, "num_views=2 has no effect"),
     ],
 )

@@ -95,7 +95,7 @@ class WholeTester(TextTester):
 class ModelTest(ModelTesterMixin, unittest.TestCase):
     all_model_classes = (ClipMiniModel,)
     additional_model_inputs = ("pixel_values",)
-    test_can_init_all_missing_weights_before_2023 = True  # it looks for a year in a licence's head
+    test_can_init_all_missing_weights_before_2023 = True  # it looks for a year in a license's head
     _is_composite = True
 
     def setUp(self):
@@ -171,13 +171,13 @@ class PipelineCase(unittest.TestCase):
             self.check(output)
 
 
-PICTURES = (Image.new("RGB", (50, 40), "red"), Image.linear_gradient("L"))
+IMAGES = (Image.new("RGB", (50, 40), "red"), Image.linear_gradient("L"))
 
 
 LABELS = ("red", "a very long label " * 100)
 
 
-class LabelledPipeline(ZeroShotImageClassificationPipeline):
+class LabeledPipeline(ZeroShotImageClassificationPipeline):
     """The suite knows no labels."""
 
     def __call__(self, image, candidate_labels=LABELS, **kwargs):
@@ -185,7 +185,7 @@ class LabelledPipeline(ZeroShotImageClassificationPipeline):
 
 
 class ZeroShotCase(PipelineCase):
-    pipeline_class, examples = LabelledPipeline, PICTURES
+    pipeline_class, examples = LabeledPipeline, IMAGES
 
     def check(self, output):
         assert {score["label"] for score in output} == set(LABELS)
@@ -202,7 +202,7 @@ class EmbeddingCase(PipelineCase):
 
 
 class ImageCase(EmbeddingCase):
-    pipeline_class, examples = ImageFeatureExtractionPipeline, PICTURES
+    pipeline_class, examples = ImageFeatureExtractionPipeline, IMAGES
 
 
 class TextCase(EmbeddingCase):

@@ -29,7 +29,7 @@ EXPECTED_FAILURES = {
     "VisionModelTest::test_gradient_checkpointing_enable_disable": (
         "it looks for transformers' layer class; timm recomputes by a switch of its own, which other tests use"
     ),
-    "VisionModelTest::test_(model_get_set_embeddings|resize_tokens_embeddings)": "pictures have no token embeddings",
+    "VisionModelTest::test_(model_get_set_embeddings|resize_tokens_embeddings)": "images have no token embeddings",
     "VisionModelTest::test_retain_grad_hidden_states_attentions": (
         "timm's feature maps are copies beside the path to its output: no gradient comes back to them"
     ),
@@ -46,13 +46,13 @@ SKIPPED_BY_THEM = {
     r"does not have a TP plan": "no tensor parallelism",
     r"does not have position embeddings|doesn't use `inputs_embeds`": "captions come as `input_ids`",
     r"no `base_model_class` defined in tester": "no rotary position embeddings of its own",
-    r"(decoder-only|sequence-to-sequence) language modeling head": "no language modelling",
+    r"(decoder-only|sequence-to-sequence) language modeling head": "no language modeling",
     r"No conversion found|Only PrefixChange conversions": "no checkpoints of another layout to convert",
     r"No usage of the `capture_outputs` decorator|Cannot capture hidden states": "timm collects feature maps itself",
     r"ClipMini(Text)?Model does not support SDPA|not (a )?composite": "for models that are composite, or are not",
-    r"differentiable loss was available .* enable_input_require_grads": "pictures have no token embeddings",
-    r"chat template|_get_num_multimodal_tokens": "no chat, and no placeholders of pictures among the tokens",
-    r"(feature_extractor|video_processor) attribute not present": "pictures and captions only",
+    r"differentiable loss was available .* enable_input_require_grads": "images have no token embeddings",
+    r"chat template|_get_num_multimodal_tokens": "no chat, and no placeholders of images among the tokens",
+    r"(feature_extractor|video_processor) attribute not present": "images and captions only",
     r"is not in `self.pipeline_model_mapping`|`run_pipeline_test` is currently not impl": "a task of other models",
     r"test requires (librosa|Torchcodec|av|PyTesseract)": "sound, video and scanned documents, which it does not read",
 }

@@ -28,20 +28,20 @@ CODE = """
 import torch, transformers
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
-folder, picture, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+folder, image, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 with torch.no_grad():
-    logits = model(**processor(images=[Image.open(picture)], text=texts)).logits_per_image
+    logits = model(**processor(images=[Image.open(image)], text=texts)).logits_per_image
 classify = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
-scores = {score["label"]: score["score"] for score in classify(picture, candidate_labels=["a", "b"])}
+scores = {score["label"]: score["score"] for score in classify(image, candidate_labels=["a", "b"])}
 model.save_pretrained("again")
 processor.save_pretrained("again")
 again = AutoModel.from_pretrained("again", trust_remote_code=True).encode_text(texts)
 print(json.dumps({
     "version": transformers.__version__,
     "logits": logits.tolist(),
-    "images": model.encode_image([picture]).tolist(),
+    "images": model.encode_image([image]).tolist(),
     "texts": model.encode_text(texts).tolist(),
     "scores": [scores["a"], scores["b"]],
     "again": again.tolist(),
@@ -61,8 +61,8 @@ def installed(version):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    file = tmp_path_factory.mktemp("picture") / "picture.png"
+def image(tmp_path_factory):
+    file = tmp_path_factory.mktemp("image") / "image.png"
     Image.linear_gradient("L").resize((200, 120)).convert("RGB").save(file)
     return file
 
@@ -73,21 +73,21 @@ def run_under(version, tmp_path, monkeypatch, *arguments, check=True):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_saved_folder_gives_the_same(version, tiny_folder, picture, tmp_path, monkeypatch):
+def test_a_saved_folder_gives_the_same(version, tiny_folder, image, tmp_path, monkeypatch):
     model, processor = ClipMiniModel.from_pretrained(tiny_folder), ClipMiniProcessor.from_pretrained(tiny_folder)
     with torch.no_grad():
-        expected = model(**processor(images=[Image.open(picture)], text=TEXTS)).logits_per_image
-    output = json.loads(run_under(version, tmp_path, monkeypatch, tiny_folder, picture).stdout.splitlines()[-1])
+        expected = model(**processor(images=[Image.open(image)], text=TEXTS)).logits_per_image
+    output = json.loads(run_under(version, tmp_path, monkeypatch, tiny_folder, image).stdout.splitlines()[-1])
     assert output["version"] == version
     assert np.allclose(output["logits"], expected, atol=1e-4)
-    assert np.allclose(output["images"], model.encode_image([picture]), atol=1e-5)
+    assert np.allclose(output["images"], model.encode_image([image]), atol=1e-5)
     assert np.allclose(output["texts"], model.encode_text(TEXTS), atol=1e-5)
     assert np.allclose(output["again"], output["texts"], atol=1e-6)
     assert sum(output["scores"]) == pytest.approx(1)
 
 
-def test_what_is_too_old_says_so(tiny_folder, picture, tmp_path, monkeypatch):
-    result = run_under(TOO_OLD, tmp_path, monkeypatch, tiny_folder, picture, check=False)
+def test_what_is_too_old_says_so(tiny_folder, image, tmp_path, monkeypatch):
+    result = run_under(TOO_OLD, tmp_path, monkeypatch, tiny_folder, image, check=False)
     assert f"clipmini models need transformers {FLOOR} or newer, and {TOO_OLD} is installed: pip" in result.stderr
 
 

@@ -8,7 +8,7 @@ import evaluate
 import torch
 
 from clipmini.evaluation.intervals import bootstrap_intervals
-from clipmini.evaluation.retrieval import retrieval_scores, summarise_scores
+from clipmini.evaluation.retrieval import retrieval_scores, summarize_scores
 
 DESCRIPTION = """
 Recall at k, mAP@10, median and mean rank of image-text retrieval, in both directions, over the whole set. Each row is
@@ -85,7 +85,7 @@ class ImageTextRetrieval(evaluate.Metric):
         num_captions = torch.tensor([len(captions) for captions in text_embeds])
         text_ids = torch.arange(len(images)).repeat_interleave(num_captions)
         scores = retrieval_scores(images, texts, text_ids)
-        result: dict[str, Any] = summarise_scores(scores, recall_at)
+        result: dict[str, Any] = summarize_scores(scores, recall_at)
         if intervals:
             ends = bootstrap_intervals(scores, num_resamples, seed, recall_at)
             result["intervals"] = {name: [interval.low, interval.high] for name, interval in ends.items()}

@@ -11,14 +11,14 @@ from clipmini.evaluation.classification import classification_metrics
 
 DESCRIPTION = """
 Top-1 and top-5 accuracy, accuracy averaged over classes, and expected calibration error of a classifier that scores
-every class for every picture, as zero-shot classifiers do. Ties count against the classifier.
+every class for every image, as zero-shot classifiers do. Ties count against the classifier.
 """
 INPUTS = """
 Args:
-    predictions: for each picture the score of every class, more being better.
-    references: for each picture the number of its class, from 0.
-    are_probabilities: predictions of each picture sum to 1, so that calibration can be measured.
-    intervals: give 95 % bootstrap intervals over pictures too.
+    predictions: for each image the score of every class, more being better.
+    references: for each image the number of its class, from 0.
+    are_probabilities: predictions of each image sum to 1, so that calibration can be measured.
+    intervals: give 95 % bootstrap intervals over images too.
     num_resamples: resamples of the intervals.
     seed: of the resamples.
 

@@ -1,10 +1,10 @@
 import pytest
 
-from clipmini.data.licences import LICENCES, check_licence, strictest
+from clipmini.data.licenses import LICENSES, check_license, strictest
 
 
 @pytest.mark.parametrize(
-    ("licences", "expected"),
+    ("licenses", "expected"),
     [
         (["cc0-1.0", "apache-2.0"], "apache-2.0"),
         (["apache-2.0", "mit", "cc-by-4.0"], "cc-by-4.0"),
@@ -22,14 +22,14 @@ from clipmini.data.licences import LICENCES, check_licence, strictest
         ([], None),
     ],
 )
-def test_strictest(licences, expected):
-    assert strictest(licences) == expected
-    assert strictest(licences[::-1]) == expected
+def test_strictest(licenses, expected):
+    assert strictest(licenses) == expected
+    assert strictest(licenses[::-1]) == expected
 
 
-def test_a_stated_licence_is_one_of_the_hubs():
-    assert len(set(LICENCES)) == len(LICENCES)
-    assert all(check_licence(name.upper()) == name for name in LICENCES)
-    assert {"llama3.1", "gemma", "openrail++", "unknown", "bigcode-openrail-m"} <= set(LICENCES)
+def test_a_stated_license_is_one_of_the_hubs():
+    assert len(set(LICENSES)) == len(LICENSES)
+    assert all(check_license(name.upper()) == name for name in LICENSES)
+    assert {"llama3.1", "gemma", "openrail++", "unknown", "bigcode-openrail-m"} <= set(LICENSES)
     with pytest.raises(ValueError, match=r"license='apache2' is not allowed; the nearest is 'apache-2.0'"):
-        check_licence("apache2")
+        check_license("apache2")

@@ -1,14 +1,14 @@
-"""Licences by the names that the Hub has for them, and which of several is the strictest.
+"""Licenses by the names that the Hub has for them, and which of several is the strictest.
 
-The order is a rule of thumb for a card's metadata and no legal advice: it asks how much a licence forbids, not whether
-two of them can be kept at once. Of share-alike licences, two mostly cannot.
+The order is a rule of thumb for a card's metadata and no legal advice: it asks how much a license forbids, not whether
+two of them can be kept at once. Of share-alike licenses, two mostly cannot.
 """
 
 import difflib
 from collections.abc import Iterable
 
 OTHER = "other"  # terms that have no name on the Hub
-UNKNOWN = "unknown"  # the Hub's word for a licence that is not stated
+UNKNOWN = "unknown"  # the Hub's word for a license that is not stated
 # From nothing asked to nothing allowed; of two in one line the later counts as the stricter.
 _ORDERED_LINES = (
     ("unlicense", "wtfpl", "pddl", "cc0-1.0"),  # no conditions
@@ -32,11 +32,11 @@ _NOT_ORDERED = (
     *("llama3.2", "llama3.3", "llama4", "lppl-1.3c", "ms-pl", "ncsa", "ofl-1.1", "openmdw-1.0", "openmdw-1.1"),
     *("openrail++", "osl-3.0", "postgresql", UNKNOWN),
 )
-LICENCES = (*_ORDERED, *_NOT_ORDERED)  # all that the Hub lists
+LICENSES = (*_ORDERED, *_NOT_ORDERED)  # all that the Hub lists
 
 
-def check_licence(name: str) -> str:
-    """Check a licence that a person states.
+def check_license(name: str) -> str:
+    """Check a license that a person states.
 
     Args:
         name: as the Hub writes it, in any case: "apache-2.0", "CC-BY-4.0"; "other" for terms without such a name.
@@ -48,26 +48,26 @@ def check_licence(name: str) -> str:
         ValueError: it is not known here; the message names the nearest.
     """
     small = name.lower()
-    if small not in LICENCES:
-        nearest = difflib.get_close_matches(small, LICENCES, n=1, cutoff=0.0)[0]
+    if small not in LICENSES:
+        nearest = difflib.get_close_matches(small, LICENSES, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"license={name!r} is not allowed; the nearest is {nearest!r}. There are {', '.join(LICENCES)}; "
+            f"license={name!r} is not allowed; the nearest is {nearest!r}. There are {', '.join(LICENSES)}; "
             f"{OTHER!r} is for other terms."
         )
     return small
 
 
-def strictest(licences: Iterable[str | None]) -> str | None:
-    """Give the strictest of several licences.
+def strictest(licenses: Iterable[str | None]) -> str | None:
+    """Give the strictest of several licenses.
 
     Args:
-        licences: as the Hub writes them; None, or "unknown", for what has none that is known.
+        licenses: as the Hub writes them; None, or "unknown", for what has none that is known.
 
     Returns:
         The strictest; None where one is not known, where there are none, and where several differ of which one has no
         place in the order, so that nobody can tell.
     """
-    names = set(licences)
+    names = set(licenses)
     if not names or names & {None, UNKNOWN}:
         return None
     if len(names) == 1:

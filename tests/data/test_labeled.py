@@ -4,15 +4,15 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
 from clipmini.data.images import Skipped
-from clipmini.data.labelled import keep_readable, load_labelled
+from clipmini.data.labeled import keep_readable, load_labeled
 from modeling_clipmini.images_clipmini import read_image
 
 
 def test_folders_are_classes(class_folder):
-    pictures = load_labelled(class_folder)
-    assert pictures.names == ["red fox", "sea", "tree"]
-    assert list(pictures.splits) == ["train"]
-    rows = pictures.splits["train"]
+    images = load_labeled(class_folder)
+    assert images.names == ["red fox", "sea", "tree"]
+    assert list(images.splits) == ["train"]
+    rows = images.splits["train"]
     assert rows.column_names == ["image", "label"]
     assert sorted(rows["label"]) == [0] * 10 + [1] * 10 + [2] * 10
     for row in rows:
@@ -27,16 +27,16 @@ def test_splits_may_stand_above_classes(class_folder):
         (class_folder / name).rename(class_folder / "train" / name)
         (class_folder / "test" / name).mkdir()
         (class_folder / "train" / name / "0.png").rename(class_folder / "test" / name / "0.png")
-    pictures = load_labelled(class_folder)
-    assert {split: len(rows) for split, rows in pictures.splits.items()} == {"train": 27, "test": 3}
+    images = load_labeled(class_folder)
+    assert {split: len(rows) for split, rows in images.splits.items()} == {"train": 27, "test": 3}
 
 
 def test_a_class_may_be_called_like_a_split(class_folder):
     (class_folder / "tree").rename(class_folder / "train")
     (class_folder / "sea" / "1.png").rename(class_folder / "sea" / "test_1.png")
-    pictures = load_labelled(class_folder)
-    assert pictures.names == ["red fox", "sea", "train"]
-    assert len(pictures.splits["train"]) == 30
+    images = load_labeled(class_folder)
+    assert images.names == ["red fox", "sea", "train"]
+    assert len(images.splits["train"]) == 30
 
 
 @pytest.mark.parametrize("name", ["test", "__MACOSX"])
@@ -46,42 +46,42 @@ def test_splits_beside_what_holds_no_classes_are_not_taken_for_classes(class_fol
         file.rename(class_folder / "train" / "tree" / file.name)
     (class_folder / "tree").rmdir()
     (class_folder / "sea").rename(class_folder / "train" / "sea")
-    (class_folder / "red_fox").rename(class_folder / name)  # unlabelled pictures
+    (class_folder / "red_fox").rename(class_folder / name)  # unlabeled images
     with pytest.raises(ValueError, match=rf"classes like splits, and others that do not \({name}\)"):
-        load_labelled(class_folder)
+        load_labeled(class_folder)
 
 
 def test_a_split_without_any_label_is_left_out(monkeypatch):
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=["a", "b"])})
-    picture = Image.new("RGB", (8, 8))
+    image = Image.new("RGB", (8, 8))
     of = {
-        split: Dataset.from_list([{"image": picture, "label": label}] * 2, features=features)
+        split: Dataset.from_list([{"image": image, "label": label}] * 2, features=features)
         for split, label in (("validation", 1), ("test", -1))
     }
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config_name: DatasetDict(of))
-    assert list(load_labelled("org/name").splits) == ["validation"]
+    assert list(load_labeled("org/name").splits) == ["validation"]
 
 
 def test_two_classes_of_one_name_are_named(class_folder):
     (class_folder / "sea").rename(class_folder / "red fox")
     with pytest.raises(ValueError, match="two classes of one name, 'red fox' and 'red_fox'"):
-        load_labelled(class_folder)
+        load_labeled(class_folder)
 
 
 def test_an_option_without_meaning_for_a_folder_is_named(class_folder):
     with pytest.raises(ValueError, match="label_column='kind' has no meaning for the folder"):
-        load_labelled(class_folder, label_column="kind")
+        load_labeled(class_folder, label_column="kind")
 
 
 def test_a_folder_without_classes_is_named(class_folder):
-    with pytest.raises(ValueError, match="has no sub-folder with pictures"):
-        load_labelled(class_folder / "tree")
+    with pytest.raises(ValueError, match="has no sub-folder with images"):
+        load_labeled(class_folder / "tree")
 
 
 def test_what_cannot_be_read_is_left_out_and_named(class_folder):
-    (class_folder / "tree" / "3.png").write_bytes(b"no picture")
+    (class_folder / "tree" / "3.png").write_bytes(b"no image")
     skipped = Skipped()
-    rows = load_labelled(class_folder).splits["train"]
+    rows = load_labeled(class_folder).splits["train"]
     assert len(rows) == 30  # none is opened before it is needed
     assert len(keep_readable(rows, "train", skipped)) == 29
     ((name, reason),) = skipped.items
@@ -98,34 +98,34 @@ def test_columns_are_found_by_type(monkeypatch):
     features = Features(
         {"img": datasets.Image(), "coarse": Value("int64"), "fine_label": ClassLabel(names=["a_b", "c"])}
     )
-    picture = Image.new("RGB", (8, 8))
-    hub_like(monkeypatch, features, [{"img": picture, "coarse": 1, "fine_label": 1}])
-    pictures = load_labelled("org/name")
-    assert pictures.names == ["a b", "c"]
-    assert pictures.splits["test"]["label"] == [1]
+    image = Image.new("RGB", (8, 8))
+    hub_like(monkeypatch, features, [{"img": image, "coarse": 1, "fine_label": 1}])
+    images = load_labeled("org/name")
+    assert images.names == ["a b", "c"]
+    assert images.splits["test"]["label"] == [1]
 
 
 def test_labels_may_be_names_and_some_may_be_missing(monkeypatch):
     features = Features({"image": datasets.Image(), "label": Value("string")})
-    picture = Image.new("RGB", (8, 8))
-    rows = [{"image": picture, "label": label} for label in ("wolf", "bear", None)]
+    image = Image.new("RGB", (8, 8))
+    rows = [{"image": image, "label": label} for label in ("wolf", "bear", None)]
     hub_like(monkeypatch, features, rows)
     skipped = Skipped()
-    pictures = load_labelled("org/name")
-    assert pictures.names == ["bear", "wolf"]
-    assert keep_readable(pictures.splits["test"], "test", skipped)["label"] == [1, 0]
+    images = load_labeled("org/name")
+    assert images.names == ["bear", "wolf"]
+    assert keep_readable(images.splits["test"], "test", skipped)["label"] == [1, 0]
     assert skipped.items == [("test row 3", "has no label")]
 
 
 def test_what_cannot_be_used_is_named(tmp_path, monkeypatch, class_folder):
     with pytest.raises(ValueError, match=r"nowhere/at/all does not exist"):
-        load_labelled(str(tmp_path / "nowhere/at/all"))
+        load_labeled(str(tmp_path / "nowhere/at/all"))
     with pytest.raises(ValueError, match="is a file"):
-        load_labelled(class_folder / "tree" / "1.png")
+        load_labeled(class_folder / "tree" / "1.png")
     features = Features({"a": datasets.Image(), "b": datasets.Image(), "label": ClassLabel(names=["x"])})
-    picture = Image.new("RGB", (8, 8))
-    hub_like(monkeypatch, features, [{"a": picture, "b": picture, "label": 0}])
+    image = Image.new("RGB", (8, 8))
+    hub_like(monkeypatch, features, [{"a": image, "b": image, "label": 0}])
     with pytest.raises(ValueError, match="several columns, a, b, label; say which with --set image_column=NAME"):
-        load_labelled("org/name")
+        load_labeled("org/name")
     with pytest.raises(ValueError, match="has no column 'kind'; it has a, b, label"):
-        load_labelled("org/name", image_column="a", label_column="kind")
+        load_labeled("org/name", image_column="a", label_column="kind")

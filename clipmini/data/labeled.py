@@ -1,4 +1,4 @@
-"""Pictures with class labels, for zero-shot classification and probes."""
+"""Images with class labels, for zero-shot classification and probes."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +22,8 @@ IMAGE_COLUMNS = ("image", "img")
 
 
 @dataclass(frozen=True)
-class LabelledPictures:
-    """Pictures, each with one of C labels.
+class LabeledImages:
+    """Images, each with one of C labels.
 
     Attributes:
         names: the C labels' names; blanks stand for the underscores of folder names.
@@ -35,24 +35,24 @@ class LabelledPictures:
     splits: dict[str, Dataset]
 
 
-def load_labelled(
+def load_labeled(
     source: str | Path,
     *,
     image_column: str | None = None,
     label_column: str | None = None,
     config_name: str | None = None,
-) -> LabelledPictures:
-    """Find pictures with labels; none is opened yet. Splits without any label, as some test splits are, are left out.
+) -> LabeledImages:
+    """Find images with labels; none is opened yet. Splits without any label, as some test splits are, are left out.
 
     Args:
         source: a folder with a sub-folder for each class, or with "train", "validation" and "test" above these; or the
-            Hub id of a data set with a column of pictures and one of class labels.
-        image_column: the column of pictures, of a data set from the Hub; None to find it by type.
+            Hub id of a data set with a column of images and one of class labels.
+        image_column: the column of images, of a data set from the Hub; None to find it by type.
         label_column: its column of labels; None to find it by type and usual names.
         config_name: its configuration, where it has several.
 
     Returns:
-        The pictures; see `keep_readable`.
+        The images; see `keep_readable`.
 
     Raises:
         ValueError: the source, its columns or its classes cannot be found, two classes have one name, or an option has
@@ -73,15 +73,15 @@ def load_labelled(
         names, loaded = _read_hub(str(source), image_column, label_column, config_name)
     splits = {split: rows for split, rows in loaded.items() if max(rows["label"], default=-1) >= 0}
     if not splits:
-        raise ValueError(f"{source} has no picture with a label.")
-    return LabelledPictures(_spell(names, source), splits)
+        raise ValueError(f"{source} has no image with a label.")
+    return LabeledImages(_spell(names, source), splits)
 
 
 def keep_readable(rows: Dataset, split: str, skipped: Skipped) -> Dataset:
-    """Keep the pictures of a split that can be read and have a label; every one is opened.
+    """Keep the images of a split that can be read and have a label; every one is opened.
 
     Args:
-        rows: as `load_labelled` gives.
+        rows: as `load_labeled` gives.
         split: what they are called in messages.
         skipped: takes the others.
 
@@ -93,7 +93,7 @@ def keep_readable(rows: Dataset, split: str, skipped: Skipped) -> Dataset:
     """
     kept = _find_readable(rows, split, skipped)
     if not kept:
-        raise ValueError(f"The split {split} has no picture that can be read and has a label.")
+        raise ValueError(f"The split {split} has no image that can be read and has a label.")
     return rows.select(kept)
 
 
@@ -121,22 +121,20 @@ def _read_folder(folder: Path) -> tuple[list[str], dict[str, Dataset]]:
     roots = {SPLITS[path.name.lower()]: path for path in below} if is_split else {"train": folder}
     if is_split and len(roots) < len(below):
         raise ValueError(f"{folder} has several folders for one split: {', '.join(path.name for path in below)}.")
-    found = {split: list(_find_labelled(root)) for split, root in roots.items()}
-    names = sorted({name for pictures in found.values() for name, _ in pictures})
+    found = {split: list(_find_labeled(root)) for split, root in roots.items()}
+    names = sorted({name for images in found.values() for name, _ in images})
     if not names:
-        raise ValueError(
-            f"{folder} has no sub-folder with pictures; make one for each class, and put its pictures in."
-        )
+        raise ValueError(f"{folder} has no sub-folder with images; make one for each class, and put its images in.")
     features = Features({"image": datasets.Image(decode=False), "label": Value("int64")})
     return names, {
         split: Dataset.from_dict(
             {
-                "image": [{"bytes": None, "path": str(path)} for _, path in pictures],
-                "label": [names.index(name) for name, _ in pictures],
+                "image": [{"bytes": None, "path": str(path)} for _, path in images],
+                "label": [names.index(name) for name, _ in images],
             },
             features=features,
         )
-        for split, pictures in found.items()
+        for split, images in found.items()
     }
 
 
@@ -144,11 +142,11 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _find_labelled(root: Path) -> Iterator[tuple[str, Path]]:
+def _find_labeled(root: Path) -> Iterator[tuple[str, Path]]:
     for folder in _folders(root):
         try:
             yield from ((folder.name, path) for path in find_images(folder))
-        except ValueError:  # no picture in it: no class
+        except ValueError:  # no image in it: no class
             continue
 
 
@@ -158,7 +156,7 @@ def _read_hub(
     try:
         loaded = datasets.load_dataset(source, config_name)
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:
-        raise ValueError(f"{source} cannot be loaded as pictures with labels: {first_sentence(error)}.") from error
+        raise ValueError(f"{source} cannot be loaded as images with labels: {first_sentence(error)}.") from error
     features = next(iter(loaded.values())).features
     image_column = image_column or _find(features, IMAGE_COLUMNS, datasets.Image, "image_column", source)
     label_column = label_column or _find(features, LABEL_COLUMNS, ClassLabel, "label_column", source)
@@ -199,14 +197,14 @@ def _names(feature: Any, loaded: DatasetDict, column: str) -> list[str]:
 
 
 def _numbers(labels: Sequence[Any], names: Sequence[str]) -> np.ndarray:
-    """Give each label's number; -1 for a picture without one, as in unlabelled test splits."""
+    """Give each label's number; -1 for an image without one, as in unlabeled test splits."""
     number_of = {name: number for number, name in enumerate(names)}
     numbers = [-1 if label is None else label if isinstance(label, int) else number_of[label] for label in labels]
     return np.array(numbers, dtype=np.int64)
 
 
 def _find_readable(rows: Dataset, split: str, skipped: Skipped) -> list[int]:
-    """Find the pictures that can be read and have a label, and report the others."""
+    """Find the images that can be read and have a label, and report the others."""
     if not len(rows):
         return []
     checked = rows.select_columns(["image"]).map(
@@ -216,7 +214,7 @@ def _find_readable(rows: Dataset, split: str, skipped: Skipped) -> list[int]:
         keep_in_memory=True,
         load_from_cache_file=False,
         new_fingerprint=os.urandom(8).hex(),
-        desc=f"checking pictures of {split}",
+        desc=f"checking images of {split}",
     )
     kept = []
     for row, (fault, path, label) in enumerate(zip(checked["fault"], checked["path"], rows["label"], strict=True)):
