@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clipmini.data.augment import ImageAugmenter, drop_words, raw_pixels
-from clipmini.data.pairs import CachedPairs
+from clipmini.data.pairs import PairDataset
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.images_clipmini import read_named
 
@@ -149,7 +149,7 @@ class EpochPairs(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        pairs: CachedPairs,
+        pairs: PairDataset,
         *,
         seed: int = 0,
         augment: ImageAugmenter | None = None,
@@ -174,7 +174,7 @@ class EpochPairs(torch.utils.data.Dataset):
             item.update(self._image(content, row, turn))
         else:
             view = draw_index(pairs.image_features.shape[1], turn, self.seed, row, VIEW)
-            name = "pooled_image" if pairs.front is None else "vision_hidden"
+            name = "pooled_image" if pairs.frozen_stages is None else "vision_hidden"
             item[name] = torch.tensor(pairs.image_features[row, view], dtype=torch.float32)
         if pairs.text_features is None:
             item["caption"] = content["captions"][caption]

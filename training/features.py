@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, PretrainedConfig
 
 from clipmini.data.augment import ImageAugmenter
-from clipmini.data.pairs import CachedPairs
+from clipmini.data.pairs import PairDataset
 from clipmini.files import cache_root
 from clipmini.inference.encode import run_texts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
@@ -41,7 +41,7 @@ from modeling_clipmini.images_clipmini import read_named
 
 from .arguments import ClipMiniTrainingArguments
 from .batches import draw_seed
-from .stages import FrozenFront, num_stages
+from .stages import FrozenStages, num_stages
 
 logger = logging.getLogger(__name__)
 
@@ -334,7 +334,7 @@ def _hash_array(hashers: Mapping[str, Any], name: str, array: pa.Array) -> None:
 
 # Rows that a killed run may have to compute again, and steps of the progress bar: two or three seconds each.
 IMAGE_CHUNK, CAPTION_CHUNK = 256, 1024
-OF_NO_EFFECT = ("_name_or_path", "architectures", "dtype", "transformers_version")
+IGNORED_CONFIG_KEYS = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 class TowerFeatures:
@@ -347,12 +347,13 @@ class TowerFeatures:
 
     Attributes:
         augmenter: makes the training views of an image; None where there is no augmentation.
-        front: the vision tower's frozen first stages, where only the last ones train and the architecture permits it.
+        frozen_stages: the vision tower's frozen first stages, where only the last ones train and the architecture
+            permits it.
     """
 
     def __init__(self, model: ClipMiniModel, processor: ClipMiniProcessor, args: ClipMiniTrainingArguments) -> None:
         self.model, self.processor, self.args = model, processor, args
-        self.augmenter = self.front = None
+        self.augmenter = self.frozen_stages = None
         augmentation = args.image_augmentation
         if augmentation is not None:
             resolution = (args.augment or {}).get("resolution")
@@ -362,47 +363,47 @@ class TowerFeatures:
             if args.vision_stages < num_stages(timm_model):
                 size = processor.image_processor.crop_size
                 example = torch.rand(2, 3, size["height"], size["width"], device=model.device)
-                self.front = FrozenFront.find(timm_model, args.vision_stages, example)
+                self.frozen_stages = FrozenStages.find(timm_model, args.vision_stages, example)
                 levels = model.config.vision_levels  # `find` has tried all else
-                if self.front is not None and levels and not self._resumes(self.front, example):
+                if self.frozen_stages is not None and levels and not self._resumes(self.frozen_stages, example):
                     logger.warning(
                         "vision_levels=%s needs feature maps from before the first trained stage, which are not kept: "
                         "the whole vision tower has to run at every step",
                         levels,
                     )
-                    self.front = None
-        if args.num_views > 1 and not (args.cache_features and (args.freeze_vision or self.front is not None)):
+                    self.frozen_stages = None
+        if args.num_views > 1 and not (args.cache_features and (args.freeze_vision or self.frozen_stages is not None)):
             logger.warning("num_views=%d has no effect: no part of the vision tower is cached", args.num_views)
 
     @torch.no_grad()
-    def _resumes(self, front: FrozenFront, example: Tensor) -> bool:
+    def _resumes(self, frozen_stages: FrozenStages, example: Tensor) -> bool:
         """Tell whether activations give the pooled features that images give, `vision_levels` included."""
         with eval_mode(self.model):
             whole = self.model.pool_images(example)
-            activation = front.front(example)
-            with front.resuming():
+            activation = frozen_stages.run(example)
+            with frozen_stages.resuming():
                 resumed = self.model.pool_images(activation)
         return resumed.shape == whole.shape and torch.allclose(resumed, whole, rtol=1e-5, atol=1e-5)
 
-    def for_training(self, pairs: Dataset) -> CachedPairs:
+    def for_training(self, pairs: Dataset) -> PairDataset:
         """Give the pairs with features of the training views where the towers, or their first stages, are frozen."""
         return self._cached(pairs, self.augmenter, self.args.num_views)
 
-    def for_evaluation(self, pairs: Dataset | CachedPairs) -> CachedPairs:
+    def for_evaluation(self, pairs: Dataset | PairDataset) -> PairDataset:
         """Give the pairs with features of the images as they are, where towers or their first stages are frozen."""
-        return pairs if isinstance(pairs, CachedPairs) else self._cached(pairs, None, 1)
+        return pairs if isinstance(pairs, PairDataset) else self._cached(pairs, None, 1)
 
-    def _cached(self, pairs: Dataset, augment: ImageAugmenter | None, num_views: int) -> CachedPairs:
+    def _cached(self, pairs: Dataset, augment: ImageAugmenter | None, num_views: int) -> PairDataset:
         args = self.args
         images = texts = None
         cache_dir = None if args.feature_cache_dir is None else Path(args.feature_cache_dir)
         with eval_mode(self.model):
-            if args.cache_features and (args.freeze_vision or self.front is not None):
+            if args.cache_features and (args.freeze_vision or self.frozen_stages is not None):
                 images = cache_image_features(
                     self.model,
                     self.processor,
                     pairs,
-                    front=self.front,
+                    frozen_stages=self.frozen_stages,
                     augment=augment,
                     num_views=num_views,
                     batch_size=args.per_device_eval_batch_size,
@@ -417,7 +418,7 @@ class TowerFeatures:
                     batch_size=8 * args.per_device_eval_batch_size,
                     cache_dir=cache_dir,
                 )
-        return CachedPairs(pairs, images, texts, front=None if images is None else self.front)
+        return PairDataset(pairs, images, texts, frozen_stages=None if images is None else self.frozen_stages)
 
 
 class _Views(torch.utils.data.Dataset):
@@ -445,7 +446,7 @@ def cache_image_features(
     processor: ClipMiniProcessor,
     pairs: Dataset,
     *,
-    front: FrozenFront | None = None,
+    frozen_stages: FrozenStages | None = None,
     augment: ImageAugmenter | None = None,
     num_views: int = 1,
     batch_size: int = 16,
@@ -458,7 +459,7 @@ def cache_image_features(
         model: its vision tower in eval mode, as frozen towers are.
         processor: the model's processor.
         pairs: the data set, one row per image.
-        front: run these stages alone; None for the whole tower.
+        frozen_stages: run these stages alone; None for the whole tower.
         augment: makes the views; None for one view, the processor's own.
         num_views: K.
         batch_size: images per forward.
@@ -466,16 +467,16 @@ def cache_image_features(
         cache_dir: root of the cache on disk; by default `CLIPMINI_CACHE`, else `~/.cache/clipmini`.
 
     Returns:
-        (I, K, V) float32, or with `front` (I, K, ...) float16, memory-mapped; computed now or by an earlier run with
-        the same images, weights and views.
+        (I, K, V) float32, or with `frozen_stages` (I, K, ...) float16, memory-mapped; computed now or by an earlier
+        run with the same images, weights and views.
     """
     num_views = 1 if augment is None else num_views
     views = _Views(pairs, processor, augment, num_views)
-    tower = model.vision_model if front is None else nn.ModuleList(front.modules.values())
-    run: Callable[[Tensor], Tensor] = model.pool_images if front is None else front.front
+    tower = model.vision_model if frozen_stages is None else nn.ModuleList(frozen_stages.modules.values())
+    run: Callable[[Tensor], Tensor] = model.pool_images if frozen_stages is None else frozen_stages.run
     what = f"pooled outputs, levels {model.config.vision_levels}"
     key = {
-        "what": what if front is None else f"activations entering {front.entry}",
+        "what": what if frozen_stages is None else f"activations entering {frozen_stages.entry}",
         "data": hash_rows(pairs, ("image", "captions") if augment is not None else ("image",)),
         # The weights alone tell neither strides nor pooling.
         "weights": f"{_describe(model.config.vision_config)} {hash_weights(tower)}",
@@ -495,7 +496,7 @@ def cache_image_features(
             results.append(run(pixels).float().cpu().unflatten(0, batch.shape[:2]))
         return torch.cat(results).numpy().astype(dtype)
 
-    dtype = np.float32 if front is None else np.float16
+    dtype = np.float32 if frozen_stages is None else np.float16
     shape = (len(pairs), num_views, *example.shape[1:])
     return cached_array(cache_root(cache_dir) / "features", key, shape, dtype, compute, IMAGE_CHUNK, "images")
 
@@ -520,7 +521,7 @@ def cache_text_features(
     Returns:
         (T, W) float32, memory-mapped, image by image.
     """
-    captions = CachedPairs(pairs).captions
+    captions = PairDataset(pairs).captions
     key = {
         "what": f"{model.config.text_pooling}-pooled outputs",
         "tokens": _hash_tokens(processor, captions),
@@ -539,7 +540,7 @@ def cache_text_features(
 
 def _describe(config: PretrainedConfig) -> str:
     """Give a tower's config without what changes no output, such as where and by which version it was saved."""
-    values = {name: value for name, value in config.to_dict().items() if name not in OF_NO_EFFECT}
+    values = {name: value for name, value in config.to_dict().items() if name not in IGNORED_CONFIG_KEYS}
     return json.dumps(values, sort_keys=True, default=str)
 
 

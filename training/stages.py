@@ -54,7 +54,7 @@ def num_stages(timm_model: nn.Module) -> int:
     return len(stage_parts(timm_model))
 
 
-class FrozenFront:
+class FrozenStages:
     """The modules of a timm model that come before its first trainable stage.
 
     Make one with `find`. Whoever uses it keeps the modules in `modules` frozen and in eval mode: a BatchNorm that
@@ -89,8 +89,8 @@ class FrozenFront:
             example: (B, 3, height, width) normalized images, on the model's device and in its dtype.
 
         Returns:
-            The front; None, with a warning that says why, where the architecture does not permit it. The whole tower
-            has to be run then.
+            The frozen stages; None, with a warning that says why, where the architecture does not permit it. The whole
+            tower has to be run then.
 
         Raises:
             ValueError: the number of stages is not possible, or timm knows no stages of this architecture.
@@ -99,27 +99,27 @@ class FrozenFront:
         if not 0 < num_trainable_stages < len(stages):
             raise ValueError(
                 f"num_trainable_stages={num_trainable_stages} leaves nothing to split: {type(timm_model).__name__} "
-                f"has {len(stages)} stages, so that 1 to {len(stages) - 1} can be trained behind a frozen front."
+                f"has {len(stages)} stages, so that 1 to {len(stages) - 1} can be trained."
             )
         trainable = {name for stage in stages[-num_trainable_stages:] for name in stage}
-        front = cls(timm_model, *_split(timm_model, trainable))
+        frozen_stages = cls(timm_model, *_split(timm_model, trainable))
         modes = {module: module.training for module in timm_model.modules()}
         timm_model.eval()
         try:
-            fault = front._try(example)
+            fault = frozen_stages._try(example)
         finally:
             for module, mode in modes.items():  # parents come before their children
                 module.train(mode)
         if fault is None:
-            return front
+            return frozen_stages
         logger.warning(
             "%s cannot be split before %s: %s. The whole tower has to run at every step",
-            *(type(timm_model).__name__, front.entry or "its first trainable parameter", fault),
+            *(type(timm_model).__name__, frozen_stages.entry or "its first trainable parameter", fault),
         )
         return None
 
     @torch.no_grad()
-    def front(self, pixel_values: Tensor) -> Tensor:
+    def run(self, pixel_values: Tensor) -> Tensor:
         """Run the first modules only.
 
         Args:
@@ -129,7 +129,7 @@ class FrozenFront:
             (B, *activation_shape) what enters the first trainable module, without gradient.
         """
         parts = (part for module in self.modules.values() for part in module.modules())
-        assert not any(part.training for part in parts), "a frozen front runs in eval mode"
+        assert not any(part.training for part in parts), "frozen stages run in eval mode"
         entry = self._timm_model.get_submodule(self.entry)
         hook = entry.register_forward_pre_hook(_stop, with_kwargs=True)
         try:
@@ -167,7 +167,7 @@ class FrozenFront:
             return "no stage stands before it"
         came_through = []
         try:
-            activation = self.front(example)
+            activation = self.run(example)
             if len(activation) != len(example):
                 return f"what enters it has shape {tuple(activation.shape)}, not one row for each of the images"
             hook = self._timm_model.get_submodule(self.entry).register_forward_pre_hook(
@@ -210,19 +210,19 @@ def _split(module: nn.Module, trainable: Collection[str], prefix: str = "") -> t
 
     Containers are opened, both where they are split and where they lie wholly before; the name is "" if none is found.
     """
-    front: dict[str, nn.Module] = {}
+    frozen_stages: dict[str, nn.Module] = {}
     for child_name, child in module.named_children():
         name = prefix + child_name
         if type(child) in CONTAINERS:
             inside, entry = _split(child, trainable, f"{name}.")
-            front.update(inside)
+            frozen_stages.update(inside)
             if entry:
-                return front, entry
+                return frozen_stages, entry
         elif any(parameter in trainable for parameter, _ in child.named_parameters(prefix=name)):
-            return front, name
+            return frozen_stages, name
         else:
-            front[name] = child
-    return front, ""
+            frozen_stages[name] = child
+    return frozen_stages, ""
 
 
 TOWERS = ("vision_model", "text_model")

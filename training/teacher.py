@@ -31,7 +31,7 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clipmini.data.duplicates import OWN_ID
+from clipmini.data.duplicates import ORIGINAL_ID
 from clipmini.inference.encoders import DualEncoder, check_widths, load_encoder
 from modeling_clipmini.images_clipmini import read_named
 
@@ -211,7 +211,7 @@ def _find_rows(file: pq.ParquetFile, pairs: Dataset, path: Path) -> dict[int, in
     for row, image_id in enumerate(stored["image_id"].to_pylist()):
         rows_of[image_id].append(row)
     places: dict[int, int] = {}
-    ids = pairs[OWN_ID if OWN_ID in pairs.column_names else "image_id"]
+    ids = pairs[ORIGINAL_ID if ORIGINAL_ID in pairs.column_names else "image_id"]
     for place, (image_id, captions) in enumerate(zip(ids, pairs["captions"], strict=True)):
         own_hash = _hash(captions)
         rows = [row for row in rows_of[image_id] if hashes[row] == own_hash and row not in places]

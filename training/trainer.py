@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from clipmini.data.augment import normalize_pixels
 from clipmini.data.licenses import check_license
-from clipmini.data.pairs import CachedPairs
+from clipmini.data.pairs import PairDataset
 from clipmini.evaluation.measure import chance_level, evaluate_retrieval, evaluate_with_intervals
 from clipmini.evaluation.naming import public_name
 from clipmini.files import versions
@@ -244,9 +244,9 @@ class ClipMiniTrainer(Trainer):
         inputs = dict(batch)
         rest_of_tower: AbstractContextManager = nullcontext()
         if "vision_hidden" in inputs:
-            assert self.features.front is not None
+            assert self.features.frozen_stages is not None
             inputs["pixel_values"] = inputs.pop("vision_hidden")
-            rest_of_tower = self.features.front.resuming()
+            rest_of_tower = self.features.frozen_stages.resuming()
         if "pixels" in inputs:
             inputs["pixel_values"] = normalize_pixels(self.processing_class.image_processor, inputs.pop("pixels"))
         if "pixel_values" in inputs and inputs["pixel_values"].ndim == 4:  # some towers pass tokens on
@@ -279,7 +279,7 @@ class ClipMiniTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | CachedPairs | dict[str, Dataset] | None = None,
+        eval_dataset: Dataset | PairDataset | dict[str, Dataset] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -313,7 +313,7 @@ class ClipMiniTrainer(Trainer):
         self.last_logged = None  # time spent here is not training's
         return metrics
 
-    def measure(self, pairs: Dataset | CachedPairs) -> dict[str, float]:
+    def measure(self, pairs: Dataset | PairDataset) -> dict[str, float]:
         """Measure retrieval with the model's weights as they are; see `evaluate`, without the prefix."""
         with self.autocast_smart_context_manager():
             return evaluate_retrieval(
@@ -501,7 +501,7 @@ class ClipMiniTrainer(Trainer):
     def _measure_for_card(self) -> dict[str, Any]:
         """Measure the evaluation data as results have them."""
         given: Any = self.eval_dataset
-        splits: dict[str, Dataset | CachedPairs] = given if isinstance(given, dict) else {"validation": given}
+        splits: dict[str, Dataset | PairDataset] = given if isinstance(given, dict) else {"validation": given}
         measured = {}
         for name, pairs in splits.items():
             if pairs is None:
@@ -509,7 +509,7 @@ class ClipMiniTrainer(Trainer):
             metrics = evaluate_with_intervals(
                 self.model, self.processing_class, pairs, self.args.per_device_eval_batch_size
             )
-            cached = pairs if isinstance(pairs, CachedPairs) else CachedPairs(pairs)
+            cached = pairs if isinstance(pairs, PairDataset) else PairDataset(pairs)
             measured[name] = {
                 "num_images": len(cached),
                 "num_captions": sum(cached.num_captions),

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from modeling_clipmini.images_clipmini import read_named
 
-OWN_ID = "own_image_id"  # the column that keeps what `image_id` was before ids were shared
+ORIGINAL_ID = "original_image_id"  # the column that keeps what `image_id` was before ids were shared
 MAX_EXAMPLES = 5  # groups in `as_dict`, and ids of each: a gray placeholder can have thousands
 
 
@@ -148,7 +148,7 @@ def share_ids(pairs: DatasetDict, report: DuplicateReport, *, captions: bool = F
             to one of them. "A dog." of a hundred images makes one image of them; read the report first.
 
     Returns:
-        The same pairs with other values in `image_id`, and those they had in `own_image_id`; images are not copied.
+        The same pairs with other values in `image_id`, and those they had in `original_image_id`. No image is copied.
     """
     groups = [*report.images, *(report.captions.values() if captions else ())]
     new_ids = _join(groups)
@@ -220,13 +220,13 @@ def _replace_ids(pairs: Dataset, new_ids: dict[int, int]) -> Dataset:
     # Without fingerprints of our own, all images would be hashed to make one.
     whole = Dataset(pairs.data, info=pairs.info, split=pairs.split, fingerprint=os.urandom(8).hex())
     image_ids = np.array([new_ids.get(image_id, image_id) for image_id in whole["image_id"][:]], dtype=np.int64)
-    if OWN_ID in pairs.column_names:  # ids were shared before
+    if ORIGINAL_ID in pairs.column_names:  # ids were shared before
         whole = whole.remove_columns("image_id")
     else:
-        whole = whole.rename_column("image_id", OWN_ID)
+        whole = whole.rename_column("image_id", ORIGINAL_ID)
     whole = whole.add_column("image_id", image_ids, feature=Value("int64"))
-    columns = [name for name in pairs.column_names if name != OWN_ID]  # in their order
-    whole = whole.select_columns([*columns, OWN_ID])
+    columns = [name for name in pairs.column_names if name != ORIGINAL_ID]  # in their order
+    whole = whole.select_columns([*columns, ORIGINAL_ID])
     return Dataset(whole.data, whole.info, pairs.split, indices_table=pairs._indices, fingerprint=os.urandom(8).hex())
 
 

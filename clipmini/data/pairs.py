@@ -75,21 +75,21 @@ class DataArguments:
 
 
 @dataclass
-class CachedPairs:
+class PairDataset:
     """A pair data set with what frozen parts of the towers make of it.
 
     Attributes:
         rows: the data set, one row per image: `image`, `captions`, `image_id`.
-        image_features: (I, K, ...) of K views of each image, or None to keep the images. Without `front` they are
-            (I, K, V) pooled outputs of the vision tower; with it, activations that enter its first trainable stage.
+        image_features: (I, K, ...) of K views of each image, or None to keep the images: (I, K, V) pooled outputs of
+            the vision tower, or with `frozen_stages` the activations that enter its first trainable stage.
         text_features: (T, W) pooled outputs of the text tower for all captions in order, or None to keep the captions.
-        front: the frozen first stages that `image_features` come from.
+        frozen_stages: the frozen first stages that `image_features` come from.
     """
 
     rows: Dataset
     image_features: np.ndarray | None = None
     text_features: np.ndarray | None = None
-    front: Any = None
+    frozen_stages: Any = None
     image_ids: list[int] = field(init=False)
     num_captions: list[int] = field(init=False)
 

@@ -96,7 +96,7 @@ class Diagnostics:
 def diagnose(
     image_embeds: Tensor,
     text_embeds: Tensor,
-    text_ids: Tensor,
+    text_image_ids: Tensor,
     image_ids: Tensor | None = None,
     temperature: float | None = None,
 ) -> Diagnostics:
@@ -105,7 +105,7 @@ def diagnose(
     Args:
         image_embeds: (I, D), of length 1.
         text_embeds: (T, D), of length 1.
-        text_ids: (T,) integers, the id of the image that each caption describes.
+        text_image_ids: (T,) integers, the id of the image that each caption describes.
         image_ids: (I,) integers; by default 0 to I - 1.
         temperature: the model's.
 
@@ -119,7 +119,7 @@ def diagnose(
         raise ValueError(f"{len(image_embeds)} images and {len(text_embeds)} captions; give at least one of each.")
     images, texts = image_embeds.double().cpu(), text_embeds.double().cpu()
     image_ids = torch.arange(len(images)) if image_ids is None else image_ids.cpu()
-    own, other, margins = _closeness(images, texts, image_ids, text_ids.cpu())
+    own, other, margins = _closeness(images, texts, image_ids, text_image_ids.cpu())
     ranks = effective_rank(images), effective_rank(texts)
     return Diagnostics(
         modality_gap=(images.mean(dim=0) - texts.mean(dim=0)).norm().item(),
@@ -177,9 +177,11 @@ def effective_rank(embeds: Tensor) -> float:
     return torch.special.entr(shares).sum().exp().item()
 
 
-def _closeness(images: Tensor, texts: Tensor, image_ids: Tensor, text_ids: Tensor) -> tuple[float, float, Tensor]:
+def _closeness(
+    images: Tensor, texts: Tensor, image_ids: Tensor, text_image_ids: Tensor
+) -> tuple[float, float, Tensor]:
     """Give the mean cosine of own and of other pairs; and (G,) how much closer captions are to their own."""
-    ids, places = torch.cat([image_ids, text_ids]).unique(return_inverse=True)
+    ids, places = torch.cat([image_ids, text_image_ids]).unique(return_inverse=True)
     of_image, of_text = places[: len(images)], places[len(images) :]
     image_sums, text_sums = (
         torch.zeros(len(ids), images.shape[1], dtype=torch.double).index_add_(0, place, embeds)

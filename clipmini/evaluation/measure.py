@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from clipmini.data.pairs import CachedPairs
+from clipmini.data.pairs import PairDataset
 from clipmini.inference.encode import encode_images, encode_texts
 from clipmini.inference.encoders import DualEncoder, check_widths
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
@@ -34,7 +34,7 @@ CACHED_CHUNK_SIZE = 8192  # rows of cached features projected at once
 
 
 def embed_pairs(
-    model: ClipMiniModel, processor: ClipMiniProcessor, pairs: Dataset | CachedPairs, batch_size: int = 16
+    model: ClipMiniModel, processor: ClipMiniProcessor, pairs: Dataset | PairDataset, batch_size: int = 16
 ) -> tuple[Tensor, Tensor]:
     """Embed all images and all captions of a pair data set.
 
@@ -51,10 +51,10 @@ def embed_pairs(
     cached = _cached(pairs)
     if cached.image_features is None:
         image_embeds = encode_images(model, processor, cached.rows["image"], batch_size)
-    elif cached.front is None:
+    elif cached.frozen_stages is None:
         image_embeds = _embed_features(model, cached.image_features[:, 0], "pooled_image", CACHED_CHUNK_SIZE)
     else:
-        with cached.front.resuming():
+        with cached.frozen_stages.resuming():
             image_embeds = _embed_features(model, cached.image_features[:, 0], "pixel_values", batch_size)
     if cached.text_features is None:
         text_embeds = encode_texts(model, processor, cached.captions, 8 * batch_size)
@@ -66,7 +66,7 @@ def embed_pairs(
 def evaluate_retrieval(
     model: ClipMiniModel,
     processor: ClipMiniProcessor,
-    pairs: Dataset | CachedPairs,
+    pairs: Dataset | PairDataset,
     batch_size: int = 16,
     widths: Sequence[int] = (),
 ) -> dict[str, float]:
@@ -93,7 +93,7 @@ def evaluate_retrieval(
 def evaluate_with_intervals(
     model: ClipMiniModel,
     processor: ClipMiniProcessor,
-    pairs: Dataset | CachedPairs,
+    pairs: Dataset | PairDataset,
     batch_size: int = 16,
     widths: Sequence[int] = (),
 ) -> dict[str, Interval]:
@@ -109,7 +109,7 @@ def evaluate_with_intervals(
 def _score_split(
     model: ClipMiniModel,
     processor: ClipMiniProcessor,
-    pairs: Dataset | CachedPairs,
+    pairs: Dataset | PairDataset,
     batch_size: int,
     widths: Sequence[int],
 ) -> dict[str, dict[str, QueryScores]]:
@@ -124,20 +124,20 @@ def _score_split(
     return scored
 
 
-def chance_level(pairs: Dataset | CachedPairs) -> dict[str, float]:
+def chance_level(pairs: Dataset | PairDataset) -> dict[str, float]:
     """Give what a random order reaches on the same split, under the same keys."""
     return chance_metrics(*_ids(pairs))
 
 
-def _ids(pairs: Dataset | CachedPairs) -> tuple[Tensor, Tensor]:
+def _ids(pairs: Dataset | PairDataset) -> tuple[Tensor, Tensor]:
     """Give the image ids of all captions and of all rows; copies of an image may share theirs."""
     cached = _cached(pairs)
     image_ids = torch.tensor(cached.image_ids)
     return image_ids[cached.image_of_captions()], image_ids
 
 
-def _cached(pairs: Dataset | CachedPairs) -> CachedPairs:
-    return pairs if isinstance(pairs, CachedPairs) else CachedPairs(pairs)
+def _cached(pairs: Dataset | PairDataset) -> PairDataset:
+    return pairs if isinstance(pairs, PairDataset) else PairDataset(pairs)
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ class Embeddings:
         images: (I, D) float32, each of length 1.
         texts: (T, D) likewise, captions in the order of the rows.
         image_ids: (I,) integers; copies that share an id share it here.
-        text_ids: (T,) the id of each caption's image.
+        text_image_ids: (T,) the id of each caption's image.
         captions: the T captions.
         row_of_text: (T,) the row of each caption's image.
     """
@@ -174,7 +174,7 @@ class Embeddings:
     images: Tensor
     texts: Tensor
     image_ids: Tensor
-    text_ids: Tensor
+    text_image_ids: Tensor
     captions: list[str]
     row_of_text: Tensor
 
@@ -189,7 +189,7 @@ class Embeddings:
             images=self.images[keeps_image],
             texts=self.texts[keeps_text],
             image_ids=self.image_ids[keeps_image],
-            text_ids=self.text_ids[keeps_text],
+            text_image_ids=self.text_image_ids[keeps_text],
             captions=[caption for caption, keeps in zip(self.captions, keeps_text.tolist(), strict=True) if keeps],
             row_of_text=new_row[self.row_of_text[keeps_text]],
         )
@@ -266,7 +266,7 @@ def embed_split(encoder: DualEncoder, pairs: Dataset, batch_size: int = 16) -> E
         ImageError: an image cannot be read.
         ValueError: images and captions are embedded in different widths.
     """
-    rows = CachedPairs(pairs)
+    rows = PairDataset(pairs)
     image_ids, row_of_text = torch.tensor(pairs["image_id"][:]), rows.image_of_captions()
     captions = rows.captions
     images = encoder.encode_images(pairs["image"], batch_size)
@@ -303,7 +303,7 @@ def measure_retrieval(
     full_width = embeds.images.shape[1]
     if any(not 1 <= width <= full_width for width in widths):
         raise ValueError(f"widths={list(widths)} are not all allowed; embeddings are {full_width} wide.")
-    ids = embeds.text_ids, embeds.image_ids
+    ids = embeds.text_image_ids, embeds.image_ids
     rankings = rank_answers(embeds.images, embeds.texts, *ids, PRECISION_AT)
     scores = score_rankings(rankings, *ids)
     metrics = bootstrap_intervals(scores, num_resamples)
@@ -358,7 +358,7 @@ def _similarities(embeds: Embeddings) -> tuple[np.ndarray, np.ndarray]:
         torch.randperm(len(rows), generator=draw)[:MAX_COMPARED] for rows in (embeds.texts, embeds.images)
     )
     similarity = embeds.texts[texts] @ embeds.images[images].T
-    is_other = embeds.text_ids[texts, None] != embeds.image_ids[None, images]
+    is_other = embeds.text_image_ids[texts, None] != embeds.image_ids[None, images]
     return own.numpy(), similarity[is_other].numpy()
 
 

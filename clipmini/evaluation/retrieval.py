@@ -61,7 +61,7 @@ class Ranking:
 def rank_answers(
     image_embeds: Tensor,
     text_embeds: Tensor,
-    text_ids: Tensor,
+    text_image_ids: Tensor,
     image_ids: Tensor | None = None,
     num_kept: int = 10,
 ) -> tuple[Ranking, Ranking]:
@@ -74,7 +74,7 @@ def rank_answers(
     Args:
         image_embeds: (I, D), of length 1.
         text_embeds: (T, D), of length 1.
-        text_ids: (T,) integers, the id of the image that each caption describes.
+        text_image_ids: (T,) integers, the id of the image that each caption describes.
         image_ids: (I,) integers, several images may share one; by default 0 to I - 1.
         num_kept: K, right answers and wrong ones each, to keep; 0 for the ranks alone.
 
@@ -84,7 +84,7 @@ def rank_answers(
     Raises:
         ValueError: there is not one id for each embedding.
     """
-    pairs = _SortedPairs(image_embeds, text_embeds, text_ids, image_ids)
+    pairs = _SortedPairs(image_embeds, text_embeds, text_image_ids, image_ids)
     of_text = _Direction(pairs.num_texts, num_kept, image_embeds.device)
     of_image = _Direction(pairs.num_images, num_kept, image_embeds.device)
     # Right answers first: how many wrong ones stand before the best of them is counted block by block.
@@ -114,29 +114,31 @@ class _Block(NamedTuple):
 class _SortedPairs:
     """Embeddings sorted by id, and the blocks of their similarities."""
 
-    def __init__(self, image_embeds: Tensor, text_embeds: Tensor, text_ids: Tensor, image_ids: Tensor | None) -> None:
+    def __init__(
+        self, image_embeds: Tensor, text_embeds: Tensor, text_image_ids: Tensor, image_ids: Tensor | None
+    ) -> None:
         self.num_images, self.num_texts = len(image_embeds), len(text_embeds)
         if image_ids is None:
             image_ids = torch.arange(self.num_images)
-        if len(image_ids) != self.num_images or len(text_ids) != self.num_texts:
+        if len(image_ids) != self.num_images or len(text_image_ids) != self.num_texts:
             raise ValueError(
                 f"{self.num_images} images with {len(image_ids)} ids and {self.num_texts} captions with "
-                f"{len(text_ids)} do not go together; give one id for each."
+                f"{len(text_image_ids)} do not go together; give one id for each."
             )
         device = image_embeds.device
         self.image_ids, self.image_order = image_ids.to(device).sort(stable=True)
-        self.text_ids, self.text_order = text_ids.to(device).sort(stable=True)
+        self.text_image_ids, self.text_order = text_image_ids.to(device).sort(stable=True)
         self.images = _in_order(image_embeds, self.image_order)
         self.texts = _in_order(text_embeds, self.text_order)
-        self.texts_of_image = count_ids(self.image_ids, self.text_ids)
-        self.images_of_text = count_ids(self.text_ids, self.image_ids)
+        self.texts_of_image = count_ids(self.image_ids, self.text_image_ids)
+        self.images_of_text = count_ids(self.text_image_ids, self.image_ids)
 
     def blocks(self, only_with_own: bool = False) -> Iterator[_Block]:
         """Compute the similarities; those of blocks in which something belongs together alone, if asked for."""
         buffer = torch.empty(IMAGE_BLOCK * TEXT_BLOCK, device=self.images.device)
         for text_start in range(0, self.num_texts, TEXT_BLOCK):
             texts = slice(text_start, min(text_start + TEXT_BLOCK, self.num_texts))
-            ids = self.text_ids[texts]
+            ids = self.text_image_ids[texts]
             # Sorted, the images of these captions stand beside each other.
             first = torch.searchsorted(self.image_ids, ids[0]).item()
             end = torch.searchsorted(self.image_ids, ids[-1], right=True).item()
@@ -241,14 +243,14 @@ class QueryScores:
 
 
 def retrieval_scores(
-    image_embeds: Tensor, text_embeds: Tensor, text_ids: Tensor, image_ids: Tensor | None = None
+    image_embeds: Tensor, text_embeds: Tensor, text_image_ids: Tensor, image_ids: Tensor | None = None
 ) -> dict[str, QueryScores]:
     """Score every query of both directions, from which metrics and their intervals are made.
 
     Args:
         image_embeds: (I, D), of length 1.
         text_embeds: (T, D), of length 1.
-        text_ids: (T,) integers, the id of the image that each caption describes.
+        text_image_ids: (T,) integers, the id of the image that each caption describes.
         image_ids: (I,) integers, several images may share one; by default 0 to I - 1.
 
     Returns:
@@ -256,14 +258,16 @@ def retrieval_scores(
     """
     if image_ids is None:
         image_ids = torch.arange(len(image_embeds))
-    rankings = rank_answers(image_embeds, text_embeds, text_ids, image_ids, PRECISION_AT)
-    return score_rankings(rankings, text_ids, image_ids)
+    rankings = rank_answers(image_embeds, text_embeds, text_image_ids, image_ids, PRECISION_AT)
+    return score_rankings(rankings, text_image_ids, image_ids)
 
 
-def score_rankings(rankings: tuple[Ranking, Ranking], text_ids: Tensor, image_ids: Tensor) -> dict[str, QueryScores]:
+def score_rankings(
+    rankings: tuple[Ranking, Ranking], text_image_ids: Tensor, image_ids: Tensor
+) -> dict[str, QueryScores]:
     """Make scores of what `rank_answers` found; see `retrieval_scores`."""
     scores = {}
-    for direction, ranking, ids in zip(DIRECTIONS, rankings, (text_ids, image_ids), strict=True):
+    for direction, ranking, ids in zip(DIRECTIONS, rankings, (text_image_ids, image_ids), strict=True):
         is_query = ranking.ranks >= 0
         precision = ranking.average_precision()[is_query]
         scores[direction] = QueryScores(ranking.ranks[is_query], precision, ids.cpu()[is_query])
@@ -273,7 +277,7 @@ def score_rankings(rankings: tuple[Ranking, Ranking], text_ids: Tensor, image_id
 def retrieval_metrics(
     image_embeds: Tensor,
     text_embeds: Tensor,
-    text_ids: Tensor,
+    text_image_ids: Tensor,
     image_ids: Tensor | None = None,
     recall_at: Sequence[int] = RECALL_AT,
 ) -> dict[str, float]:
@@ -282,14 +286,14 @@ def retrieval_metrics(
     Args:
         image_embeds: (I, D), of length 1.
         text_embeds: (T, D), of length 1.
-        text_ids: (T,) integers, the id of the image that each caption describes.
+        text_image_ids: (T,) integers, the id of the image that each caption describes.
         image_ids: (I,) integers, several images may share one; by default 0 to I - 1.
         recall_at: the values of k.
 
     Returns:
         As [`summarize_scores`] gives it.
     """
-    return summarize_scores(retrieval_scores(image_embeds, text_embeds, text_ids, image_ids), recall_at)
+    return summarize_scores(retrieval_scores(image_embeds, text_embeds, text_image_ids, image_ids), recall_at)
 
 
 def summarize_scores(scores: dict[str, QueryScores], recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
@@ -315,14 +319,16 @@ def summarize_scores(scores: dict[str, QueryScores], recall_at: Sequence[int] = 
     return {**recalls, "mean_recall": sum(recalls.values()) / len(recalls), **others}
 
 
-def chance_metrics(text_ids: Tensor, image_ids: Tensor, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+def chance_metrics(
+    text_image_ids: Tensor, image_ids: Tensor, recall_at: Sequence[int] = RECALL_AT
+) -> dict[str, float]:
     """Give the recalls that a random order reaches on the same set, under the same keys as `retrieval_metrics`.
 
     A query with c right answers among N misses all of them in k draws without replacement with probability
     C(N - c, k) / C(N, k).
 
     Args:
-        text_ids: (T,) integers, the id of the image that each caption describes.
+        text_image_ids: (T,) integers, the id of the image that each caption describes.
         image_ids: (I,) integers.
         recall_at: the values of k.
 
@@ -330,7 +336,9 @@ def chance_metrics(text_ids: Tensor, image_ids: Tensor, recall_at: Sequence[int]
         The expected recalls, in [0, 1].
     """
     metrics = {}
-    for direction, queries, answers in zip(DIRECTIONS, (text_ids, image_ids), (image_ids, text_ids), strict=True):
+    for direction, queries, answers in zip(
+        DIRECTIONS, (text_image_ids, image_ids), (image_ids, text_image_ids), strict=True
+    ):
         num_answers = len(answers)
         num_right = count_ids(queries, answers.sort().values).double()
         num_right, num_queries = num_right[num_right > 0].unique(return_counts=True)

@@ -198,7 +198,7 @@ def _leak_facts(leaks: LeakReport, embeds: Embeddings) -> dict[str, Any]:
                 "num_images": len(rest.images),
                 "num_captions": len(rest.texts),
                 "metrics": bootstrap_intervals(
-                    retrieval_scores(rest.images, rest.texts, rest.text_ids, rest.image_ids)
+                    retrieval_scores(rest.images, rest.texts, rest.text_image_ids, rest.image_ids)
                 ),
             }
     return facts

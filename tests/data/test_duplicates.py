@@ -159,9 +159,9 @@ def test_sharing_gives_the_smallest_id_of_a_group(pairs):
     assert shared["train"]["image_id"][:] == [1, 2, 1, 2, 6]
     assert shared["test"]["image_id"][:] == [1, 3]
     for split, dataset in shared.items():
-        assert dataset.features == {**pairs[split].features, "own_image_id": Value("int64")}
-        assert dataset.column_names == [*pairs[split].column_names, "own_image_id"]
-        assert dataset["own_image_id"][:] == before[split]["image_id"]
+        assert dataset.features == {**pairs[split].features, "original_image_id": Value("int64")}
+        assert dataset.column_names == [*pairs[split].column_names, "original_image_id"]
+        assert dataset["original_image_id"][:] == before[split]["image_id"]
         assert dataset["image"][:] == before[split]["image"]
         assert dataset["captions"][:] == before[split]["captions"]
         assert pairs[split].to_dict() == before[split]

@@ -70,10 +70,10 @@ def test_uniformity_of_many_rows_is_taken_in_blocks_and_of_a_sample(monkeypatch)
 def test_similarities_are_means_over_pairs_however_ids_are_shared():
     images, texts = random_unit(6, 4), random_unit(9, 4, seed=1)
     image_ids = torch.tensor([0, 1, 1, 2, 5, 3])
-    text_ids = torch.tensor([0, 0, 1, 1, 2, 3, 3, 7, 2])
-    result = diagnose(images, texts, text_ids, image_ids)
+    text_image_ids = torch.tensor([0, 0, 1, 1, 2, 3, 3, 7, 2])
+    result = diagnose(images, texts, text_image_ids, image_ids)
     similarity = texts @ images.T
-    is_own = text_ids[:, None] == image_ids[None, :]
+    is_own = text_image_ids[:, None] == image_ids[None, :]
     assert result.own_similarity == pytest.approx(similarity[is_own].mean().item(), abs=1e-6)
     assert result.other_similarity == pytest.approx(similarity[~is_own].mean().item(), abs=1e-6)
 

@@ -134,16 +134,16 @@ def test_blocks_give_what_the_whole_matrix_gives(data, num_images, num_texts, se
     texts = torch.randint(-2, 3, (num_texts, 3), generator=generator).float()
     num_ids = data.draw(st.integers(1, 30))
     image_ids = torch.randint(num_ids, (num_images,), generator=generator)
-    text_ids = torch.randint(num_ids, (num_texts,), generator=generator)
+    text_image_ids = torch.randint(num_ids, (num_texts,), generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "IMAGE_BLOCK", data.draw(st.integers(1, 31)))
         patch.setattr(ranking, "TEXT_BLOCK", data.draw(st.integers(1, 41)))
-        of_text, of_image = rank_answers(images, texts, text_ids, image_ids)
-        assert ranks_of(images, texts, text_ids, image_ids) == [of_text.ranks.tolist(), of_image.ranks.tolist()]
+        of_text, of_image = rank_answers(images, texts, text_image_ids, image_ids)
+        assert ranks_of(images, texts, text_image_ids, image_ids) == [of_text.ranks.tolist(), of_image.ranks.tolist()]
     similarity = texts @ images.T
     for found, (ranks, precisions) in (
-        (of_text, ranks_of_whole_matrix(similarity, text_ids, image_ids)),
-        (of_image, ranks_of_whole_matrix(similarity.T, image_ids, text_ids)),
+        (of_text, ranks_of_whole_matrix(similarity, text_image_ids, image_ids)),
+        (of_image, ranks_of_whole_matrix(similarity.T, image_ids, text_image_ids)),
     ):
         assert found.ranks.tolist() == ranks
         assert found.average_precision().tolist() == pytest.approx(precisions, nan_ok=True)
@@ -151,4 +151,4 @@ def test_blocks_give_what_the_whole_matrix_gives(data, num_images, num_texts, se
         for row, value in zip(rows.tolist(), values.tolist(), strict=True):
             if row >= 0:
                 assert similarity[text, row] == value
-                assert image_ids[row] != text_ids[text]
+                assert image_ids[row] != text_image_ids[text]

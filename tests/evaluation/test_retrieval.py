@@ -15,7 +15,7 @@ def make_embeddings(num_images=20, captions=2, seed=0):
         images=normalize(torch.randn(num_images, 8, generator=generator), dim=-1),
         texts=normalize(torch.randn(len(row_of_text), 8, generator=generator), dim=-1),
         image_ids=image_ids,
-        text_ids=image_ids[row_of_text],
+        text_image_ids=image_ids[row_of_text],
         captions=[f"caption {number}" for number in range(len(row_of_text))],
         row_of_text=row_of_text,
     )
@@ -33,7 +33,7 @@ def test_all_parts_are_of_the_same_embeddings():
     result = measure_retrieval(embeds, widths=(4, 2), precisions=("int8", "binary"), num_resamples=10)
     assert list(result.by_width) == [2, 4, 8]
     cut = [normalize(rows[:, :4], dim=-1) for rows in (embeds.images, embeds.texts)]
-    assert result.by_width[4] == pytest.approx(retrieval_metrics(*cut, embeds.text_ids, embeds.image_ids))
+    assert result.by_width[4] == pytest.approx(retrieval_metrics(*cut, embeds.text_image_ids, embeds.image_ids))
     assert list(result.by_precision) == ["float32", "int8", "binary"]
     assert result.by_precision["float32"] == result.by_width[8]
     for direction, curve in result.recall_curve.items():
@@ -76,7 +76,7 @@ def test_images_and_captions_can_be_left_out():
     assert rest.image_ids.tolist() == [5, 11, 17]
     assert rest.captions == ["caption 1", "caption 4", "caption 5", "caption 8"]
     assert rest.row_of_text.tolist() == [0, 1, 1, 2]
-    assert rest.text_ids.tolist() == [5, 11, 11, 17]
+    assert rest.text_image_ids.tolist() == [5, 11, 11, 17]
     assert torch.equal(rest.texts, embeds.texts[[1, 4, 5, 8]])
 
 

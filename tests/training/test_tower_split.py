@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from clipmini.training.stages import FrozenFront, num_stages, stage_parts
+from clipmini.training.stages import FrozenStages, num_stages, stage_parts
 
 ARCHITECTURES = [
     "test_resnet",
@@ -32,8 +32,8 @@ def make_images(batch=2, size=64):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def freeze(front):
-    for module in front.modules.values():
+def freeze(frozen_stages):
+    for module in frozen_stages.modules.values():
         module.requires_grad_(False).eval()
 
 
@@ -76,14 +76,14 @@ def test_an_architecture_without_stages_is_a_value_error(kind):
 @pytest.mark.parametrize("count", [-1, 0, 5, 6])
 def test_there_must_be_something_to_freeze_and_something_to_train(count):
     with pytest.raises(ValueError, match=f"num_trainable_stages={count} .* has 5 stages, so that 1 to 4"):
-        FrozenFront.find(make("test_resnet"), count, make_images())
+        FrozenStages.find(make("test_resnet"), count, make_images())
 
 
 def test_the_boundary_of_a_small_resnet():
-    front = FrozenFront.find(make("test_resnet"), 2, make_images())
-    assert front.entry == "layer3.0"
-    assert front.activation_shape == (48, 8, 8)
-    assert list(front.modules)[-3:] == ["maxpool", "layer1.0", "layer2.0"]
+    frozen_stages = FrozenStages.find(make("test_resnet"), 2, make_images())
+    assert frozen_stages.entry == "layer3.0"
+    assert frozen_stages.activation_shape == (48, 8, 8)
+    assert list(frozen_stages.modules)[-3:] == ["maxpool", "layer1.0", "layer2.0"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -93,16 +93,16 @@ def test_front_and_rest_are_the_whole(architecture):
     with torch.no_grad():
         whole = model(images)
     for count in {1, 2, num_stages(model) // 2, num_stages(model) - 1}:
-        front = FrozenFront.find(model, count, make_images(batch=1))
-        activation = front.front(images)
-        assert activation.shape == (2, *front.activation_shape)
+        frozen_stages = FrozenStages.find(model, count, make_images(batch=1))
+        activation = frozen_stages.run(images)
+        assert activation.shape == (2, *frozen_stages.activation_shape)
         assert not activation.requires_grad
-        with front.resuming(), torch.no_grad():
+        with frozen_stages.resuming(), torch.no_grad():
             torch.testing.assert_close(model(activation), whole, rtol=1e-6, atol=1e-6)
         trainable = {name for stage in stage_parts(model)[-count:] for name in stage}
         assert not trainable & {
             f"{name}.{parameter}"
-            for name, module in front.modules.items()
+            for name, module in frozen_stages.modules.items()
             for parameter, _ in module.named_parameters()
         }
 
@@ -110,12 +110,12 @@ def test_front_and_rest_are_the_whole(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_rest_gets_the_gradients_of_the_whole(architecture):
     model, count, images = make(architecture), 2, make_images(size=32)
-    front = FrozenFront.find(model, count, images)
-    freeze(front)
+    frozen_stages = FrozenStages.find(model, count, images)
+    freeze(frozen_stages)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     expected = torch.autograd.grad(model(images).square().mean(), list(trained.values()))
-    activation = front.front(images)
-    with front.resuming():
+    activation = frozen_stages.run(images)
+    with frozen_stages.resuming():
         output = model(activation)
     gradients = torch.autograd.grad(output.square().mean(), list(trained.values()))
     for name, gradient, other in zip(trained, gradients, expected, strict=True):
@@ -125,16 +125,16 @@ def test_the_rest_gets_the_gradients_of_the_whole(architecture):
 
 def test_the_front_runs_nothing_of_the_rest():
     model = make("resnet18")
-    front = FrozenFront.find(model, 2, make_images())
+    frozen_stages = FrozenStages.find(model, 2, make_images())
     ran = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    front.front(make_images())
+    frozen_stages.run(make_images())
     assert ran[-1] == "layer2"  # the whole model's hook, "", would come last of all
     assert not any(name.startswith(("layer3", "layer4")) for name in ran)
     ran.clear()
-    with front.resuming():
-        model(torch.randn(2, *front.activation_shape))
+    with frozen_stages.resuming():
+        model(torch.randn(2, *frozen_stages.activation_shape))
     assert "layer2.0.conv1" not in ran
     assert "layer3.0.conv1" in ran
 
@@ -145,7 +145,7 @@ def test_the_model_is_left_as_it_was():
     model.layer4.forward = layer4 = model.layer4.forward
     state, names = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
     modes = [module.training for module in model.modules()]
-    front = FrozenFront.find(model, 2, make_images())
+    frozen_stages = FrozenStages.find(model, 2, make_images())
     for _ in range(2):
         assert [module.training for module in model.modules()] == modes
         assert [name for name, _ in model.named_modules()] == names
@@ -154,17 +154,17 @@ def test_the_model_is_left_as_it_was():
         assert [name for name, module in model.named_modules() if "forward" in vars(module)] == ["layer4"]
         assert model.layer4.forward is layer4
         assert not any(module._forward_pre_hooks for module in model.modules())
-        freeze(front)
+        freeze(frozen_stages)
         modes = [module.training for module in model.modules()]
-        front.front(make_images())
+        frozen_stages.run(make_images())
 
 
 def test_forwards_come_back_after_an_error():
     model = make("test_resnet")
-    front = FrozenFront.find(model, 2, make_images())
+    frozen_stages = FrozenStages.find(model, 2, make_images())
     own = model.layer1[0].forward = model.layer1[0].forward  # as accelerate puts its own there
     whole = model(make_images())
-    with pytest.raises(RuntimeError, match="channels"), front.resuming():
+    with pytest.raises(RuntimeError, match="channels"), frozen_stages.resuming():
         model(torch.randn(2, 5, 8, 8))
     assert model.layer1[0].forward is own
     assert [name for name, module in model.named_modules() if "forward" in vars(module)] == ["layer1.0"]
@@ -172,30 +172,30 @@ def test_forwards_come_back_after_an_error():
 
 
 def test_an_error_within_the_front_is_not_taken_for_its_end():
-    front = FrozenFront.find(make("test_resnet"), 2, make_images())
+    frozen_stages = FrozenStages.find(make("test_resnet"), 2, make_images())
     with pytest.raises(RuntimeError, match="channels"):
-        front.front(torch.randn(2, 5, 64, 64))
-    front.front(make_images())
+        frozen_stages.run(torch.randn(2, 5, 64, 64))
+    frozen_stages.run(make_images())
 
 
 def test_the_front_must_be_in_eval_mode():
     model = make("test_resnet")
-    front = FrozenFront.find(model, 2, make_images())
+    frozen_stages = FrozenStages.find(model, 2, make_images())
     model.layer2[0].bn1.train()
     with pytest.raises(AssertionError, match="eval mode"):
-        front.front(make_images())
+        frozen_stages.run(make_images())
     model.eval().layer3.train()
-    front.front(make_images())
+    frozen_stages.run(make_images())
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "convnext_atto"])
 def test_channels_last(architecture):
     model = make(architecture).to(memory_format=torch.channels_last)
     images = make_images().contiguous(memory_format=torch.channels_last)
-    front = FrozenFront.find(model, 2, images)
-    activation = front.front(images)
+    frozen_stages = FrozenStages.find(model, 2, images)
+    activation = frozen_stages.run(images)
     assert activation.is_contiguous(memory_format=torch.channels_last)
-    with front.resuming(), torch.no_grad():
+    with frozen_stages.resuming(), torch.no_grad():
         from_cache = model(activation.contiguous())
     torch.testing.assert_close(from_cache, model(images), rtol=1e-4, atol=1e-4)
 
@@ -207,10 +207,10 @@ def test_gradient_checkpointing_runs_the_same(architecture):
     images = make_images(size=32)
     whole = model(images)
     model.set_grad_checkpointing()
-    front = FrozenFront.find(model, 2, images)
-    freeze(front)
-    activation = front.front(images)
-    with front.resuming():
+    frozen_stages = FrozenStages.find(model, 2, images)
+    freeze(frozen_stages)
+    activation = frozen_stages.run(images)
+    with frozen_stages.resuming():
         output = model(activation)
     torch.testing.assert_close(output, whole, rtol=1e-6, atol=1e-6)
     output.sum().backward()
@@ -218,11 +218,11 @@ def test_gradient_checkpointing_runs_the_same(architecture):
 
 def test_the_wrapper_of_transformers_resumes(tiny_model):
     tower = tiny_model.vision_model
-    front = FrozenFront.find(tower.timm_model, 2, make_images())
-    freeze(front)
+    frozen_stages = FrozenStages.find(tower.timm_model, 2, make_images())
+    freeze(frozen_stages)
     expected = tiny_model.pool_images(make_images())
-    activation = front.front(make_images())
-    with front.resuming():
+    activation = frozen_stages.run(make_images())
+    with frozen_stages.resuming():
         pooled = tiny_model.pool_images(activation)
     torch.testing.assert_close(pooled, expected, rtol=1e-6, atol=1e-6)
     pooled.sum().backward()
@@ -233,7 +233,7 @@ def test_the_wrapper_of_transformers_resumes(tiny_model):
 @pytest.mark.parametrize("count", [1, 6])
 def test_a_vision_transformer_cannot_be_split(count, caplog):
     size = timm.get_pretrained_cfg("test_vit").input_size[-1]
-    assert FrozenFront.find(make("test_vit"), count, make_images(size=size)) is None
+    assert FrozenStages.find(make("test_vit"), count, make_images(size=size)) is None
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "VisionTransformer cannot be split before blocks." in warning.getMessage()
     assert "whole tower" in warning.getMessage()
@@ -241,7 +241,7 @@ def test_a_vision_transformer_cannot_be_split(count, caplog):
 
 def test_a_image_that_the_model_itself_refuses_is_an_error():
     with pytest.raises((RuntimeError, AssertionError)):
-        FrozenFront.find(make("test_vit"), 2, make_images(size=50))
+        FrozenStages.find(make("test_vit"), 2, make_images(size=50))
 
 
 class Chain(nn.Module):
@@ -306,7 +306,7 @@ class Reused(Chain):
 
 
 def test_a_chain_can_be_split():
-    assert FrozenFront.find(Chain(), 2, torch.randn(3, 4)).entry == "two"
+    assert FrozenStages.find(Chain(), 2, torch.randn(3, 4)).entry == "two"
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_a_chain_can_be_split():
     ],
 )
 def test_what_is_no_chain_cannot_be_split(kind, reason, caplog):
-    assert FrozenFront.find(kind(), 2, torch.randn(3, 4)) is None
+    assert FrozenStages.find(kind(), 2, torch.randn(3, 4)) is None
     assert f"{kind.__name__} cannot be split before two" in caplog.text
     assert reason in caplog.text
 
@@ -333,7 +333,7 @@ def test_stages_out_of_order_leave_no_front(caplog):
         def group_matcher(self, coarse=False):
             return lambda name: ["three", "two", "one"].index(name.split(".")[0])
 
-    assert FrozenFront.find(HeadFirst(), 1, torch.randn(3, 4)) is None
+    assert FrozenStages.find(HeadFirst(), 1, torch.randn(3, 4)) is None
     assert "no stage stands before it" in caplog.text
 
 
@@ -350,6 +350,6 @@ def test_a_module_that_is_used_twice_comes_back_once():
         forward = Chain.forward
 
     model = Shared()
-    front = FrozenFront.find(model, 1, torch.randn(3, 4))
-    assert list(front.modules) == ["one.0", "one.1", "two.0", "two.1"]
+    frozen_stages = FrozenStages.find(model, 1, torch.randn(3, 4))
+    assert list(frozen_stages.modules) == ["one.0", "one.1", "two.0", "two.1"]
     assert not any("forward" in vars(module) for module in model.modules())

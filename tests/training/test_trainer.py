@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from clipmini.data.pairs import CachedPairs
+from clipmini.data.pairs import PairDataset
 from clipmini.evaluation.measure import chance_level, embed_pairs, evaluate_retrieval
 from clipmini.evaluation.retrieval import retrieval_metrics
 from clipmini.training.arguments import ClipMiniTrainingArguments
@@ -90,7 +90,7 @@ def test_evaluate_is_retrieval_over_the_whole_split(make_trainer, toy_pairs, tin
     trainer = make_trainer(per_device_eval_batch_size=5)
     metrics = trainer.evaluate()
     image_embeds, text_embeds = embed_pairs(trainer.model.eval(), tiny_processor, toy_pairs)
-    expected = retrieval_metrics(image_embeds, text_embeds, CachedPairs(toy_pairs).image_of_captions())
+    expected = retrieval_metrics(image_embeds, text_embeds, PairDataset(toy_pairs).image_of_captions())
     assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected)
     assert "eval_loss" not in metrics
     several = trainer.evaluate({"a": toy_pairs, "b": toy_pairs})

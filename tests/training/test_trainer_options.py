@@ -127,7 +127,7 @@ def test_a_tower_of_tokens_trains_its_last_stages_from_cached_ones(make_trainer,
     config = {**NO_DROPOUT, "vision_config": vision}
     options = {"vision_stages": 2, "optim": "sgd", "max_steps": 2}
     split = make_trainer(config=config, **options)
-    assert split.features.front is not None
+    assert split.features.frozen_stages is not None
     assert split.train_dataset[0, 0]["vision_hidden"].ndim == 2
     whole = make_trainer(config=config, **options, cache_features=False)
     assert_same(weights_after(split), weights_after(whole), 1e-3)
@@ -137,7 +137,7 @@ def test_activations_serve_where_no_level_lies_before_them(make_trainer):
     config = {**NO_DROPOUT, "vision_levels": [3, 4]}
     options = {"vision_stages": 2, "optim": "sgd", "max_steps": 2}
     split = make_trainer(config=config, **options)
-    assert split.features.front is not None
+    assert split.features.frozen_stages is not None
     assert_same(weights_after(split), weights_after(make_trainer(config=config, **options, cache_features=False)))
 
 
@@ -175,7 +175,7 @@ def test_a_saved_model_finds_the_features_of_the_one_it_was(make_trainer, tmp_pa
 
 def test_a_level_before_the_first_trained_stage_needs_the_whole_tower(make_trainer, caplog):
     trainer = make_trainer(config={"vision_levels": [1, 4]}, vision_stages=2)
-    assert trainer.features.front is None
+    assert trainer.features.frozen_stages is None
     assert "vision_levels=[1, 4] needs feature maps from before" in caplog.text
 
 

@@ -83,8 +83,8 @@ class ImageTextRetrieval(evaluate.Metric):
         texts = torch.tensor([vector for captions in text_embeds for vector in captions])
         texts = torch.nn.functional.normalize(texts.view(-1, images.shape[-1]), dim=-1)
         num_captions = torch.tensor([len(captions) for captions in text_embeds])
-        text_ids = torch.arange(len(images)).repeat_interleave(num_captions)
-        scores = retrieval_scores(images, texts, text_ids)
+        text_image_ids = torch.arange(len(images)).repeat_interleave(num_captions)
+        scores = retrieval_scores(images, texts, text_image_ids)
         result: dict[str, Any] = summarize_scores(scores, recall_at)
         if intervals:
             ends = bootstrap_intervals(scores, num_resamples, seed, recall_at)
