@@ -88,7 +88,7 @@ VARIANTS = (
     Variant(f"{HEADS}, label smoothing", {**FROZEN, "label_smoothing_factor": 0.2}, change_of=HEADS),
     Variant("+ text tower, cached vision features", TEXT_TUNED),
     Variant(TWO_STAGES, TUNED, warm_heads=True),
-    Variant(f"{TWO_STAGES}, hard negatives", {**TUNED, "hard_negative_weight": 0.3}, **LIKE_TWO_STAGES),
+    Variant(f"{TWO_STAGES}, hard negatives", {**TUNED, "hard_negatives": {"weight": 0.3}}, **LIKE_TWO_STAGES),
     Variant(f"{TWO_STAGES}, label smoothing", {**TUNED, "label_smoothing_factor": 0.1}, **LIKE_TWO_STAGES),
     Variant(f"{TWO_STAGES}, sigmoid loss", TUNED, **LIKE_TWO_STAGES, model_config={"loss": "sigmoid"}),
 )

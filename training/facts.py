@@ -17,7 +17,7 @@ from .build import ModelPreset
 from .offline_towers import OFFLINE_PREFIX, OFFLINE_TOWERS
 from .recipes import Recipe
 
-OF_ONE_MACHINE = ("output_dir", "feature_cache_dir", "strict")  # keys of a recipe that say nothing to others
+OF_ONE_MACHINE = ("output_dir", "strict")  # keys of a recipe that say nothing to others
 
 
 def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[str, Any]) -> ModelCard:

@@ -356,8 +356,7 @@ class TowerFeatures:
         self.augmenter = self.frozen_stages = None
         augmentation = args.image_augmentation
         if augmentation is not None:
-            resolution = (args.augment or {}).get("resolution")
-            self.augmenter = ImageAugmenter(processor.image_processor, augmentation, resolution)
+            self.augmenter = ImageAugmenter(processor.image_processor, augmentation)
         if args.cache_features and args.vision_stages is not None:
             timm_model = model.vision_model.timm_model
             if args.vision_stages < num_stages(timm_model):
@@ -396,7 +395,6 @@ class TowerFeatures:
     def _cached(self, pairs: Dataset, augment: ImageAugmenter | None, num_views: int) -> PairDataset:
         args = self.args
         images = texts = None
-        cache_dir = None if args.feature_cache_dir is None else Path(args.feature_cache_dir)
         with eval_mode(self.model):
             if args.cache_features and (args.freeze_vision or self.frozen_stages is not None):
                 images = cache_image_features(
@@ -408,7 +406,6 @@ class TowerFeatures:
                     num_views=num_views,
                     batch_size=args.per_device_eval_batch_size,
                     num_workers=args.dataloader_num_workers,
-                    cache_dir=cache_dir,
                 )
             if args.cache_features and args.freeze_text:
                 texts = cache_text_features(
@@ -416,7 +413,6 @@ class TowerFeatures:
                     self.processor,
                     pairs,
                     batch_size=8 * args.per_device_eval_batch_size,
-                    cache_dir=cache_dir,
                 )
         return PairDataset(pairs, images, texts, frozen_stages=None if images is None else self.frozen_stages)
 
@@ -451,7 +447,6 @@ def cache_image_features(
     num_views: int = 1,
     batch_size: int = 16,
     num_workers: int = 0,
-    cache_dir: Path | None = None,
 ) -> np.ndarray:
     """Run the vision tower, or its first stages, once over the images of a data set.
 
@@ -464,7 +459,6 @@ def cache_image_features(
         num_views: K.
         batch_size: images per forward.
         num_workers: processes that read images.
-        cache_dir: root of the cache on disk; by default `CLIPMINI_CACHE`, else `~/.cache/clipmini`.
 
     Returns:
         (I, K, V) float32, or with `frozen_stages` (I, K, ...) float16, memory-mapped; computed now or by an earlier
@@ -498,7 +492,7 @@ def cache_image_features(
 
     dtype = np.float32 if frozen_stages is None else np.float16
     shape = (len(pairs), num_views, *example.shape[1:])
-    return cached_array(cache_root(cache_dir) / "features", key, shape, dtype, compute, IMAGE_CHUNK, "images")
+    return cached_array(cache_root() / "features", key, shape, dtype, compute, IMAGE_CHUNK, "images")
 
 
 def cache_text_features(
@@ -507,7 +501,6 @@ def cache_text_features(
     pairs: Dataset,
     *,
     batch_size: int = 128,
-    cache_dir: Path | None = None,
 ) -> np.ndarray:
     """Run the text tower once over all captions of a data set.
 
@@ -516,7 +509,6 @@ def cache_text_features(
         processor: the model's processor.
         pairs: the data set, one row per image.
         batch_size: captions per forward.
-        cache_dir: root of the cache on disk; by default `CLIPMINI_CACHE`, else `~/.cache/clipmini`.
 
     Returns:
         (T, W) float32, memory-mapped, image by image.
@@ -535,7 +527,7 @@ def cache_text_features(
         return run_texts(processor, captions[start:stop], embed, batch_size, show_progress=False).numpy()
 
     shape = (len(captions), model.config.text_config.hidden_size)
-    return cached_array(cache_root(cache_dir) / "features", key, shape, np.float32, compute, CAPTION_CHUNK, "captions")
+    return cached_array(cache_root() / "features", key, shape, np.float32, compute, CAPTION_CHUNK, "captions")
 
 
 def _describe(config: PretrainedConfig) -> str:

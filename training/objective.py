@@ -92,6 +92,28 @@ class Embeddings(NamedTuple):
 
 
 @dataclass(frozen=True)
+class HardNegatives:
+    """How negatives that resemble positives are weighed; see `hard_negative_weights`.
+
+    Attributes:
+        weight: how much more similar negatives weigh, at least 0, where all weigh the same.
+        start: share of the steps, from 0 to 1, after which they do.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    weight: float
+    start: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"hard_negatives.weight={self.weight:g} is not allowed; use at least 0.")
+        if not 0 <= self.start <= 1:
+            raise ValueError(f"hard_negatives.start={self.start:g} is not allowed; use a number from 0 to 1.")
+
+
+@dataclass(frozen=True)
 class ContrastiveObjective:
     """A loss over pairs.
 

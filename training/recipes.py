@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 SECTIONS = {"data": DataArguments, "training": ClipMiniTrainingArguments}
 # One folder, one seed and one repository serve a whole run.
 NOT_BY_STAGE = (
-    *("output_dir", "seed", "data_seed", "feature_cache_dir"),
+    *("output_dir", "seed", "data_seed"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"),
 )
 

@@ -35,6 +35,27 @@ from clipmini.data.duplicates import ORIGINAL_ID
 from clipmini.inference.encoders import DualEncoder, check_widths, load_encoder
 from modeling_clipmini.images_clipmini import read_named
 
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher to learn from.
+
+    Attributes:
+        file: what `embed_with_teacher` wrote.
+        weight: share of the teacher's term in the loss, from 0 to 1.
+
+    Raises:
+        ValueError: the weight is out of range.
+    """
+
+    file: str
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"teacher.weight={self.weight:g} is not allowed; use a number from 0 to 1.")
+
+
 METADATA_KEY = b"clipmini_teacher"
 ROWS_PER_GROUP = 1024  # written, and later read, at once
 

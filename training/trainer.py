@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from clipmini.data.augment import normalize_pixels
 from clipmini.data.licenses import check_license
@@ -37,14 +35,12 @@ from .batches import ClipMiniCollator, EpochPairs, PairSampler, pool_by_length
 from .callbacks import TrainingBar, check_finite
 from .features import TowerFeatures
 from .gradient_cache import Batch, cached_backward, check_batch_norm, moving_batch_norms
-from .lora import add_lora, load_lora_state, lora_state, merged_state_dict
+from .lora import add_lora, has_adapters, load_adapter, merge_lora, save_adapter
 from .objective import ContrastiveObjective, Embeddings, world_size
 from .stages import parameter_groups, stage_parts
 from .teacher import TeacherEmbeddings
 
 logger = logging.getLogger(__name__)
-
-LORA_FILE = "lora.safetensors"  # in a checkpoint, beside the merged weights
 
 
 class ClipMiniTrainer(Trainer):
@@ -117,7 +113,6 @@ class ClipMiniTrainer(Trainer):
         self.objective = ContrastiveObjective(
             label_smoothing=args.label_smoothing_factor,
             matryoshka_dims=args.matryoshka_widths,
-            chunk_size=args.loss_chunk,
         )
         self.sampler: PairSampler | None = None
         if train_dataset is not None:
@@ -132,10 +127,10 @@ class ClipMiniTrainer(Trainer):
     def _prepare_training(self, pairs: Dataset) -> None:
         args = self.args
         teacher = None
-        if args.teacher is not None:
-            teacher = TeacherEmbeddings.load(Path(args.teacher), pairs)
+        if args.teacher_options is not None:
+            teacher = TeacherEmbeddings.load(Path(args.teacher_options.file), pairs)
             self.objective = replace(
-                self.objective, distillation=args.distillation_weight, teacher_scale=teacher.logit_scale
+                self.objective, distillation=args.teacher_options.weight, teacher_scale=teacher.logit_scale
             )
         cached = self.features.for_training(pairs)
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -260,10 +255,10 @@ class ClipMiniTrainer(Trainer):
         return output.image_embeds, output.text_embeds
 
     def _current_objective(self) -> ContrastiveObjective:
-        args, state = self.args, self.state
-        if not args.hard_negative_weight or state.global_step < args.hard_negative_start * state.max_steps:
+        options = self.args.hard_negative_options
+        if options is None or self.state.global_step < options.start * self.state.max_steps:
             return self.objective
-        return replace(self.objective, hardness=args.hard_negative_weight)
+        return replace(self.objective, hardness=options.weight)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does, with the temperature and the speed beside the loss."""
@@ -330,40 +325,30 @@ class ClipMiniTrainer(Trainer):
         """Save the model; it is pushed by `push_to_hub` alone, which is told what a card needs."""
         super().save_model(output_dir, _internal_call=True)
 
-    # What a checkpoint holds beyond Trainer's. It is all written before `trainer_state.json`, which marks a checkpoint
-    # as whole.
+    # A checkpoint holds the model or, with LoRA, the adapter alone, as Trainer saves a `PeftModel`. All of it is there
+    # before `trainer_state.json`, which marks a checkpoint as complete.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, self._plain_state_dict() if state_dict is None else state_dict)
+        folder = Path(output_dir or str(self.args.output_dir))
+        if has_adapters(self.model):
+            save_adapter(self.model, folder)
+            return
+        super()._save(str(folder), state_dict)
         # Trainer pickles its arguments into every model's folder, where nothing reads them.
-        (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def _plain_state_dict(self) -> dict[str, Tensor] | None:
-        """Give the weights of a plain model that loads anywhere; None where it is one already."""
-        return merged_state_dict(self.model) if self.args.lora_towers else None
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and self.args.lora_towers:
-            save_file(lora_state(self.model), Path(output_dir) / LORA_FILE)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.is_resumed = True
-        if self.args.lora_towers:
-            self._load_adapters(Path(resume_from_checkpoint))
+        if has_adapters(self.model):
+            load_adapter(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self.args.lora_towers:
-            self._load_adapters(Path(str(self.state.best_model_checkpoint)))
+        if has_adapters(self.model):
+            load_adapter(self.model, Path(str(self.state.best_model_checkpoint)))
         else:
             super()._load_best_model()
-
-    def _load_adapters(self, folder: Path) -> None:
-        # The merged weights bring heads, temperature and statistics; adapted weights have other names here.
-        self.model.load_state_dict(load_file(folder / SAFE_WEIGHTS_NAME), strict=False)
-        load_lora_state(self.model, load_file(folder / LORA_FILE))
 
     # The Hub
 
@@ -397,6 +382,8 @@ class ClipMiniTrainer(Trainer):
     ) -> Any:
         """Push the model as `clipmini push` does: checked, without pickles, with its card, in one commit.
 
+        LoRA updates are merged into the weights first, so the model cannot be trained further with them.
+
         Args:
             commit_message: the commit's.
             blocking: wait until it is done.
@@ -420,7 +407,8 @@ class ClipMiniTrainer(Trainer):
         repo_id = self._repository_name(token)
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clipmini-"))) / "model"
-            save_model_folder(self.model, self.processing_class, folder, card, state_dict=self._plain_state_dict())
+            merge_lora(self.model)
+            save_model_folder(self.model, self.processing_class, folder, card)
             prepared = prepare_push(folder, repo_id)  # before anything is made on the Hub
             workshop = stack.pop_all()
         branch = revision or args.hub_revision
@@ -572,8 +560,8 @@ def _choose_what_trains(model: ClipMiniModel, args: ClipMiniTrainingArguments) -
             )
         for name in [name for stage in stages[: -args.vision_stages] for name in stage]:
             timm_model.get_parameter(name).requires_grad_(False)
-    if args.lora_towers:
-        add_lora(model, args.lora_towers, rank=args.lora_rank, alpha=2 * args.lora_rank)
+    if args.lora_options is not None:
+        add_lora(model, args.lora_options.towers, args.lora_options.rank)
     if args.freeze_batch_norm:
         model.freeze_batch_norm()
     model.train(model.training)

@@ -38,6 +38,9 @@ class ImageAugmentation:
             rotate, and change colors more than `color_jitter` does, up to turning bright ones into their negative.
         flip: mirror every other image: "safe" spares those with a caption that names left or right, "always" does
             not look at captions, "never" mirrors none.
+        resolution: shorter edge of the view in pixels; None for that of inference. Somewhat less than in inference is
+            faster, and since random crops show things larger than they appear later, often no worse (the FixRes
+            effect, Touvron et al. 2019, https://arxiv.org/abs/1906.06423).
 
     Raises:
         ValueError: a value is out of range.
@@ -47,6 +50,7 @@ class ImageAugmentation:
     color_jitter: float = 0.0
     rand_augment: int = 0
     flip: str = "safe"
+    resolution: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale <= 1:
@@ -61,6 +65,10 @@ class ImageAugmentation:
             )
         if self.flip not in FLIPS:
             raise ValueError(f"flip={self.flip!r} is unknown; use {', '.join(FLIPS)}.")
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(
+                f"resolution={self.resolution} must be at least 1 pixel; leave it out for the model's own."
+            )
 
 
 class ImageAugmenter:
@@ -72,23 +80,16 @@ class ImageAugmenter:
     Args:
         image_processor: the stock image processor of the model's processor; resizes, crops and normalizes.
         augmentation: how to vary images.
-        resolution: shorter edge of the result in pixels; None for that of inference. Somewhat less than in inference
-            is faster, and since random crops show things larger than they come up later, often no worse (the FixRes
-            effect, Touvron et al. 2019, https://arxiv.org/abs/1906.06423).
-
-    Raises:
-        ValueError: `resolution` is not positive.
     """
 
-    def __init__(self, image_processor: Any, augmentation: ImageAugmentation, resolution: int | None = None) -> None:
-        if resolution is not None and resolution < 1:
-            raise ValueError(f"resolution={resolution} must be at least 1 pixel; leave it out for the model's own.")
+    def __init__(self, image_processor: Any, augmentation: ImageAugmentation) -> None:
         self.image_processor = image_processor
         self.augmentation = augmentation
         settings = image_processor.to_dict()
         shorter = min(settings["crop_size"].values())
-        self.size = _scale(settings["size"], resolution or shorter, shorter)
-        self.crop_size = _scale(settings["crop_size"], resolution or shorter, shorter)
+        resolution = augmentation.resolution or shorter
+        self.size = _scale(settings["size"], resolution, shorter)
+        self.crop_size = _scale(settings["crop_size"], resolution, shorter)
         self.crop: v2.RandomResizedCrop | None = None
         if augmentation.crop_scale < 1:
             edges = (self.crop_size["height"], self.crop_size["width"])
@@ -146,7 +147,8 @@ class ImageAugmenter:
             JSON with the settings, the image processor's settings and the versions of the libraries that do the work.
         """
         parts = {
-            "augmentation": asdict(self.augmentation),
+            # `resolution` is in `crop_size`.
+            "augmentation": {key: value for key, value in asdict(self.augmentation).items() if key != "resolution"},
             "transforms": [repr(transform) for transform in (self.crop, *self.transforms)],
             "processor": self.image_processor.to_dict(),
             "crop_size": self.crop_size,  # and so, in proportion, the size before the crop

@@ -97,7 +97,6 @@ def test_nothing_of_this_machine_is_told(results, tiny_config, tmp_path):
         "source": tmp_path / "images",
         "image_root": tmp_path / "images",
         "output_dir": tmp_path / "runs" / "mine",
-        "feature_cache_dir": tmp_path / "cache",
         "training.teacher": tmp_path / "teacher.parquet",
     }
     for path in places.values():

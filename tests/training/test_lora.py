@@ -8,10 +8,10 @@ from torch import nn
 from transformers import BertConfig
 
 from clipmini.training import lora
-from clipmini.training.lora import add_lora, load_lora_state, lora_state, merge_lora, merged_state_dict
+from clipmini.training.lora import add_lora, load_adapter, merge_lora, save_adapter
 from modeling_clipmini import ClipMiniModel
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 BERT = BertConfig(
     hidden_size=32,
@@ -95,12 +95,12 @@ def test_in_mobilenet_exactly_the_pointwise_convolutions_are_adapted(tiny_config
 def test_the_update_is_alpha_over_rank_times_b_a(tiny_model):
     layer = tiny_model.text_model.transformer.layer[1].ffn.lin2
     weight = layer.weight.clone()
-    add_lora(tiny_model, ["text"], rank=2, alpha=6)
+    add_lora(tiny_model, ["text"], rank=2)
     move_adapters(tiny_model)
     adapter = tiny_model.text_model.transformer.layer[1].ffn.lin2
     update = adapter.lora_B["default"].weight @ adapter.lora_A["default"].weight
     merge_lora(tiny_model)
-    torch.testing.assert_close(layer.weight, weight + 3 * update)
+    torch.testing.assert_close(layer.weight, weight + 2 * update)
     assert tiny_model.text_model.transformer.layer[1].ffn.lin2 is layer
 
 
@@ -143,30 +143,12 @@ def test_merging_keeps_outputs_and_makes_a_plain_model(model):
     assert {name: type(module) for name, module in model.named_modules()} == types
 
 
-def test_merged_weights_can_be_had_without_merging(model):
-    keys = list(model.state_dict())
-    add_lora(model, ["vision", "text"])
-    move_adapters(model)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    merged = merged_state_dict(model)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    merge_lora(model)
-    assert list(merged) == keys
-    assert all(torch.equal(merged[name], value) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("is_merged", [True, False])
-def test_the_saved_folder_is_plain(model, tmp_path, is_merged):
+def test_the_saved_folder_is_plain(model, tmp_path):
     add_lora(model, ["vision", "text"])
     move_adapters(model)
     expected = embed(model)
-    if is_merged:
-        merge_lora(model)
-        model.save_pretrained(tmp_path)
-    else:
-        model.save_pretrained(tmp_path, state_dict=merged_state_dict(model))
+    merge_lora(model)
+    model.save_pretrained(tmp_path)
     loaded, info = ClipMiniModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert not list(tmp_path.glob("adapter*"))
@@ -178,10 +160,40 @@ def test_a_tower_named_like_peft_names_its_layers_keeps_its_names(tiny_config):
     keys = list(model.state_dict())
     assert any(".base_layer." in key for key in keys)
     add_lora(model, ["vision"])
-    assert list(merged_state_dict(model)) == keys
+    merge_lora(model)
+    assert list(model.state_dict()) == keys
 
 
-def test_training_resumes_exactly(tiny_config):
+@pytest.mark.parametrize("towers", [["text"], ["vision", "text"]])
+def test_peft_loads_the_adapter_into_the_model_that_training_started_from(model, towers, tmp_path):
+    start = copy.deepcopy(model)
+    add_lora(model, towers)
+    model.train()(**inputs_for(model)).loss.backward()  # moves BatchNorm's statistics
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    save_adapter(model, tmp_path / "adapter")
+    expected = model.eval()(**inputs_for(model))
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    again = peft.PeftModel.from_pretrained(start, tmp_path / "adapter")
+    outputs = again(**inputs_for(model))
+    assert torch.equal(outputs.logits_per_image, expected.logits_per_image)
+    merged = again.merge_and_unload()(**inputs_for(model))
+    torch.testing.assert_close(merged.logits_per_image, expected.logits_per_image, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_names_the_model_that_it_is_of(tiny_folder, tmp_path):
+    model = ClipMiniModel.from_pretrained(tiny_folder)
+    add_lora(model, ["text"])
+    save_adapter(model, tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == str(tiny_folder)
+
+
+def test_training_resumes_exactly(tiny_config, tmp_path):
     def start():
         torch.manual_seed(0)
         model = ClipMiniModel(tiny_config())
@@ -195,11 +207,10 @@ def test_training_resumes_exactly(tiny_config):
 
     one, optimizer = start()
     step(one, optimizer)
-    checkpoint = {name: value.clone() for name, value in merged_state_dict(one).items()}
-    saved, saved_optimizer, random = lora_state(one), copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
+    save_adapter(one, tmp_path)
+    saved_optimizer, random = copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
     other, other_optimizer = start()
-    other.load_state_dict(checkpoint, strict=False)
-    load_lora_state(other, saved)
+    load_adapter(other, tmp_path)
     other_optimizer.load_state_dict(saved_optimizer)
     for model, its_optimizer in ((one, optimizer), (other, other_optimizer)):
         torch.set_rng_state(random)
@@ -209,25 +220,16 @@ def test_training_resumes_exactly(tiny_config):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_a_saved_state_is_a_copy_of_the_adapters_alone(tiny_model):
-    add_lora(tiny_model, ["text"], rank=3)
-    state = lora_state(tiny_model)
-    assert len(state) == 2 * 12
-    assert all(3 in value.shape and value.is_contiguous() for value in state.values())
-    before = {name: value.clone() for name, value in state.items()}
-    move_adapters(tiny_model)
-    assert all(torch.equal(state[name], before[name]) for name in state)
-
-
 @pytest.mark.parametrize(("towers", "rank"), [(["text"], 4), (["vision"], 8), (["vision", "text"], 8)])
-def test_adapters_of_another_run_are_refused(tiny_model, tiny_config, towers, rank):
+def test_adapters_of_another_run_are_refused(tiny_model, tiny_config, towers, rank, tmp_path):
     add_lora(tiny_model, ["text"])
+    save_adapter(tiny_model, tmp_path)
     other = ClipMiniModel(tiny_config())
     add_lora(other, towers, rank=rank)
-    before = lora_state(other)
-    with pytest.raises(ValueError, match=r"not this model's.*towers and the rank"):
-        load_lora_state(other, lora_state(tiny_model))
-    assert all(torch.equal(before[name], value) for name, value in lora_state(other).items())
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"not an adapter of this model.*lora\.parts and lora\.rank"):
+        load_adapter(other, tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
 
 
 def test_a_frozen_tower_that_gets_adapters_trains_again(tiny_model):
@@ -239,16 +241,6 @@ def test_a_frozen_tower_that_gets_adapters_trains_again(tiny_model):
     assert not tiny_model.vision_model.training
     merge_lora(tiny_model)
     assert not tiny_model.train().text_model.training
-
-
-def test_dropout_acts_in_training_alone(tiny_model):
-    add_lora(tiny_model, ["vision"], dropout=0.5)
-    move_adapters(tiny_model)
-    assert torch.equal(embed(tiny_model), embed(tiny_model))
-    pixels = inputs_for(tiny_model)["pixel_values"]
-    for module in tiny_model.vision_model.modules():
-        module.training = isinstance(module, nn.Dropout)
-    assert not torch.equal(tiny_model.pool_images(pixels), tiny_model.pool_images(pixels))
 
 
 def test_finding_layers_leaves_batch_norm_and_random_state_alone(tiny_model):
@@ -276,7 +268,7 @@ def test_layers_that_are_read_but_not_called_are_passed_over(tiny_model, caplog)
     tiny_model.text_model.transformer.layer[0].ffn = Bypass()
     with caplog.at_level(logging.WARNING):
         add_lora(tiny_model, ["text"])
-    assert "1 layers of the text tower" in caplog.text
+    assert "1 layers of the text tower get no LoRA update" in caplog.text
     assert "text_model.transformer.layer.0.ffn.called" in adapted(tiny_model)
     assert "text_model.transformer.layer.0.ffn.read" not in adapted(tiny_model)
 
@@ -306,16 +298,15 @@ def test_layers_that_change_their_weight_are_passed_over(tiny_config):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"towers": ["audio"]}, "'audio'.*vision, text"),
-        ({"rank": 0}, "rank=0"),
-        ({"alpha": 0}, "alpha=0"),
-        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"parts": "audio"}, "lora.parts='audio' is not allowed; use vision, text or"),
+        ({"parts": ["text", "audio"]}, "lora.parts"),
+        ({"parts": []}, "lora.parts"),
+        ({"parts": "text", "rank": 0}, "lora.rank=0 is not allowed; use at least 1"),
     ],
 )
-def test_wrong_arguments_are_named(tiny_model, options, message):
+def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        add_lora(tiny_model, **{"towers": ["text"], **options})
-    assert all(parameter.requires_grad for parameter in tiny_model.parameters())
+        lora.Lora(**options)
 
 
 def test_a_tower_without_such_layers_is_named(tiny_model):
@@ -328,7 +319,7 @@ def test_a_tower_without_such_layers_is_named(tiny_model):
 
 def test_adapters_are_not_stacked(tiny_model):
     add_lora(tiny_model, ["text"])
-    with pytest.raises(ValueError, match="text tower has LoRA adapters already"):
+    with pytest.raises(ValueError, match="has LoRA adapters already"):
         add_lora(tiny_model, ["text"])
 
 
@@ -339,4 +330,3 @@ def test_without_peft_the_remedy_is_named(tiny_model, monkeypatch):
     before = embed(tiny_model)
     merge_lora(tiny_model)
     assert torch.equal(embed(tiny_model), before)
-    assert list(merged_state_dict(tiny_model)) == list(tiny_model.state_dict())

@@ -44,7 +44,7 @@ def run(folder, options, sizes, world_size):
         ([5, 3], {"gradient_cache_chunk": 2}),
         ([5, 3], {"gradient_cache_chunk": 2, "length_groups": 2}),
         ([4, 4], {"length_groups": 2}),
-        ([4, 4], {"loss_chunk": 3, "matryoshka_dims": "4", "hard_negative_weight": 0.5, "hard_negative_start": 0}),
+        ([4, 4], {"matryoshka_dims": "4", "hard_negatives": {"weight": 0.5, "start": 0}}),
     ],
 )
 def test_two_processes_give_the_gradient_of_one(loss, sizes, options, tmp_path):

@@ -105,7 +105,7 @@ def test_to_overwrite_a_stage_takes_those_after_it_away(make, tmp_path):
 
 def test_a_stage_with_lora_begins_alike_alone_and_in_a_whole_run(make, tmp_path):
     pytest.importorskip("peft")
-    lora = ["stages.towers.vision_stages=null", "stages.towers.lora=text"]
+    lora = ["stages.towers.vision_stages=null", "stages.towers.lora={parts: text}"]
     train(make("whole", *lora))
     train(make("parts", *lora), stage="heads")
     torch.rand(3)  # what came before must not matter

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from clipmini.evaluation.measure import evaluate_retrieval
+from clipmini.files import cache_root
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.callbacks import NonFiniteLossError
 from clipmini.training.features import TowerFeatures
+from clipmini.training.teacher import embed_with_teacher
 from clipmini.training.trainer import ClipMiniTrainer
 from modeling_clipmini import ClipMiniModel
 
@@ -162,15 +164,15 @@ def test_the_same_weights_in_another_architecture_give_other_features(make_train
 
 
 def test_a_saved_model_finds_the_features_of_the_one_it_was(make_trainer, tmp_path):
-    frozen = {"freeze_vision": True, "freeze_text": True, "feature_cache_dir": str(tmp_path / "cache")}
+    frozen = {"freeze_vision": True, "freeze_text": True}
     trainer = make_trainer(**frozen)
-    cached = set((tmp_path / "cache").rglob("*"))
+    cached = set(cache_root().rglob("*"))
     trainer.model.save_pretrained(tmp_path / "model")
     TowerFeatures(
         ClipMiniModel.from_pretrained(tmp_path / "model"), trainer.processing_class, trainer.args
     ).for_training(trainer.train_dataset.pairs.rows)
     assert cached
-    assert set((tmp_path / "cache").rglob("*")) == cached
+    assert set(cache_root().rglob("*")) == cached
 
 
 def test_a_level_before_the_first_trained_stage_needs_the_whole_tower(make_trainer, caplog):
@@ -209,13 +211,13 @@ def test_matryoshka_widths_are_trained_and_measured(make_trainer):
         make_trainer(matryoshka_dims=[16, 8])
 
 
-def test_lora_leaves_plain_checkpoints_and_goes_on_from_them(make_trainer, tmp_path):
+def test_lora_leaves_adapters_and_resumes_from_them(make_trainer, tmp_path):
     pytest.importorskip("peft")
-    options = {"lora": "text", "save_strategy": "steps", "save_steps": 2}
+    options = {"lora": {"parts": "text"}, "save_strategy": "steps", "save_steps": 2}
     whole = make_trainer("whole", **options)
     whole.train()
-    checkpoint = ClipMiniModel.from_pretrained(tmp_path / "whole" / "checkpoint-4")
-    assert checkpoint.state_dict().keys() == make_trainer("other").model.state_dict().keys()
+    assert (tmp_path / "whole" / "checkpoint-4" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "whole" / "checkpoint-4" / "model.safetensors").exists()
     resumed = make_trainer("resumed", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert_same(whole.model.state_dict(), resumed.model.state_dict(), 1e-6)
@@ -272,7 +274,7 @@ def test_an_option_without_effect_is_named(make_trainer, caplog, options, warnin
 
 
 def test_hard_negatives_begin_after_their_share_of_the_steps(make_trainer):
-    trainer = make_trainer(hard_negative_weight=0.7, hard_negative_start=0.5)
+    trainer = make_trainer(hard_negatives={"weight": 0.7, "start": 0.5})
     trainer.state.max_steps = 10
     trainer.state.global_step = 4
     assert trainer._current_objective().hardness == 0
@@ -286,8 +288,13 @@ def test_hard_negatives_begin_after_their_share_of_the_steps(make_trainer):
         ({"gradient_cache_chunk": 0}, "gradient_cache_chunk=0"),
         ({"layer_decay": 1.5}, "layer_decay=1.5"),
         ({"num_views": 3}, "num_views=3 without `augment`"),
-        ({"augment": {"crop": 1}}, "augment has no 'crop'"),
-        ({"freeze_text": True, "lora": "text"}, "contradict"),
+        ({"augment": {"crop": 1}}, "augment: there is no 'crop'; the nearest name is 'crop_scale'"),
+        ({"freeze_text": True, "lora": {"parts": "text"}}, "contradict"),
+        ({"lora": "text"}, r"lora='text' is not allowed; use \{parts: \.\.\., rank: \.\.\.\}"),
+        ({"lora": {"rank": 8}}, "lora: missing 1 required positional argument: 'parts'"),
+        ({"hard_negatives": {"weight": -1}}, r"hard_negatives\.weight=-1 is not allowed"),
+        ({"hard_negatives": {"weight": 1, "start": 2}}, r"hard_negatives\.start=2 is not allowed"),
+        ({"teacher": {"file": "x", "weight": 1.5}}, r"teacher\.weight=1\.5 is not allowed"),
         ({"vision_stages": 40}, "vision_stages=40: the vision tower has"),
         ({"matryoshka_dims": "8,x"}, "matryoshka_dims='8,x'"),
     ],
@@ -295,3 +302,10 @@ def test_hard_negatives_begin_after_their_share_of_the_steps(make_trainer):
 def test_options_that_cannot_work_say_so(make_trainer, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**options)
+
+
+def test_a_teacher_has_its_share_of_the_loss(make_trainer, tiny_folder, toy_pairs, tmp_path):
+    embed_with_teacher(tiny_folder, toy_pairs, tmp_path / "teacher.parquet", logit_scale=20.0)
+    trainer = make_trainer(teacher={"file": str(tmp_path / "teacher.parquet"), "weight": 0.3})
+    assert (trainer.objective.distillation, trainer.objective.teacher_scale) == (0.3, 20.0)
+    trainer.train()
