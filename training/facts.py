@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import DatasetCard, ModelCard
 
-from clipmini.data.licenses import strictest
 from clipmini.evaluation.naming import hub_id, public_name
 from clipmini.publishing.card import DATA, STARTING_MODEL, TOWERS, CardFacts, Part, Stage, render_card
 from modeling_clipmini import ClipMiniConfig
@@ -29,18 +28,16 @@ def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[
         results: as `results.json` holds them.
 
     Returns:
-        The card, with metadata that the Hub reads. The license is the strictest of the towers' and the data's, and
-        absent where one of them is not stated, or they cannot be compared.
+        The card, with metadata that the Hub reads.
     """
-    parts = recipe_parts(recipe)
     wanted = results.get("stages") or list(recipe.stages)
     return render_card(
         CardFacts(
             name=Path(str(recipe.training.output_dir)).absolute().name,
             config=config,
             source=recipe.data.source,
-            license=strictest(part.license for part in parts),
-            parts=parts,
+            license=recipe.license,
+            parts=recipe_parts(recipe),
             stages=[describe_stage(name, recipe.stages[name]) for name in wanted]
             or [describe_stage("", recipe.training)],
             results=results,
@@ -50,8 +47,13 @@ def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[
 
 
 def recipe_parts(recipe: Recipe) -> list[Part]:
-    """Tell what a recipe's model is made of: see `model_parts`, and its data."""
-    return [*model_parts(recipe.model), Part(DATA, public_name(recipe.data.source), recipe.data.license)]
+    """Return what a recipe's model is made of: see `model_parts`, and its data."""
+    return [*model_parts(recipe.model), data_part(recipe.data.source)]
+
+
+def data_part(source: str) -> Part:
+    """Describe training data for the card, with the license that a data set on the Hub states."""
+    return Part(DATA, public_name(source), _from_card(source, DatasetCard)[0] if hub_id(source) else None)
 
 
 def model_parts(model: ModelPreset | str) -> list[Part]:
@@ -116,11 +118,13 @@ def _tower_part(role: str, name: str) -> Part:
     return Part(role, public_name(name), _from_card(name)[0], base_models=(own_id,) if own_id else ())
 
 
-def _from_card(name_or_path: str) -> tuple[str | None, tuple[str, ...]]:
-    """Read license and base models off another model's card; nothing where it has none, or it cannot be had."""
+def _from_card(
+    name_or_path: str, kind: type[ModelCard] | type[DatasetCard] = ModelCard
+) -> tuple[str | None, tuple[str, ...]]:
+    """Read license and base models from another card; nothing if there is none, or it cannot be loaded."""
     path = Path(name_or_path)
     try:
-        data = ModelCard.load(path / "README.md" if path.is_dir() else name_or_path, ignore_metadata_errors=True).data
+        data = kind.load(path / "README.md" if path.is_dir() else name_or_path, ignore_metadata_errors=True).data
     except (OSError, ValueError, yaml.YAMLError):
         return None, ()
     bases, license = data.get("base_model") or [], data.get("license")

@@ -46,6 +46,7 @@ class Recipe:
         stages: each stage's name and arguments, in their order, where the recipe has stages; each goes on from the
             model of the one before it, and keeps its checkpoints in a folder of its own.
         model_config: fields of `ClipMiniConfig` that differ from the preset's.
+        license: the trained model's, as the Hub writes it, such as "apache-2.0"; a push needs it.
         values: the recipe as it was read, overrides applied, to be written beside the result.
     """
 
@@ -54,6 +55,7 @@ class Recipe:
     training: ClipMiniTrainingArguments
     stages: dict[str, ClipMiniTrainingArguments] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
+    license: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
 
 
@@ -85,10 +87,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         )
     model_config = check_mapping(values.get("model_config", {}), "model_config")
     check_keys(model_config, config_fields(), "model_config")
+    license = values.get("license")
+    if license is not None and not isinstance(license, str):
+        raise ValueError(f"{name_or_path}: license={license!r} is not allowed; use a name such as apache-2.0.")
     return Recipe(
         _load_preset(values["model"]),
         stages=_build_stages(values),
         model_config=model_config,
+        license=license,
         values=values,
         **sections,
     )

@@ -21,7 +21,6 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from clipmini.data.duplicates import DuplicateReport, find_duplicates, share_ids
 from clipmini.data.images import Skipped
-from clipmini.data.licenses import UNKNOWN, strictest
 from clipmini.data.pairs import load_data
 from clipmini.evaluation.measure import chance_level, evaluate_with_intervals
 from clipmini.evaluation.naming import public_name
@@ -39,7 +38,7 @@ from clipmini.files import (
 from clipmini.inference.encode import load_model
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import prepare_push, push
-from clipmini.training.facts import recipe_parts, render_recipe_card
+from clipmini.training.facts import render_recipe_card
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
@@ -146,7 +145,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     first, end = (names.index(wanted[0]), names.index(wanted[-1]) + 1) if wanted else (0, 0)
     times = [*_times_before(output_dir, names[:first]), *(run.train_s for run in runs.values())]
     results = {
-        "data": {"source": public_name(recipe.data.source), "license": recipe.data.license},
+        "data": {"source": public_name(recipe.data.source)},
         "num_train_images": len(pairs["train"]),
         "num_train_captions": sum(map(len, pairs["train"]["captions"])),
         "num_skipped": skipped.count,
@@ -321,19 +320,8 @@ def _check_push(recipe: Recipe) -> None:
         return
     if "/" not in (args.hub_model_id or ""):
         raise ValueError(f"push_to_hub with hub_model_id={args.hub_model_id!r}: name the repository as owner/name.")
-    parts = recipe_parts(recipe)
-    for part in parts:
-        if part.license in (None, UNKNOWN):
-            raise ValueError(
-                f"push_to_hub needs a license, and that of the {part.role}, {part.name}, is not stated; set "
-                "data.license, and for a model or tower write it into its card."
-            )
-    if strictest(part.license for part in parts) is None:
-        raise ValueError(
-            f"push_to_hub needs a license, and nobody can say which is the strictest of "
-            f"{', '.join(sorted({str(part.license) for part in parts}))}: change data.license, or train without "
-            "push_to_hub, write `license: ...` into the card, and push with `clipmini push`."
-        )
+    if not recipe.license:
+        raise ValueError("push_to_hub needs the model's license: set it in the recipe, such as `license: apache-2.0`.")
 
 
 def _check_whose_files(record: RunRecord, stages: list[str], overwrite: bool) -> None:

@@ -19,15 +19,13 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from clipmini.data.augment import normalize_pixels
-from clipmini.data.licenses import check_license
 from clipmini.data.pairs import PairDataset
 from clipmini.evaluation.measure import chance_level, evaluate_retrieval, evaluate_with_intervals
-from clipmini.evaluation.naming import public_name
 from clipmini.files import versions
-from clipmini.publishing.card import DATA, CardFacts, Part, render_card
+from clipmini.publishing.card import CardFacts, render_card
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import CARD, explain_refusals, make_repository, prepare_push, push
-from clipmini.training.facts import describe_stage, model_parts
+from clipmini.training.facts import data_part, describe_stage, model_parts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
@@ -474,10 +472,10 @@ class ClipMiniTrainer(Trainer):
                 name=model_name or Path(str(args.hub_model_id or args.output_dir)).name,
                 config=self.model.config,
                 source=dataset,
-                license=check_license(license),
+                license=license,
                 parts=[
                     *(part for origin in origins for part in model_parts(origin)),
-                    Part(DATA, public_name(dataset)),
+                    data_part(dataset),
                 ],
                 stages=[describe_stage("", args)],
                 results=results | {"train_s": logged[-1] if logged and not self.is_resumed else None},

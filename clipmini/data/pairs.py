@@ -19,13 +19,12 @@ from torch import Tensor
 from modeling_clipmini.images_clipmini import find_fault
 
 from .images import Skipped
-from .licenses import check_license
 from .sources import RawPairs, SourceReader
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-NOT_OF_LOAD_PAIRS = ("strict", "split_seed", "share_duplicate_ids", "share_duplicate_captions", "license")
+NOT_OF_LOAD_PAIRS = ("strict", "split_seed", "share_duplicate_ids", "share_duplicate_captions")
 
 
 @dataclass
@@ -47,8 +46,6 @@ class DataArguments:
             other.
         share_duplicate_captions: in training, let also images share an id that share a caption, word by word, with
             all else that is linked to one of them; read the counts in a run's `results.json` first.
-        license: under which the pairs may be used, as the Hub writes it: "cc-by-4.0". The model card names it, and
-            the strictest of it and the towers' as the model's own.
     """
 
     source: str
@@ -62,16 +59,6 @@ class DataArguments:
     strict: bool = False
     share_duplicate_ids: bool = False
     share_duplicate_captions: bool = False
-    license: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the license.
-
-        Raises:
-            ValueError: the Hub has no such license.
-        """
-        if self.license is not None:
-            self.license = check_license(self.license)
 
 
 @dataclass

@@ -22,8 +22,8 @@ from modeling_clipmini import ClipMiniConfig
 
 logger = logging.getLogger(__name__)
 
-TOP_LEVEL = ("model", "model_config", "data", "training", "stages")
-OF_THE_SOURCE = ("image_column", "caption_column", "image_root", "license")  # what a recipe knows of its own data
+TOP_LEVEL = ("model", "model_config", "license", "data", "training", "stages")
+DATA_FACTS = ("image_column", "caption_column", "image_root")  # what a recipe knows of its own data alone
 TYPE_WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -45,7 +45,7 @@ def preset_names(kind: str) -> list[str]:
 def read_recipe(name_or_path: str, overrides: Sequence[str], sections: Mapping[str, type]) -> dict[str, Any]:
     """Read a recipe, with changes, and check its sections' names.
 
-    What the recipe says of its own data, its license and columns, goes where another source is set.
+    If another source is set, the recipe's columns and its license, which hold for its own data, are left out.
 
     Args:
         name_or_path: a YAML file, or the name of a recipe that the package brings.
@@ -62,12 +62,13 @@ def read_recipe(name_or_path: str, overrides: Sequence[str], sections: Mapping[s
     changed = _overridden(values, overrides, sections)
     source, other = (one["data"].get("source") if _has_data(one) else None for one in (values, changed))
     if source and other and not _is_same(str(source), str(other)):
-        facts = {key: values["data"].pop(key) for key in OF_THE_SOURCE if key in values["data"]}
-        changed = _overridden(values, overrides, sections)  # what is said of the other data holds
-        gone = {key: value for key, value in facts.items() if value is not None and key not in changed["data"]}
+        facts = {key: values["data"].pop(key) for key in DATA_FACTS if key in values["data"]}
+        facts["license"] = values.pop("license", None)
+        changed = _overridden(values, overrides, sections)  # what the overrides say of the other data holds
+        gone = {key: value for key, value in facts.items() if value and key not in {**changed, **changed["data"]}}
         if gone:
             named = ", ".join(f"{key}: {value}" for key, value in gone.items())
-            remedy = "; set data.license before a model of them is pushed" if "license" in gone else ""
+            remedy = "; set license before you push a model of this data" if "license" in gone else ""
             logger.warning("left out, since it holds for %s and not for %s: %s%s", source, other, named, remedy)
     check_keys(changed, TOP_LEVEL, name_or_path)
     return changed

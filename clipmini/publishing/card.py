@@ -8,7 +8,6 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from clipmini.data.licenses import UNKNOWN, strictest
 from clipmini.evaluation.intervals import NUM_RESAMPLES, Interval
 from clipmini.evaluation.naming import (
     eval_results,
@@ -87,7 +86,7 @@ class CardFacts:
         name: the model's name.
         config: its config.
         source: what it was trained on: a Hub id, or the name of what lies elsewhere, without a path.
-        license: the model's own, as the Hub writes it; None if it cannot be told.
+        license: the model's own, as the Hub writes it; None if it is not stated.
         parts: towers, or the model that it goes on from, and data.
         stages: each stage of training, in order; of a run without stages one, without a name.
         results: as `results.json` has them; what is missing there is not told.
@@ -129,7 +128,7 @@ def render_card(facts: CardFacts) -> ModelCard:
     card_data = ModelCardData(
         model_name=name,
         language=facts.language,
-        license=facts.license,
+        license=facts.license and facts.license.lower(),  # SPDX writes Apache-2.0, the Hub apache-2.0
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         tags=list(dict.fromkeys([*TAGS, *facts.tags])),
@@ -151,8 +150,6 @@ def render_card(facts: CardFacts) -> ModelCard:
         is_cropped="shortest_edge" in pixels.size,
         source=public_name(facts.source),
         license=facts.license,
-        are_stated=not any(part.license in (None, UNKNOWN) for part in facts.parts),
-        is_strictest=facts.license == strictest(part.license for part in facts.parts),
         parts=facts.parts,
         made_of=[part for part in facts.parts if part.role != DATA],
         stages=facts.stages,

@@ -294,7 +294,7 @@ def _load_card(folder: Path) -> ModelCard:
         ) from None
     if not card.data.get("license"):
         raise ValueError(
-            f"{file} states no license: set data.license in the recipe before training, or write `license: ...` into "
+            f"{file} states no license: set `license` in the recipe before training, or write `license: ...` into "
             "the metadata at its top."
         )
     return card

@@ -222,7 +222,7 @@ def test_broken_weights_are_refused(folder, damage):
 
 def test_a_card_without_license_is_refused(folder, make_card):
     make_card(None).save(folder / "README.md")
-    with pytest.raises(ValueError, match=r"states no license: set data\.license in the recipe"):
+    with pytest.raises(ValueError, match=r"states no license: set `license` in the recipe"):
         prepare_push(folder, "org/clipmini")
     (folder / "README.md").unlink()
     with pytest.raises(ValueError, match=r"has no model card, README\.md: write one that at least begins with"):

@@ -8,8 +8,7 @@ import re
 
 import yaml
 
-from clipmini.data.licenses import LICENSES
-
+LICENSES = ("mit", "apache-2.0", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "other", "unknown")  # some
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # the oldest have no owner
 
 

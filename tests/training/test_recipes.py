@@ -184,40 +184,42 @@ def test_a_preset_can_change_how_images_are_prepared():
     assert model.config.vision_config.pretrained_cfg["crop_pct"] == 1.0
 
 
-FACTS = "  image_column: photo\n  caption_column: words\n  image_root: there\n  license: cc0-1.0\n"
+FACTS = "  image_column: photo\n  caption_column: words\n  image_root: there\n"
+NO_FACTS = {"image_column": None, "caption_column": None, "image_root": None}
 
 
 @pytest.mark.parametrize(
-    ("override", "kept"),
+    ("override", "kept", "license"),
     [
-        ([], {"image_column": "photo", "caption_column": "words", "image_root": "there", "license": "cc0-1.0"}),
-        (["source=photos"], {"image_column": "photo", "license": "cc0-1.0"}),
-        (["split_seed=3"], {"image_column": "photo", "license": "cc0-1.0"}),
-        (["source=mine"], {"image_column": None, "caption_column": None, "image_root": None, "license": None}),
-        (["data.source=mine", "license=cc0-1.0"], {"image_column": None, "license": "cc0-1.0"}),
-        (["image_column=b", "source=mine"], {"image_column": "b", "caption_column": None, "license": None}),
+        ([], {"image_column": "photo", "caption_column": "words", "image_root": "there"}, "cc0-1.0"),
+        (["source=photos"], {"image_column": "photo"}, "cc0-1.0"),
+        (["split_seed=3"], {"image_column": "photo"}, "cc0-1.0"),
+        (["source=mine"], NO_FACTS, None),
+        (["data.source=mine", "license=cc0-1.0"], {"image_column": None}, "cc0-1.0"),
+        (["image_column=b", "source=mine"], {"image_column": "b", "caption_column": None}, None),
     ],
 )
-def test_what_a_recipe_knows_of_its_own_data_does_not_hold_for_other_data(override, kept, tmp_path, caplog):
-    file = write(tmp_path, GOOD.replace("  source: photos\n", f"  source: photos\n{FACTS}"))
-    recipe = load_recipe(file, override)
+def test_what_a_recipe_knows_of_its_own_data_does_not_hold_for_other_data(override, kept, license, tmp_path, caplog):
+    text = GOOD.replace("  source: photos\n", f"  source: photos\n{FACTS}")
+    recipe = load_recipe(write(tmp_path, f"license: cc0-1.0\n{text}"), override)
+    assert recipe.license == recipe.values.get("license") == license
     assert {name: getattr(recipe.data, name) for name in kept} == kept
     assert {name: recipe.values["data"].get(name) for name in kept} == kept
     assert recipe.data.validation_fraction == 0.2
     gone = [name for name, value in kept.items() if value is None]
     assert ("holds for photos and not for mine" in caplog.text) == bool(gone)
     assert all(f"{name}: " in caplog.text for name in gone)
-    assert ("set data.license" in caplog.text) == (kept["license"] is None)
+    assert ("set license before you push" in caplog.text) == (license is None)
 
 
 def test_the_license_of_the_demo_is_not_claimed_for_other_images(tmp_path, monkeypatch):
-    assert load_recipe("demo").data.license == "cc0-1.0"
-    assert load_recipe("demo", ["source=mine"]).data.license is None
-    assert load_data_arguments("demo", ["source=mine"]).license is None
+    assert load_recipe("demo").license == "apache-2.0"
+    assert load_recipe("demo", ["source=mine"]).license is None
+    assert load_data_arguments("demo", ["source=mine"]).source == "mine"
     same = tmp_path / "examples" / "photos"
     same.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert load_recipe("demo", [f"source={same}"]).data.license == "cc0-1.0"  # by another name
+    assert load_recipe("demo", [f"source={same}"]).license == "apache-2.0"  # by another name
 
 
 @pytest.mark.parametrize(

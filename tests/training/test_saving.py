@@ -184,8 +184,7 @@ def test_a_recipe_can_end_with_a_push(recipe, preset, hub, tmp_path):
     ("overrides", "message"),
     [
         (["license=cc0-1.0"], "hub_model_id=None: name the repository as owner/name"),
-        (["hub_model_id=org/clipmini", "license=unknown"], "license, and that of the training data, images, is not"),
-        (["hub_model_id=org/clipmini"], "license, and that of the training data, images, is not stated"),
+        (["hub_model_id=org/clipmini"], "push_to_hub needs the model's license"),
     ],
 )
 def test_what_a_push_would_refuse_stops_a_run_before_it_begins(recipe, hub, tmp_path, overrides, message):
