@@ -117,9 +117,9 @@ def teach(
 ) -> None:
     """Embed a recipe's training pairs with a larger image-text model, for `train --teacher FILE` to learn from."""
     from clipmini.data.images import Skipped
+    from clipmini.inference.teacher import embed_with_teacher
     from clipmini.training.recipes import load_recipe
     from clipmini.training.run import load_recipe_pairs
-    from clipmini.training.teacher import embed_with_teacher
 
     with working():
         loaded = load_recipe(recipe, overrides or [])

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from clipmini.publishing.card import CardFacts, render_card
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.build import character_tokenizer
-from clipmini.training.facts import describe_stage
+from clipmini.training.recipes import describe_stage
 from loopback_hub import TOKEN, running_hub
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
 from peer_models import save_clip, save_siglip

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import clipmini.inference.encode
 import clipmini.training.run
 from clipmini import cli
+from clipmini.inference import teacher
 from clipmini.inference.zero_shot import DEFAULT_TEMPLATE
-from clipmini.training import teacher
 from clipmini.training.run import TrainResult
 from modeling_clipmini.images_clipmini import ImageError
 

@@ -11,10 +11,10 @@ from transformers import TrainingArguments
 from clipmini.data.augment import ImageAugmentation
 from clipmini.data.recipe_files import build_section, field_names
 from clipmini.evaluation.retrieval import METRIC_NAMES
+from clipmini.inference.teacher import Teacher
 
 from .lora import TOWERS, Lora
 from .objective import HardNegatives
-from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,6 @@ AT_LEAST_ONE = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "gradient_cache_chunk",
-    "captions_per_epoch",
     "num_views",
     "length_groups",
     "vision_stages",
@@ -65,10 +64,6 @@ class ClipMiniTrainingArguments(TrainingArguments):
     )
 
     # On which data
-    captions_per_epoch: int = field(default=1, metadata={"help": "Number of captions of each image in an epoch."})
-    unique_images_in_batch: bool = field(
-        default=False, metadata={"help": "Never put two captions of one image into a batch."}
-    )
     augment: dict[str, Any] | None = field(
         default=None,
         metadata={

@@ -15,93 +15,46 @@ from torch import Tensor
 
 from clipmini.data.augment import ImageAugmenter, drop_words, raw_pixels
 from clipmini.data.pairs import PairDataset
+from clipmini.inference.teacher import TeacherEmbeddings
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.images_clipmini import read_named
 
-from .teacher import TeacherEmbeddings
-
 
 class PairSampler(torch.utils.data.Sampler[tuple[int, int]]):
-    """Every image in a new order each epoch, `captions_per_epoch` times.
-
-    It yields (row, turn): counted over all epochs, this is the turn-th time that the image comes up. `draw_index`
-    makes of the turn which caption and which augmented view it meets.
+    """Yield (row, epoch) for each image once an epoch, in another order each time.
 
     Args:
-        image_ids: the image id of each row.
-        num_captions: the number of captions of each row.
+        num_images: number of rows.
         seed: another seed gives another order.
-        captions_per_epoch: captions of each image in an epoch; an image with fewer comes up once for each it has.
-        unique_within: if above 0, the pairs of every such block, one global batch, have different image ids; pairs
-            that fit into no block are left out of the epoch.
-
-    Raises:
-        ValueError: there are fewer image ids than `unique_within`.
     """
 
-    def __init__(
-        self,
-        image_ids: Sequence[int],
-        num_captions: Sequence[int],
-        *,
-        seed: int = 0,
-        captions_per_epoch: int = 1,
-        unique_within: int = 0,
-    ) -> None:
-        self.seed, self.unique_within, self.epoch = seed, unique_within, 0
-        self.turns_per_epoch = np.minimum(num_captions, captions_per_epoch)
-        self.rows = np.repeat(np.arange(len(image_ids)), self.turns_per_epoch)
-        starts = np.cumsum(self.turns_per_epoch) - self.turns_per_epoch
-        self.offsets = np.arange(len(self.rows)) - starts[self.rows]  # 0, 1, ... within each image's turns
-        self.ids = np.unique(np.asarray(image_ids), return_inverse=True)[1][self.rows]
-        self.num_blocks = _count_blocks(np.bincount(self.ids), unique_within) if unique_within else 0
-        if unique_within and self.num_blocks == 0:
-            raise ValueError(
-                f"unique_images_in_batch: a batch of {unique_within} pairs with different images cannot be filled "
-                f"from {len(np.unique(self.ids))} images. Use a smaller batch, or leave the option out."
-            )
+    def __init__(self, num_images: int, *, seed: int = 0) -> None:
+        self.num_images, self.seed, self.epoch = num_images, seed, 0
 
     def __len__(self) -> int:
-        return self.num_blocks * self.unique_within if self.unique_within else len(self.rows)
+        return self.num_images
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives."""
+        """Choose the epoch that the next iteration yields."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.rows))
-        if self.unique_within:
-            order = self._deal_into_blocks(order, generator)
-        rows = self.rows[order]
-        turns = self.epoch * self.turns_per_epoch[rows] + self.offsets[order]
-        return zip(rows.tolist(), turns.tolist(), strict=True)
-
-    def _deal_into_blocks(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Deal the pairs, those of one image after each other, to the blocks in turn, like cards to players.
-
-        An image with no more pairs than there are blocks then never meets itself in one (McNaughton 1959).
-        """
-        ids = self.ids[order]
-        order = order[_rank_within(ids) < self.num_blocks]
-        order = order[: len(self)]  # it is shuffled: what is left out is random
-        together = np.argsort(generator.permutation(self.ids.max() + 1)[self.ids[order]], kind="stable")
-        blocks = order[together].reshape(self.unique_within, self.num_blocks).T
-        return generator.permuted(generator.permutation(blocks), axis=1).reshape(-1)
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
+        return ((row, self.epoch) for row in order.tolist())
 
 
-def draw_index(count: int, turn: int, *seed: int) -> int:
-    """Draw one of `count` things without replacement: over `count` turns in a row each comes up once.
+def draw_index(count: int, epoch: int, *seed: int) -> int:
+    """Draw one of `count` things, without replacement: each is drawn once in `count` epochs.
 
     Args:
         count: at least 1.
-        turn: from 0.
+        epoch: from 0.
         *seed: another seed, such as the run's and the image's, gives another order.
 
     Returns:
         An index in [0, count).
     """
-    cycle, position = divmod(turn, count)
+    cycle, position = divmod(epoch, count)
     return int(np.random.default_rng((*seed, cycle)).permutation(count)[position])
 
 
@@ -110,34 +63,15 @@ def draw_seed(*seed: int) -> int:
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
-def _count_blocks(pairs_per_id: np.ndarray, block_size: int) -> int:
-    """The most blocks of different ids that can be filled: the largest b with b x size <= sum of min(pairs, b)."""
-    low, high = 0, int(pairs_per_id.sum()) // block_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = np.minimum(pairs_per_id, middle).sum() >= middle * block_size
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
-
-
-def _rank_within(ids: np.ndarray) -> np.ndarray:
-    """Count for each entry how many entries before it have the same id."""
-    by_id = np.argsort(ids, kind="stable")
-    starts = np.searchsorted(ids[by_id], ids[by_id])
-    ranks = np.empty(len(ids), dtype=np.int64)
-    ranks[by_id] = np.arange(len(ids)) - starts
-    return ranks
-
-
 # Independent draws for one and the same pair take different last words of the seed.
 CAPTION, VIEW, AUGMENTATION, WORDS = range(4)
 
 
 class EpochPairs(torch.utils.data.Dataset):
-    """The pairs that a `PairSampler` asks for: an image in its turn, with that turn's caption and view.
+    """The pairs that a `PairSampler` asks for: an image with the caption and the view that it meets in an epoch.
 
-    Which caption, view, crop and words a turn meets depends on the seed, the image and the turn alone. Over the turns
-    an image meets its captions evenly, and so its cached views.
+    Caption, view, crop and words depend on the seed, the image and the epoch alone. Over the epochs, an image meets
+    each of its captions, and each of its cached views, equally often.
 
     Args:
         pairs: what to train on.
@@ -164,23 +98,23 @@ class EpochPairs(torch.utils.data.Dataset):
         return len(self.pairs)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        row, turn = key
+        row, epoch = key
         pairs = self.pairs
-        caption = draw_index(pairs.num_captions[row], turn, self.seed, row, CAPTION)
+        caption = draw_index(pairs.num_captions[row], epoch, self.seed, row, CAPTION)
         item: dict[str, Any] = {"image_id": pairs.image_ids[row], "row": row}
         needs_row = pairs.image_features is None or pairs.text_features is None
         content = pairs.rows[row] if needs_row else {}
         if pairs.image_features is None:
-            item.update(self._image(content, row, turn))
+            item.update(self._image(content, row, epoch))
         else:
-            view = draw_index(pairs.image_features.shape[1], turn, self.seed, row, VIEW)
+            view = draw_index(pairs.image_features.shape[1], epoch, self.seed, row, VIEW)
             name = "pooled_image" if pairs.frozen_stages is None else "vision_hidden"
             item[name] = torch.tensor(pairs.image_features[row, view], dtype=torch.float32)
         if pairs.text_features is None:
             item["caption"] = content["captions"][caption]
             if self.word_dropout:
                 item["caption"] = drop_words(
-                    item["caption"], self.word_dropout, draw_seed(self.seed, row, turn, WORDS)
+                    item["caption"], self.word_dropout, draw_seed(self.seed, row, epoch, WORDS)
                 )
         else:
             features = pairs.text_features[self.caption_starts[row] + caption]
@@ -190,11 +124,13 @@ class EpochPairs(torch.utils.data.Dataset):
             item["teacher_image"], item["teacher_text"] = map(torch.as_tensor, embeds)
         return item
 
-    def _image(self, content: dict[str, Any], row: int, turn: int) -> dict[str, Any]:
+    def _image(self, content: dict[str, Any], row: int, epoch: int) -> dict[str, Any]:
         if self.augment is None:
             return {"image": content["image"]}
         image = read_named(content["image"], f"image_id {content['image_id']}")
-        return {"pixels": self.augment.draw(image, content["captions"], draw_seed(self.seed, row, turn, AUGMENTATION))}
+        return {
+            "pixels": self.augment.draw(image, content["captions"], draw_seed(self.seed, row, epoch, AUGMENTATION))
+        }
 
     def names(self, rows: Sequence[int]) -> list[str]:
         """Name the images of some rows, for messages: their paths, or their image ids where they have none."""

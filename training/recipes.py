@@ -1,12 +1,14 @@
-"""Recipes: whole training runs as YAML, checked before anything is loaded."""
+"""Recipes: whole training runs as YAML, checked before anything is loaded, and what a model card says of them."""
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import DatasetCard, ModelCard
 from transformers import DistilBertConfig
 
 from clipmini.data.pairs import DataArguments
@@ -21,9 +23,13 @@ from clipmini.data.recipe_files import (
     read_recipe,
     read_yaml,
 )
+from clipmini.evaluation.naming import hub_id, public_name
+from clipmini.publishing.card import DATA, STARTING_MODEL, TOWERS, CardFacts, Part, Stage, render_card
+from modeling_clipmini import ClipMiniConfig
 
 from .arguments import ClipMiniTrainingArguments
 from .build import ModelPreset
+from .offline_towers import OFFLINE_PREFIX, OFFLINE_TOWERS
 
 logger = logging.getLogger(__name__)
 
@@ -130,3 +136,131 @@ def _load_preset(name: str) -> ModelPreset | str:
     if isinstance(preset.text, dict):
         check_keys(preset.text, DistilBertConfig().to_dict(), f"{name}: text")
     return preset
+
+
+OF_ONE_MACHINE = ("output_dir", "strict")  # keys of a recipe that say nothing to others
+
+
+def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[str, Any]) -> ModelCard:
+    """Render the card of a model that a recipe trained.
+
+    Args:
+        recipe: what was run.
+        config: the model's.
+        results: as `results.json` holds them.
+
+    Returns:
+        The card, with metadata that the Hub reads.
+    """
+    wanted = results.get("stages") or list(recipe.stages)
+    return render_card(
+        CardFacts(
+            name=Path(str(recipe.training.output_dir)).absolute().name,
+            config=config,
+            source=recipe.data.source,
+            license=recipe.license,
+            parts=recipe_parts(recipe),
+            stages=[describe_stage(name, recipe.stages[name]) for name in wanted]
+            or [describe_stage("", recipe.training)],
+            results=results,
+            recipe=_recipe_for_others(recipe.values),
+        )
+    )
+
+
+def recipe_parts(recipe: Recipe) -> list[Part]:
+    """Return what a recipe's model is made of: see `model_parts`, and its data."""
+    return [*model_parts(recipe.model), data_part(recipe.data.source)]
+
+
+def data_part(source: str) -> Part:
+    """Describe training data for the card, with the license that a data set on the Hub states."""
+    return Part(DATA, public_name(source), _from_card(source, DatasetCard)[0] if hub_id(source) else None)
+
+
+def model_parts(model: ModelPreset | str) -> list[Part]:
+    """Tell what a run's model is made of.
+
+    Args:
+        model: as a recipe names it.
+
+    Returns:
+        Both towers, or the model that training goes on from; nothing for a model that starts at random.
+    """
+    if isinstance(model, str):
+        license, base_models = _from_card(model)
+        own_id = hub_id(model)
+        return [Part(STARTING_MODEL, public_name(model), license, base_models=(own_id,) if own_id else base_models)]
+    if not model.pretrained:
+        return []
+    return [_tower_part(TOWERS["vision"], model.vision), _tower_part(TOWERS["text"], str(model.text))]
+
+
+def describe_stage(name: str, args: ClipMiniTrainingArguments) -> Stage:
+    """Put the arguments of a stage into words for the card.
+
+    Args:
+        name: the stage's; "" for a run without stages.
+        args: its arguments.
+
+    Returns:
+        The stage.
+    """
+    rates = {tower: getattr(args, f"{side}_learning_rate") for side, tower in TOWERS.items()}
+    own_rates = [f"{tower} {rate:g}" for tower, rate in rates.items() if rate is not None]
+    return Stage(
+        name=name,
+        trains=", ".join(_what_trains(args)),
+        length=f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        batch=str(args.per_device_train_batch_size * args.world_size),
+        rate=f"{args.learning_rate:g}" + (f" ({', '.join(own_rates)})" if own_rates else ""),
+        seed=args.seed,
+        has_frozen_vision=args.freeze_vision,
+        is_cached=args.freeze_vision and args.freeze_text and args.cache_features,
+        is_chosen=args.load_best_model_at_end,
+    )
+
+
+def _what_trains(args: ClipMiniTrainingArguments) -> Iterable[str]:
+    yield "heads"
+    for side, tower in TOWERS.items():
+        if side in args.lora_towers:
+            yield f"low-rank updates of the {tower}"
+        elif side == "vision" and args.vision_stages is not None:
+            yield f"last {args.vision_stages} stages of the {tower}"
+        elif not getattr(args, f"freeze_{side}"):
+            yield tower
+
+
+def _tower_part(role: str, name: str) -> Part:
+    if name.startswith(OFFLINE_PREFIX):
+        tower = OFFLINE_TOWERS[name.removeprefix(OFFLINE_PREFIX)]
+        return Part(role, tower.hub_id, tower.license.lower(), f"{tower.note} {tower.changes}", (tower.hub_id,))
+    own_id = hub_id(name)
+    return Part(role, public_name(name), _from_card(name)[0], base_models=(own_id,) if own_id else ())
+
+
+def _from_card(
+    name_or_path: str, kind: type[ModelCard] | type[DatasetCard] = ModelCard
+) -> tuple[str | None, tuple[str, ...]]:
+    """Read license and base models from another card; nothing if there is none, or it cannot be loaded."""
+    path = Path(name_or_path)
+    try:
+        data = kind.load(path / "README.md" if path.is_dir() else name_or_path, ignore_metadata_errors=True).data
+    except (OSError, ValueError, yaml.YAMLError):
+        return None, ()
+    bases, license = data.get("base_model") or [], data.get("license")
+    return license if isinstance(license, str) else None, (bases,) if isinstance(bases, str) else tuple(bases)
+
+
+def _recipe_for_others(values: Mapping[str, Any]) -> str:
+    """Write a recipe as others may see it: paths shortened to their last part, and what is of one machine left out."""
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: shorten(item) for key, item in value.items() if key not in OF_ONE_MACHINE}
+        if isinstance(value, str) and ("/" in value or "\\" in value):
+            return public_name(value)
+        return value
+
+    return yaml.safe_dump(shorten(values), sort_keys=False, allow_unicode=True)

@@ -38,7 +38,7 @@ from clipmini.files import (
 from clipmini.inference.encode import load_model
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import prepare_push, push
-from clipmini.training.facts import render_recipe_card
+from clipmini.training.recipes import render_recipe_card
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments

@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import math
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,23 +24,30 @@ from clipmini.data.augment import normalize_pixels
 from clipmini.data.pairs import PairDataset
 from clipmini.evaluation.measure import chance_level, evaluate_retrieval, evaluate_with_intervals
 from clipmini.files import versions
+from clipmini.inference.teacher import TeacherEmbeddings
 from clipmini.publishing.card import CardFacts, render_card
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import CARD, explain_refusals, make_repository, prepare_push, push
-from clipmini.training.facts import data_part, describe_stage, model_parts
+from clipmini.training.recipes import data_part, describe_stage, model_parts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
 from .batches import ClipMiniCollator, EpochPairs, PairSampler, pool_by_length
-from .callbacks import TrainingBar, check_finite
 from .features import TowerFeatures
 from .gradient_cache import Batch, cached_backward, check_batch_norm, moving_batch_norms
 from .lora import add_lora, has_adapters, load_adapter, merge_lora, save_adapter
 from .objective import ContrastiveObjective, Embeddings, world_size
 from .stages import parameter_groups, stage_parts
-from .teacher import TeacherEmbeddings
 
 logger = logging.getLogger(__name__)
+
+NUM_NAMES_SHOWN = 8
+BESIDE_THE_BAR = {"loss": "{:.3f}", "logit_scale": "{:.1f}", "grad_norm": "{:.2f}", "pairs_per_second": "{:.0f}"}
+RECALLS = {
+    f"{direction}_r{k}": f"{direction.replace('_', ' ')} R@{k}"
+    for direction in ("text_to_image", "image_to_text")
+    for k in (1, 5)
+}
 
 
 class ClipMiniTrainer(Trainer):
@@ -135,13 +144,7 @@ class ClipMiniTrainer(Trainer):
         batch_size = self._train_batch_size * args.world_size
         if len(pairs) < batch_size:
             args.dataloader_drop_last = False  # dropping the only batch would train on nothing
-        sampler = PairSampler(
-            cached.image_ids,
-            cached.num_captions,
-            seed=seed,
-            captions_per_epoch=args.captions_per_epoch,
-            unique_within=batch_size if args.unique_images_in_batch else 0,
-        )
+        sampler = PairSampler(len(pairs), seed=seed)
         self.sampler = sampler
         self.add_callback(_NextEpoch(sampler))
         self.train_dataset = EpochPairs(
@@ -504,6 +507,64 @@ class ClipMiniTrainer(Trainer):
                 "intervals": {metric: [interval.low, interval.high] for metric, interval in metrics.items()},
             }
         return measured
+
+
+class NonFiniteLossError(ValueError):
+    """The loss is NaN or infinite: every weight would be NaN after the next step."""
+
+
+class TrainingBar(ProgressCallback):
+    """Shows transformers' bar with the latest figures beside it, and writes one line for each evaluation.
+
+    All goes to stderr, and so leaves stdout to results. Transformers' own callback writes a line for every log.
+    """
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Put loss, temperature's inverse, gradient norm and speed beside the bar."""
+        if self.training_bar is not None:
+            logs = logs or {}
+            shown = {name: form.format(logs[name]) for name, form in BESIDE_THE_BAR.items() if name in logs}
+            self.training_bar.set_postfix(shown)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Write what was measured, in percent."""
+        super().on_evaluate(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            measured = {name: value for name, value in (metrics or {}).items() if isinstance(value, float)}
+            parts = [
+                f"{words} {100 * measured[f'eval_{name}']:.1f}"
+                for name, words in RECALLS.items()
+                if f"eval_{name}" in measured
+            ]
+            line = f"step {state.global_step}/{state.max_steps}, epoch {state.epoch or 0:.4g}: {', '.join(parts)}"
+            self.training_bar.write(line, file=sys.stderr)
+
+
+def check_finite(loss: Tensor | float, step: int, names: Sequence[str]) -> None:
+    """Stop a run whose loss says nothing any more.
+
+    Args:
+        loss: of one batch, a scalar.
+        step: the optimizer step that the batch belongs to.
+        names: the batch's images, as far as they have names.
+
+    Raises:
+        NonFiniteLossError: the loss is NaN or infinite; the message names step, images and remedies.
+    """
+    value = float(loss)
+    if math.isfinite(value):
+        return
+    where = f"at step {step}"
+    if names:
+        where += f", on the images {', '.join(names[:NUM_NAMES_SHOWN])}"
+    if len(names) > NUM_NAMES_SHOWN:
+        where += f" and {len(names) - NUM_NAMES_SHOWN} more"
+    raise NonFiniteLossError(
+        f"the loss is {value} {where}; lower learning_rate, clip gradients with max_grad_norm=1, or train in float32 "
+        "or bf16 if it was fp16."
+    )
 
 
 class _NextEpoch(TrainerCallback):

@@ -118,7 +118,7 @@ def hook(event, arguments):
         events.append([event, str(arguments)[:200]])
 from typer.testing import CliRunner
 from clipmini.cli import app
-import clipmini.training.run, clipmini.training.teacher, clipmini.publishing.push  # what is late to import, is now
+import clipmini.training.run, clipmini.inference.teacher, clipmini.publishing.push  # what is late to import, is now
 import clipmini.evaluation.report, clipmini.inference.server, sentence_transformers, uvicorn
 sys.addaudithook(hook)
 answers = {}

@@ -9,8 +9,7 @@ from PIL import Image
 
 from clipmini.evaluation.retrieval import METRIC_NAMES
 from clipmini.publishing.folder import save_model_folder
-from clipmini.training.facts import render_recipe_card
-from clipmini.training.recipes import load_recipe
+from clipmini.training.recipes import load_recipe, render_recipe_card
 from hub_schema import metadata_faults, metadata_of
 from stranger import run_as_stranger
 

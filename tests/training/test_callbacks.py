@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from clipmini.training.arguments import ClipMiniTrainingArguments
-from clipmini.training.callbacks import NonFiniteLossError, check_finite
-from clipmini.training.trainer import ClipMiniTrainer
+from clipmini.training.trainer import ClipMiniTrainer, NonFiniteLossError, check_finite
 
 
 @pytest.mark.parametrize("is_quiet", [False, True])

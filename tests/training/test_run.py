@@ -119,7 +119,7 @@ def test_a_run_that_was_cut_off_goes_on(recipe, tmp_path, caplog, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("clipmini.training.callbacks.TrainingBar.on_epoch_begin", kill)
+        patch.setattr("clipmini.training.trainer.TrainingBar.on_epoch_begin", kill)
         with pytest.raises(Killed):
             train(recipe())
     assert not (tmp_path / "run" / "model").exists()

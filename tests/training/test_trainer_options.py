@@ -7,11 +7,10 @@ import torch
 
 from clipmini.evaluation.measure import evaluate_retrieval
 from clipmini.files import cache_root
+from clipmini.inference.teacher import embed_with_teacher
 from clipmini.training.arguments import ClipMiniTrainingArguments
-from clipmini.training.callbacks import NonFiniteLossError
 from clipmini.training.features import TowerFeatures
-from clipmini.training.teacher import embed_with_teacher
-from clipmini.training.trainer import ClipMiniTrainer
+from clipmini.training.trainer import ClipMiniTrainer, NonFiniteLossError
 from modeling_clipmini import ClipMiniModel
 
 

@@ -9,9 +9,9 @@ from datasets import DatasetDict
 from transformers import CLIPModel, CLIPProcessor
 
 from clipmini.data.duplicates import find_duplicates, share_ids
+from clipmini.inference import teacher
 from clipmini.inference.encode import encode_images, encode_texts, load_model
-from clipmini.training import teacher
-from clipmini.training.teacher import TeacherEmbeddings, embed_with_teacher
+from clipmini.inference.teacher import TeacherEmbeddings, embed_with_teacher
 from modeling_clipmini.images_clipmini import ImageError, read_image
 
 HALF = {"rtol": 0, "atol": 2**-11}  # the spacing of float16 below 1

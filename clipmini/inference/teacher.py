@@ -32,8 +32,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clipmini.data.duplicates import ORIGINAL_ID
-from clipmini.inference.encoders import DualEncoder, check_widths, load_encoder
 from modeling_clipmini.images_clipmini import read_named
+
+from .encoders import DualEncoder, check_widths, load_encoder
 
 
 @dataclass(frozen=True)
