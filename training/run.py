@@ -22,7 +22,6 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 from clipmini.data.duplicates import DuplicateReport, find_duplicates, share_ids
 from clipmini.data.images import Skipped
 from clipmini.data.pairs import load_data
-from clipmini.evaluation.measure import chance_level, evaluate_with_intervals
 from clipmini.evaluation.naming import public_name
 from clipmini.files import (
     CHECKPOINTS,
@@ -47,7 +46,7 @@ from .curves import draw_curves
 from .lora import merge_lora
 from .offline_towers import resolve_tower
 from .recipes import Recipe
-from .trainer import ClipMiniTrainer
+from .trainer import ClipMiniTrainer, measure_split
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +58,14 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves.
+    """The result of a run.
 
     Attributes:
-        output_dir: the run's folder: `recipe_as_run.yaml`, `results.json`, `curves.png`, and checkpoints, which of a
-            recipe in stages are in a folder for each.
-        model_dir: the trained model, complete: code, config, weights, processor.
-        results: what `results.json` holds: per split the recalls by chance, before and after training, all in [0, 1],
-            and the ends of the 95 % bootstrap intervals of the last.
+        output_dir: folder with `recipe_as_run.yaml`, `results.json`, `curves.png` and the checkpoints, which a recipe
+            with stages keeps in one folder per stage.
+        model_dir: folder of the trained model: code, config, weights and processor.
+        results: content of `results.json`: for each split the recalls by chance, before and after training, all in
+            [0, 1], and the 95 % bootstrap intervals of the latter.
     """
 
     output_dir: Path
@@ -76,7 +75,7 @@ class TrainResult:
 
 @dataclass
 class _StageRun:
-    """A trained stage: its model, what was logged, and how long it took, where it was not cut off in between."""
+    """A trained stage: its model, its log, and its seconds, which are unknown if it was interrupted."""
 
     model: ClipMiniModel
     processor: ClipMiniProcessor
@@ -85,22 +84,20 @@ class _StageRun:
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) -> TrainResult:
-    """Run a recipe; where an earlier run of the same recipe was cut off, go on from its last checkpoint.
+    """Run a recipe, or resume it if an earlier run of the same recipe was interrupted.
 
     Args:
-        recipe: as `load_recipe` gives.
-        overwrite: start anew where the output folder holds a run already; what runs have recorded as their own there
-            is replaced, and all else stays.
-        stage: run this stage alone. It goes on from the model that the stage before it left in the output folder, or,
-            where that has not been run, from the recipe's model.
+        recipe: from `load_recipe`.
+        overwrite: replace the run in the output folder: the files that runs have recorded there, and no others.
+        stage: run only this stage. It starts from the model that the previous stage left in the output folder or, if
+            there is none, from the recipe's model.
 
     Returns:
-        The folders and the recalls.
+        Folders and recalls.
 
     Raises:
-        ValueError: the output folder holds a finished run, another recipe's, or what no run wrote; there is no such
-            stage; data or model cannot be used; or it is to be pushed and the Hub refuses, and the run is whole and
-            saved then.
+        ValueError: the output folder holds a finished run, a run of another recipe, or files that no run wrote; there
+            is no such stage; data or model cannot be used; or the Hub refuses the push, after the run is saved.
     """
     args = recipe.training
     output_dir = Path(str(args.output_dir))
@@ -119,7 +116,6 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     pairs, duplicates = _prepare_data(recipe, skipped)
     set_seed(args.seed)  # before the heads are made
     model, processor = _start_model(recipe, output_dir, names, wanted, overwrite)
-    # Only the first run of a stage knows what came before it, and all else that a recipe says is checked here.
     held_out = [split for split in HELD_OUT if split in pairs]
     runs: dict[str, _StageRun] = {}
     before: dict[str, dict[str, float]] = {}
@@ -128,16 +124,15 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         trainer = _make_trainer(model, processor, stage_args, pairs)
         if not runs:
             before = {split: trainer.measure(pairs[split]) for split in held_out}
-            # Only now, when everything works: a mistyped value must not cost an earlier run.
+            # Only now that everything works: a mistyped value must not cost an earlier run.
             if args.process_index == 0:
                 _claim_output_dir(record, recipe, wanted, overwrite)
-            trainer.accelerator.wait_for_everyone()  # what the others look for may be gone now
+            trainer.accelerator.wait_for_everyone()  # checkpoints that the others look for may be gone now
         runs[name] = run = _run_stage(trainer, output_dir / name, record, is_one_of_many=bool(name))
         model, processor = run.model, run.processor
-    after = {
-        split: evaluate_with_intervals(
-            model, processor, pairs[split], stage_args.per_device_eval_batch_size, stage_args.matryoshka_widths
-        )
+    batch_size, widths = stage_args.per_device_eval_batch_size, stage_args.matryoshka_widths
+    measured = {
+        split: {"before": before[split], **measure_split(model, processor, pairs[split], batch_size, widths)}
         for split in held_out
     }
 
@@ -155,24 +150,14 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         "train_s": None if None in times else sum(filter(None, times)),
         "stages": [name for name in names[:end] if name in runs or (output_dir / name / STAGE_FILE).exists()],
         "versions": versions(),
-        "splits": {
-            name: {
-                "num_images": len(pairs[name]),
-                "num_captions": sum(map(len, pairs[name]["captions"])),
-                "chance": chance_level(pairs[name]),
-                "before": before[name],
-                "after": {metric: interval.value for metric, interval in after[name].items()},
-                "intervals": {metric: [interval.low, interval.high] for metric, interval in after[name].items()},
-            }
-            for name in held_out
-        },
+        "splits": measured,
     }
     model_dir = output_dir / MODEL_FOLDER
     if args.process_index == 0:
         card = render_recipe_card(recipe, model.config, results)
         save_model_folder(model, processor, model_dir, card, made_of=_folders_of_origin(recipe), record=record)
         draw_curves({name or "training": run.log_history for name, run in runs.items()}, output_dir / CURVES_FILE)
-        # Last: a run without results is one that was cut off.
+        # Last, since a run without results counts as interrupted.
         with written_beside(output_dir / RESULTS_FILE) as file:
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if args.push_to_hub:
@@ -189,7 +174,7 @@ def _push_model(folder: Path, args: ClipMiniTrainingArguments) -> None:
         again = ["clipmini", "push", str(folder), repo_id]
         again += ["--private"] * bool(args.hub_private_repo) + (["--revision", branch] if branch else [])
         raise ValueError(
-            f"the model is trained and saved, but not pushed: {error} The push alone: {shlex.join(again)}"
+            f"the model is trained and saved, but not pushed: {error} To push it: {shlex.join(again)}"
         ) from error
     logger.warning("the model is pushed: %s", pushed.url)
 
@@ -198,14 +183,14 @@ def load_recipe_pairs(recipe: Recipe, skipped: Skipped) -> DatasetDict:
     """Load the pairs of a recipe.
 
     Args:
-        recipe: as `load_recipe` gives.
-        skipped: takes what is left out.
+        recipe: from `load_recipe`.
+        skipped: collects what is left out.
 
     Returns:
-        The splits, "train" among them; see `load_pairs`.
+        The splits, with "train" among them; see `load_pairs`.
 
     Raises:
-        ValueError: there is nothing to train on; and what `load_pairs` raises.
+        ValueError: there is nothing to train on, or `load_pairs` raises it.
     """
     pairs = load_data(recipe.data, skipped)
     if "train" not in pairs:
@@ -214,7 +199,7 @@ def load_recipe_pairs(recipe: Recipe, skipped: Skipped) -> DatasetDict:
 
 
 def _prepare_data(recipe: Recipe, skipped: Skipped) -> tuple[DatasetDict, DuplicateReport]:
-    """Load the pairs, and look for images and captions that come up twice."""
+    """Load the pairs, and find duplicate images and captions."""
     pairs = load_recipe_pairs(recipe, skipped)
     duplicates = find_duplicates(pairs)
     if duplicates.images or duplicates.captions:
@@ -236,13 +221,13 @@ def _prepare_data(recipe: Recipe, skipped: Skipped) -> tuple[DatasetDict, Duplic
 def _start_model(
     recipe: Recipe, output_dir: Path, names: list[str], wanted: list[str], overwrite: bool
 ) -> tuple[ClipMiniModel, ClipMiniProcessor]:
-    """Build the recipe's model; a stage that is run alone goes on from the one before it, if that has been run."""
+    """Build the recipe's model, or load that of the previous stage if one stage is run alone."""
     index = names.index(wanted[0]) if wanted else 0
     if index and not (overwrite and len(wanted) > 1):
         previous = output_dir / names[index - 1]
         if (previous / STAGE_FILE).exists():
             return load_model(str(previous / MODEL_FOLDER))
-        logger.warning("stage %s has not been run: stage %s begins with its model", names[index - 1], wanted[0])
+        logger.warning("stage %s has not been run: stage %s starts from its model", names[index - 1], wanted[0])
     if isinstance(recipe.model, ModelPreset):
         preset = ModelPreset(**{**vars(recipe.model), "config": {**recipe.model.config, **recipe.model_config}})
         return build_model(preset)
@@ -250,7 +235,7 @@ def _start_model(
 
 
 def _folders_of_origin(recipe: Recipe) -> list[str]:
-    """Name what the recipe's model is made of; of what is not in a folder here, the id on the Hub."""
+    """Return the folders, or Hub ids, of what the recipe's model is made of."""
     if not isinstance(recipe.model, ModelPreset):
         return [recipe.model]
     return [resolve_tower(str(name)) for name in (recipe.model.vision, recipe.model.text) if recipe.model.pretrained]
@@ -259,7 +244,7 @@ def _folders_of_origin(recipe: Recipe) -> list[str]:
 def _make_trainer(
     model: ClipMiniModel, processor: ClipMiniProcessor, args: ClipMiniTrainingArguments, pairs: DatasetDict
 ) -> ClipMiniTrainer:
-    set_seed(args.seed)  # LoRA draws weights; a stage that is run alone, or again, must draw the same
+    set_seed(args.seed)  # LoRA draws weights; a stage that is run alone or again must draw the same
     try:
         return ClipMiniTrainer(
             model=model,
@@ -273,7 +258,7 @@ def _make_trainer(
 
 
 def _run_stage(trainer: ClipMiniTrainer, folder: Path, record: RunRecord, *, is_one_of_many: bool) -> _StageRun:
-    """Train, or take over what an earlier run trained; one stage of many leaves its model for the next."""
+    """Train a stage, or load the model that an earlier run trained."""
     args = trainer.args
     if is_one_of_many and (folder / STAGE_FILE).exists():
         logger.warning("%s is finished already", folder)
@@ -282,7 +267,7 @@ def _run_stage(trainer: ClipMiniTrainer, folder: Path, record: RunRecord, *, is_
     with args.main_process_first(local=False):
         checkpoint = _last_checkpoint(folder)
     if checkpoint:
-        logger.warning("going on from %s", checkpoint)
+        logger.warning("resuming from %s", checkpoint)
     set_seed(args.seed)
     trainer.train(resume_from_checkpoint=checkpoint)
     merge_lora(trainer.model)
@@ -295,26 +280,26 @@ def _run_stage(trainer: ClipMiniTrainer, folder: Path, record: RunRecord, *, is_
             with written_beside(folder / STAGE_FILE) as file:
                 file.write_text(json.dumps({"log_history": history, "train_s": run.train_s}), encoding="utf-8")
         trainer.accelerator.wait_for_everyone()
-        # Read again, so that a run that is cut off here and one that is not go on from the same.
+        # Loaded again, so that a run that is interrupted here continues from the same as one that is not.
         run.model, run.processor = load_model(str(folder / MODEL_FOLDER))
         nn.Module.to(run.model, args.device)
     return run
 
 
 def _times_before(output_dir: Path, names: list[str]) -> list[float | None]:
-    """Tell how long the stages took that the first of this call goes on from; None for what is not known."""
+    """Return the training seconds of earlier stages, the latest first; None for an unknown time."""
     files = (output_dir / name / STAGE_FILE for name in reversed(names))
     return [json.loads(file.read_text(encoding="utf-8"))["train_s"] for file in takewhile(Path.exists, files)]
 
 
 def _recipe_text(recipe: Recipe) -> str:
-    """Give the recipe as YAML; whether to be strict is a matter of this call, not of the run."""
+    """Return the recipe as YAML, without `strict`, which may differ when a run is resumed."""
     data = {name: value for name, value in recipe.values["data"].items() if name != "strict"}
     return yaml.safe_dump({**recipe.values, "data": data}, sort_keys=False, allow_unicode=True)
 
 
 def _check_push(recipe: Recipe) -> None:
-    """Refuse before hours are spent what the push at the end would refuse."""
+    """Raise before training if the push at its end would be refused."""
     args = recipe.training
     if not args.push_to_hub:
         return
@@ -325,7 +310,7 @@ def _check_push(recipe: Recipe) -> None:
 
 
 def _check_whose_files(record: RunRecord, stages: list[str], overwrite: bool) -> None:
-    """Refuse a folder in which a run would replace what no run wrote."""
+    """Raise if the run would replace files that no run wrote."""
     others = record.find_unrecorded(stages)
     recorded = record.read()
     if overwrite and not others and not recorded and record.folder.is_dir():
@@ -335,13 +320,13 @@ def _check_whose_files(record: RunRecord, stages: list[str], overwrite: bool) ->
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
-            f"{record.folder} holds {others[0]}{more}, which no run of clipmini has recorded as its own (older ones "
-            "kept no record): move it away, or --set output_dir=another/folder."
+            f"{record.folder} holds {others[0]}{more}, which no run of clipmini has recorded as its own (older "
+            "versions kept no record): move it away, or --set output_dir=another/folder."
         )
 
 
 def _check_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str]) -> None:
-    """Refuse a folder that holds a finished run, or what this run would replace and another left there."""
+    """Raise if the folder holds a finished run, or an unfinished one of another recipe."""
     remedy = "pass --overwrite, or --set output_dir=another/folder."
     recipe_file = output_dir / RECIPE_FILE
     is_same = recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == _recipe_text(recipe)
@@ -355,20 +340,20 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str]) -> No
 
 
 def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], overwrite: bool) -> None:
-    """Make the output folder this run's. Of an earlier run the model stays until the new one takes its place."""
+    """Record the output folder as this run's, and remove an earlier run; its model stays until it is replaced."""
     output_dir = record.folder
     files = [output_dir / name for name in (RECIPE_FILE, RESULTS_FILE, CURVES_FILE)]
     for stage in wanted or [""]:
         files += [output_dir / stage / name for name in (CHECKPOINTS, *([STAGE_FILE] if stage else []))]
     record.add(files)
     for stage in ("", *recipe.stages):
-        for path in (output_dir / stage).glob(f".{MODEL_FOLDER}.*"):  # left by a run that was killed while it saved
+        for path in (output_dir / stage).glob(f".{MODEL_FOLDER}.*"):  # left by a run that was killed while saving
             if re.fullmatch(rf"\.{MODEL_FOLDER}\.\d+(\.old)?", path.name) and path.is_dir():
                 shutil.rmtree(path)
     if overwrite:
         (output_dir / RESULTS_FILE).unlink(missing_ok=True)
         names = list(recipe.stages)
-        later = names[names.index(wanted[0]) :] if wanted else [""]  # each goes on from the one before it
+        later = names[names.index(wanted[0]) :] if wanted else [""]  # each starts from the one before it
         for folder in [output_dir / name for name in later]:
             if folder != output_dir:
                 (folder / STAGE_FILE).unlink(missing_ok=True)
@@ -380,17 +365,17 @@ def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], over
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """List a run's checkpoints; `checkpoint-notes` is none."""
+    """List the checkpoints of a run; `checkpoint-notes` is not one."""
     return [path for path in folder.glob(CHECKPOINTS) if path.name.removeprefix("checkpoint-").isdecimal()]
 
 
 def _last_checkpoint(output_dir: Path) -> str | None:
-    """Find the last whole checkpoint. Trainer writes its state last, so one without was cut off, and goes."""
+    """Find the last complete checkpoint, and remove later ones: Trainer writes its state last."""
     while checkpoint := get_last_checkpoint(str(output_dir)):
         try:
             json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            logger.warning("%s was cut off while it was written; removed", checkpoint)
+            logger.warning("%s was interrupted while being written; removed", checkpoint)
             shutil.rmtree(checkpoint)
         else:
             return checkpoint
@@ -402,12 +387,11 @@ def _logged(log_history: list[dict[str, float]], key: str) -> float | None:
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library to keep freed memory for the next allocation, on Linux with glibc; elsewhere do nothing.
+    """Make glibc keep freed memory for the next allocation; without glibc, do nothing.
 
     Training frees and allocates the same activations at every step. glibc returns large blocks to the system when they
-    are freed, and the system clears every page before it lends them again: on two cores that took two fifths of a step
-    of EfficientNet-Lite0 at a batch of 32. The process then stays as large as its largest step was. It holds for the
-    whole process, from the call on.
+    are freed, and the system clears every page before lending it again: on two cores this took two fifths of a step of
+    EfficientNet-Lite0 at a batch of 32. From this call on, the process stays as large as its largest step.
 
     Returns:
         Whether it took effect.

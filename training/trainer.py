@@ -1,4 +1,4 @@
-"""ClipMiniTrainer: the HF Trainer, with what contrastive training needs beyond it."""
+"""ClipMiniTrainer: the Hugging Face Trainer, extended by what contrastive training needs."""
 
 import functools
 import logging
@@ -41,8 +41,8 @@ from .stages import parameter_groups, stage_parts
 
 logger = logging.getLogger(__name__)
 
-NUM_NAMES_SHOWN = 8
-BESIDE_THE_BAR = {"loss": "{:.3f}", "logit_scale": "{:.1f}", "grad_norm": "{:.2f}", "pairs_per_second": "{:.0f}"}
+MAX_NAMES = 8  # of images, in an error
+BAR_FIGURES = {"loss": "{:.3f}", "logit_scale": "{:.1f}", "grad_norm": "{:.2f}", "pairs_per_second": "{:.0f}"}
 RECALLS = {
     f"{direction}_r{k}": f"{direction.replace('_', ' ')} R@{k}"
     for direction in ("text_to_image", "image_to_text")
@@ -51,22 +51,22 @@ RECALLS = {
 
 
 class ClipMiniTrainer(Trainer):
-    """Train a [`ClipMiniModel`] on a pair data set.
+    """Train a [`ClipMiniModel`] on image-caption pairs.
 
-    Beyond `Trainer`: negatives from all processes; batches of any size by gradient cache; every option of
-    `ClipMiniTrainingArguments`; and `evaluate` is retrieval over the whole split, so that
-    `metric_for_best_model="eval_mean_recall"` picks checkpoints by what the model is for. The contrastive loss of a
+    It adds to `Trainer` negatives from all processes, batches of any size (gradient cache) and the options of
+    `ClipMiniTrainingArguments`. `evaluate` measures retrieval over a whole split, so that
+    `metric_for_best_model="eval_mean_recall"` chooses checkpoints by what the model is for; the contrastive loss of a
     split depends on the batch size and cannot.
 
-    Which pairs make up a batch, and how they are augmented, depends on `seed` (`data_seed` if given), epoch and image
-    alone: not on the number of data workers, nor on whether the run was cut off and resumed. Views that are cached are
-    made once, the same for every seed; the seed says which of them an epoch meets.
+    The pairs of a batch and their augmentation depend on `seed` (`data_seed` if given), epoch and image alone, not on
+    the number of data workers, nor on whether the run was interrupted and resumed. Cached views are made once and are
+    the same for every seed; the seed chooses which of them an epoch meets.
 
     Args:
         model: the dual encoder.
         args: see `ClipMiniTrainingArguments`.
-        train_dataset: one row per image: `image`, `captions`, `image_id`, as `load_pairs` gives.
-        eval_dataset: the same for `evaluate`, or a dict of several.
+        train_dataset: one row per image with `image`, `captions` and `image_id`, as `load_pairs` returns it.
+        eval_dataset: likewise, to be measured by `evaluate`; or a dict of several.
         processing_class: the model's processor.
         **kwargs: passed to `Trainer`: `callbacks`, `optimizers`, ...
 
@@ -75,13 +75,13 @@ class ClipMiniTrainer(Trainer):
             option does not fit the model or the data.
     """
 
-    is_resumed = False  # its time is not known then
-    hub_model_id: Any  # a text, once the repository is made
+    is_resumed = False  # the training time is unknown then
+    hub_model_id: Any  # a string, once the repository exists
     args: ClipMiniTrainingArguments
     model: ClipMiniModel
     processing_class: ClipMiniProcessor
     objective: ContrastiveObjective
-    train_dataset: Any  # EpochPairs, once it is prepared
+    train_dataset: Any  # EpochPairs, once the features are there
 
     def __init__(
         self,
@@ -95,14 +95,14 @@ class ClipMiniTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process: Trainer would split each batch over them with "
-                "DataParallel, and every part would see only its own negatives. Start one process for each GPU: "
+                "DataParallel, and each part would see only its own negatives. Start one process per GPU: "
                 f"torchrun --nproc_per_node {args.n_gpu} -m clipmini.cli train ..., or set "
                 "CUDA_VISIBLE_DEVICES=0."
             )
         if processing_class is None:
             raise ValueError("ClipMiniTrainer needs the model's processor: pass processing_class=processor.")
         _check_options(model, args)
-        _choose_what_trains(model, args)
+        _freeze(model, args)
         _check_processes(model, args)
         super().__init__(
             model=model,
@@ -143,7 +143,7 @@ class ClipMiniTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         batch_size = self._train_batch_size * args.world_size
         if len(pairs) < batch_size:
-            args.dataloader_drop_last = False  # dropping the only batch would train on nothing
+            args.dataloader_drop_last = False  # without the only batch there would be nothing to train on
         sampler = PairSampler(len(pairs), seed=seed)
         self.sampler = sampler
         self.add_callback(_NextEpoch(sampler))
@@ -156,13 +156,13 @@ class ClipMiniTrainer(Trainer):
         )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as `Trainer` does; the speed is measured anew."""
+        """Train as `Trainer` does, and measure the speed anew."""
         self.last_logged = None
         return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Resumed from a checkpoint of the last step amid an epoch, Trainer would take one step more. (Before
-        # transformers 5.4 it does, since there is no such method.)
+        # Resumed from a checkpoint of the last step within an epoch, Trainer would take one step too many. (Before
+        # transformers 5.4 it does, since it has no such method.)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -185,11 +185,11 @@ class ClipMiniTrainer(Trainer):
 
         Args:
             model: the dual encoder, possibly wrapped for distributed training.
-            inputs: a batch, as `ClipMiniCollator` makes it.
-            num_items_in_batch: has no meaning here; `Trainer` passes it.
+            inputs: a batch from `ClipMiniCollator`.
+            num_items_in_batch: passed by `Trainer`, and ignored.
 
         Returns:
-            The loss, detached; over processes its mean is the loss of the global batch.
+            The detached loss; its mean over the processes is the loss of the global batch.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.
@@ -200,7 +200,7 @@ class ClipMiniTrainer(Trainer):
         rows, image_ids = batch.pop("rows"), batch.pop("image_ids")
         teacher = (batch.pop("teacher_image", None), batch.pop("teacher_text", None))
         scale, bias = self.model.get_logit_scale(), self.model.logit_bias
-        # Gradients are averaged over processes, but the loss is the sum of their shares.
+        # Gradients are averaged over processes, while the loss is the sum of their shares.
         factor = world_size() / self.current_gradient_accumulation_steps
 
         def loss_of(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -217,17 +217,17 @@ class ClipMiniTrainer(Trainer):
             self.accelerator.backward(loss)
             return loss.detach()
         check_batch_norm(self.model)
-        # Leaves of their own: their gradients reach the parameters with the last chunk, when processes synchronize.
-        own_scale = scale.detach().requires_grad_()
-        own_bias = None if bias is None else bias.detach().requires_grad_()
+        # Separate leaves, whose gradients reach the parameters with the last chunk, when the processes synchronize.
+        leaf_scale = scale.detach().requires_grad_()
+        leaf_bias = None if bias is None else bias.detach().requires_grad_()
 
         def scalars() -> Tensor:
-            pairs = [(scale, own_scale)] + ([] if bias is None or own_bias is None else [(bias, own_bias)])
+            pairs = [(scale, leaf_scale)] + ([] if bias is None or leaf_bias is None else [(bias, leaf_bias)])
             return torch.stack([value * leaf.grad for value, leaf in pairs if leaf.grad is not None]).sum()
 
         return cached_backward(
             embed,
-            lambda image, text: loss_of(image, text, own_scale, own_bias),
+            lambda image, text: loss_of(image, text, leaf_scale, leaf_bias),
             batch,
             self.args.gradient_cache_chunk,
             backward=self.accelerator.backward,
@@ -236,7 +236,7 @@ class ClipMiniTrainer(Trainer):
         )
 
     def _embed(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Give the (B, D) embeddings of both sides, of length 1."""
+        """Return the image and the caption embeddings of a batch, each (B, D) and of length 1."""
         inputs = dict(batch)
         rest_of_tower: AbstractContextManager = nullcontext()
         if "vision_hidden" in inputs:
@@ -245,11 +245,11 @@ class ClipMiniTrainer(Trainer):
             rest_of_tower = self.features.frozen_stages.resuming()
         if "pixels" in inputs:
             inputs["pixel_values"] = normalize_pixels(self.processing_class.image_processor, inputs.pop("pixels"))
-        if "pixel_values" in inputs and inputs["pixel_values"].ndim == 4:  # some towers pass tokens on
+        if "pixel_values" in inputs and inputs["pixel_values"].ndim == 4:  # activations may be tokens
             inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
         if "input_ids" in inputs and self.args.length_groups > 1:
             captions = (inputs.pop("input_ids"), inputs.pop("attention_mask"))
-            with self.accelerator.autocast():  # which wraps only the model's own forward
+            with self.accelerator.autocast():  # it wraps only the model's forward
                 inputs["pooled_text"] = pool_by_length(self.model, *captions, self.args.length_groups)
         with self.compute_loss_context_manager(), rest_of_tower:
             output = model(**inputs, return_loss=False, return_logits=False)
@@ -262,7 +262,7 @@ class ClipMiniTrainer(Trainer):
         return replace(self.objective, hardness=options.weight)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does, with the temperature and the speed beside the loss."""
+        """Log as `Trainer` does, and add the logit scale and the speed to the loss."""
         if "loss" in logs:
             now, step = time.perf_counter(), self.state.global_step
             logs["logit_scale"] = self.model.get_logit_scale().item()
@@ -282,16 +282,16 @@ class ClipMiniTrainer(Trainer):
         """Measure retrieval over the whole split.
 
         Args:
-            eval_dataset: by default the one given to the constructor; of a dict, each is measured in turn.
-            ignore_keys: has no meaning here; `Trainer` passes it.
-            metric_key_prefix: stands before every key.
+            eval_dataset: by default the constructor's; each of a dict is measured.
+            ignore_keys: passed by `Trainer`, and ignored.
+            metric_key_prefix: begins every key.
 
         Returns:
-            `{prefix}_text_to_image_r1`, ..., `{prefix}_mean_recall` in [0, 1], the same with `_at_{width}` behind for
-            each Matryoshka width, and the time taken.
+            `{prefix}_text_to_image_r1`, ..., `{prefix}_mean_recall` in [0, 1]; the same with the suffix `_at_{width}`
+            for each Matryoshka width; and the time taken.
 
         Raises:
-            ValueError: there is no data set to evaluate on.
+            ValueError: there is no data to evaluate on.
         """
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
         if pairs is None:
@@ -306,11 +306,11 @@ class ClipMiniTrainer(Trainer):
         metrics.update(speed_metrics(metric_key_prefix, start_s))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.last_logged = None  # time spent here is not training's
+        self.last_logged = None  # evaluation is no part of the training speed
         return metrics
 
     def measure(self, pairs: Dataset | PairDataset) -> dict[str, float]:
-        """Measure retrieval with the model's weights as they are; see `evaluate`, without the prefix."""
+        """Measure retrieval as `evaluate` does, without logging and without a prefix."""
         with self.autocast_smart_context_manager():
             return evaluate_retrieval(
                 self.model,
@@ -320,10 +320,8 @@ class ClipMiniTrainer(Trainer):
                 self.args.matryoshka_widths,
             )
 
-    # Checkpoints, and the model on the Hub.
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; it is pushed by `push_to_hub` alone, which is told what a card needs."""
+        """Save the model, without pushing it: `push_to_hub` does, since it asks for what a card needs."""
         super().save_model(output_dir, _internal_call=True)
 
     # A checkpoint holds the model or, with LoRA, the adapter alone, as Trainer saves a `PeftModel`. All of it is there
@@ -354,14 +352,15 @@ class ClipMiniTrainer(Trainer):
     # The Hub
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository of `hub_model_id`, as `Trainer` does when `push_to_hub` is set.
+        """Create the repository of `hub_model_id`, as `Trainer` does when `push_to_hub` is set.
 
         Args:
-            token: one that may write; by default `hub_token`, else the one that is logged in.
-            private: let only the owner see it; by default `hub_private_repo`. A public one that is there is refused.
+            token: a token with write access; by default `hub_token`, else that of the login.
+            private: whether only the owner may see it; by default `hub_private_repo`. An existing public repository is
+                refused.
 
         Raises:
-            ValueError: the Hub refused, or cannot be reached; the message says what to do.
+            ValueError: the Hub refused or cannot be reached; the message says what to do.
         """
         if not self.is_world_process_zero():
             return
@@ -383,21 +382,21 @@ class ClipMiniTrainer(Trainer):
     ) -> Any:
         """Push the model as `clipmini push` does: checked, without pickles, with its card, in one commit.
 
-        LoRA updates are merged into the weights first, so the model cannot be trained further with them.
+        LoRA updates are merged into the weights first, so that they cannot be trained further.
 
         Args:
-            commit_message: the commit's.
-            blocking: wait until it is done.
-            token: one that may write; by default `hub_token` of the arguments, else the one that is logged in.
-            revision: the branch; by default `hub_revision`, else main.
-            private: let only the owner see the repository; by default `hub_private_repo`.
-            **about: what the card tells, as in `create_model_card`; `license` and `dataset` are needed.
+            commit_message: title of the commit.
+            blocking: wait for the upload.
+            token: a token with write access; by default `hub_token`, else that of the login.
+            revision: branch to push to; by default `hub_revision`, else main.
+            private: whether only the owner may see the repository; by default `hub_private_repo`.
+            **about: facts for the card, as in `create_model_card`; `license` and `dataset` are required.
 
         Returns:
-            The `CommitInfo`, or unless `blocking` a `Future` of it; None on processes other than the first.
+            The `CommitInfo`, or its `Future` if not `blocking`; None on every process but the first.
 
         Raises:
-            ValueError: license or data are not named, or the Hub refused.
+            ValueError: license or data set are missing, or the Hub refused.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not self.is_world_process_zero():
@@ -410,18 +409,18 @@ class ClipMiniTrainer(Trainer):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clipmini-"))) / "model"
             merge_lora(self.model)
             save_model_folder(self.model, self.processing_class, folder, card)
-            prepared = prepare_push(folder, repo_id)  # before anything is made on the Hub
-            workshop = stack.pop_all()
+            prepared = prepare_push(folder, repo_id)  # before anything is created on the Hub
+            cleanup = stack.pop_all()
         branch = revision or args.hub_revision
 
         def upload() -> CommitInfo:
-            with workshop:
+            with cleanup:
                 return push(prepared, private=private, revision=branch, message=commit_message, token=token).commit
 
         return upload() if blocking else HfApi().run_as_future(upload)
 
     def _repository_name(self, token: str | None) -> str:
-        """Give the repository's name with its owner, who is asked for only where no name tells."""
+        """Return owner/name of the repository; the Hub is asked for the owner only if it is not given."""
         name = str(self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name)
         if "/" in name:
             return name
@@ -429,16 +428,16 @@ class ClipMiniTrainer(Trainer):
             return f"{HfApi(token=token).whoami()['name']}/{name}"
 
     def create_model_card(self, **about: Any) -> None:  # type: ignore[override]  # by keyword alone
-        """Write the card into the output folder.
+        """Write the model card into the output folder.
 
         Args:
-            **about: `license`, the model's, as the Hub writes it; `dataset`, the data that it was trained on, by Hub
-                id or any name; `finetuned_from`, Hub ids of towers or of the model that it goes on from; `tags`;
-                `language`, of the captions; `model_name`, by default that of the repository, else of the output
-                folder. Trainer's `tasks`, `dataset_tags` and `dataset_args` have no effect.
+            **about: `license` of the model, as the Hub writes it; `dataset` that it was trained on, a Hub id or any
+                name; `finetuned_from`, Hub ids of the towers or of the starting model; `tags`; `language` of the
+                captions; `model_name`, by default that of the repository, else of the output folder. `tasks`,
+                `dataset_tags` and `dataset_args` have no effect.
 
         Raises:
-            ValueError: license or data are not named.
+            ValueError: license or data set are missing.
         """
         if self.is_world_process_zero():
             self._make_card(**about).save(Path(str(self.args.output_dir)) / CARD)
@@ -457,10 +456,10 @@ class ClipMiniTrainer(Trainer):
         dataset_args: Any = None,
     ) -> ModelCard:
         if tasks or dataset_tags or dataset_args:
-            logger.warning("tasks, dataset_tags and dataset_args have no effect: the card tells task and data itself")
+            logger.warning("tasks, dataset_tags and dataset_args have no effect: a card says these itself")
         if license is None or dataset is None:
             raise ValueError(
-                "a card must tell under which license the model may be used and what it was trained on: pass "
+                "a card must state the model's license and what it was trained on: pass "
                 'push_to_hub(license="apache-2.0", dataset="owner/name").'
             )
         args = self.args
@@ -488,48 +487,69 @@ class ClipMiniTrainer(Trainer):
         )
 
     def _measure_for_card(self) -> dict[str, Any]:
-        """Measure the evaluation data as results have them."""
+        """Measure the evaluation data, in the form of `results.json`."""
         given: Any = self.eval_dataset
-        splits: dict[str, Dataset | PairDataset] = given if isinstance(given, dict) else {"validation": given}
-        measured = {}
-        for name, pairs in splits.items():
-            if pairs is None:
-                continue
-            metrics = evaluate_with_intervals(
-                self.model, self.processing_class, pairs, self.args.per_device_eval_batch_size
-            )
-            cached = pairs if isinstance(pairs, PairDataset) else PairDataset(pairs)
-            measured[name] = {
-                "num_images": len(cached),
-                "num_captions": sum(cached.num_captions),
-                "chance": chance_level(cached),
-                "after": {metric: interval.value for metric, interval in metrics.items()},
-                "intervals": {metric: [interval.low, interval.high] for metric, interval in metrics.items()},
-            }
-        return measured
+        splits: dict[str, PairDataset | None] = given if isinstance(given, dict) else {"validation": given}
+        batch_size, widths = self.args.per_device_eval_batch_size, self.args.matryoshka_widths
+        return {
+            name: measure_split(self.model, self.processing_class, pairs, batch_size, widths)
+            for name, pairs in splits.items()
+            if pairs is not None
+        }
+
+
+def measure_split(
+    model: ClipMiniModel,
+    processor: ClipMiniProcessor,
+    pairs: Dataset | PairDataset,
+    batch_size: int,
+    widths: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Measure retrieval on a split with intervals, in the form of `results.json`.
+
+    Args:
+        model: the trained model.
+        processor: the model's processor.
+        pairs: the split.
+        batch_size: images per forward pass.
+        widths: Matryoshka widths to measure too.
+
+    Returns:
+        `num_images`, `num_captions`, and by metric `chance`, `after` training, and `intervals` of the latter.
+    """
+    if not isinstance(pairs, PairDataset):
+        pairs = PairDataset(pairs)
+    metrics = evaluate_with_intervals(model, processor, pairs, batch_size, tuple(widths))
+    return {
+        "num_images": len(pairs),
+        "num_captions": sum(pairs.num_captions),
+        "chance": chance_level(pairs),
+        "after": {name: interval.value for name, interval in metrics.items()},
+        "intervals": {name: [interval.low, interval.high] for name, interval in metrics.items()},
+    }
 
 
 class NonFiniteLossError(ValueError):
-    """The loss is NaN or infinite: every weight would be NaN after the next step."""
+    """Raised for a loss that is NaN or infinite, since every weight would be NaN after the next step."""
 
 
 class TrainingBar(ProgressCallback):
-    """Shows transformers' bar with the latest figures beside it, and writes one line for each evaluation.
+    """Show transformers' progress bar with the latest figures, and write one line per evaluation.
 
-    All goes to stderr, and so leaves stdout to results. Transformers' own callback writes a line for every log.
+    Everything goes to stderr, and leaves stdout to results. Transformers' own callback writes a line for every log.
     """
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Put loss, temperature's inverse, gradient norm and speed beside the bar."""
+        """Show loss, logit scale, gradient norm and speed beside the bar."""
         if self.training_bar is not None:
             logs = logs or {}
-            shown = {name: form.format(logs[name]) for name, form in BESIDE_THE_BAR.items() if name in logs}
+            shown = {name: form.format(logs[name]) for name, form in BAR_FIGURES.items() if name in logs}
             self.training_bar.set_postfix(shown)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        """Write what was measured, in percent."""
+        """Write the recalls in percent."""
         super().on_evaluate(args, state, control, **kwargs)
         if self.training_bar is not None:
             measured = {name: value for name, value in (metrics or {}).items() if isinstance(value, float)}
@@ -543,12 +563,12 @@ class TrainingBar(ProgressCallback):
 
 
 def check_finite(loss: Tensor | float, step: int, names: Sequence[str]) -> None:
-    """Stop a run whose loss says nothing any more.
+    """Check that the loss of a batch is a finite number.
 
     Args:
-        loss: of one batch, a scalar.
-        step: the optimizer step that the batch belongs to.
-        names: the batch's images, as far as they have names.
+        loss: scalar.
+        step: optimizer step of the batch.
+        names: the batch's images.
 
     Raises:
         NonFiniteLossError: the loss is NaN or infinite; the message names step, images and remedies.
@@ -558,9 +578,9 @@ def check_finite(loss: Tensor | float, step: int, names: Sequence[str]) -> None:
         return
     where = f"at step {step}"
     if names:
-        where += f", on the images {', '.join(names[:NUM_NAMES_SHOWN])}"
-    if len(names) > NUM_NAMES_SHOWN:
-        where += f" and {len(names) - NUM_NAMES_SHOWN} more"
+        where += f", on the images {', '.join(names[:MAX_NAMES])}"
+    if len(names) > MAX_NAMES:
+        where += f" and {len(names) - MAX_NAMES} more"
     raise NonFiniteLossError(
         f"the loss is {value} {where}; lower learning_rate, clip gradients with max_grad_norm=1, or train in float32 "
         "or bf16 if it was fp16."
@@ -568,7 +588,7 @@ def check_finite(loss: Tensor | float, step: int, names: Sequence[str]) -> None:
 
 
 class _NextEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins; how accelerate passes it on depends on how it has wrapped the sampler."""
+    """Set the sampler's epoch: whether accelerate does depends on how it has wrapped the sampler."""
 
     def __init__(self, sampler: PairSampler) -> None:
         self.sampler = sampler
@@ -582,7 +602,7 @@ def _check_options(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> Non
     if args.matryoshka_widths and args.matryoshka_widths[0] >= width:
         raise ValueError(
             f"matryoshka_dims={args.matryoshka_widths[0]} is not below the embeddings' width, {width}, which is "
-            "always trained; leave it out, or set projection_dim higher."
+            "always trained; leave it out, or raise projection_dim."
         )
     if model.logit_bias is not None and args.label_smoothing_factor:
         raise ValueError(
@@ -601,11 +621,12 @@ def _check_processes(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> N
     if moving:
         raise ValueError(
             f"freeze_batch_norm=False with {args.world_size} processes: each would take the statistics of {moving[0]} "
-            "from its own share of a batch, and keep others than the rest. Leave it out, or use one process."
+            "from its share of a batch, and the processes would differ. Leave it out, or use one process."
         )
 
 
-def _choose_what_trains(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> None:
+def _freeze(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> None:
+    """Freeze what the arguments do not train."""
     if args.freeze_vision:
         model.freeze_vision_tower()
     if args.freeze_text:
@@ -615,7 +636,7 @@ def _choose_what_trains(model: ClipMiniModel, args: ClipMiniTrainingArguments) -
         stages = stage_parts(timm_model)
         if args.vision_stages > len(stages):
             raise ValueError(
-                f"vision_stages={args.vision_stages}: the vision tower has {len(stages)}, stem and head too."
+                f"vision_stages={args.vision_stages}: the vision tower has {len(stages)}, stem and head included."
             )
         for name in [name for stage in stages[: -args.vision_stages] for name in stage]:
             timm_model.get_parameter(name).requires_grad_(False)

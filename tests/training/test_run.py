@@ -126,7 +126,7 @@ def test_a_run_that_was_cut_off_goes_on(recipe, tmp_path, caplog, monkeypatch):
     with pytest.raises(ValueError, match="unfinished run of another recipe"):
         train(recipe("learning_rate=0.1"))
     resumed = train(recipe())
-    assert "going on from" in caplog.text
+    assert "resuming from" in caplog.text
     states = [ClipMiniModel.from_pretrained(result.model_dir).state_dict() for result in (whole, resumed)]
     assert all(torch.allclose(tensor, states[1][name], atol=1e-6) for name, tensor in states[0].items())
 
@@ -238,7 +238,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(recipe, tmp_path, caplog):
     (checkpoints[-1] / "trainer_state.json").unlink()
     resumed = train(recipe())
     assert f"{checkpoints[-1]} was cut off" in caplog.text
-    assert f"going on from {checkpoints[-2]}" in caplog.text
+    assert f"resuming from {checkpoints[-2]}" in caplog.text
     states = [ClipMiniModel.from_pretrained(result.model_dir).state_dict() for result in (whole, resumed)]
     assert all(torch.allclose(tensor, states[1][name], atol=1e-6) for name, tensor in states[0].items())
 
