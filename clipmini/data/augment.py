@@ -1,7 +1,7 @@
-"""Random views of images and captions, each a pure function of its seed.
+"""Random views of images, each a pure function of its seed.
 
-A model that sees an image from the same angle in every epoch learns the image by heart. Training therefore shows it
-a part of the image, mirrored or in other colors, and captions with words missing.
+A model that sees the same view of an image in every epoch memorizes the image. Training therefore shows it random
+crops, some of them mirrored.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Image-caption pairs as a data set: one row per image, split by image, without what cannot be read."""
+"""Load image-caption pairs as a data set: one row per image, split by image, without unreadable images."""
 
 import hashlib
 import itertools
@@ -29,19 +29,19 @@ NOT_OF_LOAD_PAIRS = ("strict", "split_seed", "share_duplicate_ids", "share_dupli
 
 @dataclass
 class DataArguments:
-    """Where the pairs of a run come from; see `load_pairs`.
+    """The source of pairs, and how it is read and split; see `load_pairs`.
 
     Attributes:
-        source: a folder, a table, a Flickr token file or a Hub data set id.
-        image_column: the column that holds images, paths or bytes; found by itself if left out.
-        caption_column: the column that holds captions; found by itself if left out.
-        image_root: the folder that paths in a table are relative to; the table's own by default.
-        validation_fraction: share of the images to validate on, where the data has no such split.
-        test_fraction: share of the images to test on, where the data has neither split.
+        source: a folder, a table, a Flickr token file or the id of a data set on the Hub.
+        image_column: column of images, paths or bytes; by default it is detected.
+        caption_column: column of captions; by default it is detected.
+        image_root: folder that paths in a table are relative to; by default the folder of the table.
+        validation_fraction: share of the images for validation, if the data has no such split.
+        test_fraction: share of the images for testing, if the data has neither split.
         split_seed: seed of the split.
-        check_images: open every image once before training and leave out those that cannot be read. Without it
-            the first such image stops the run.
-        strict: stop at the first image or caption that cannot be used, rather than leave it out.
+        check_images: open every image once before training, and leave out those that cannot be read. Otherwise the
+            first of them stops the run.
+        strict: stop at the first image or caption that cannot be used, instead of leaving it out.
         share_duplicate_ids: let copies of one image share its image id, so that they are never negatives of each
             other.
         share_duplicate_captions: in training, let also images share an id that share a caption, word by word, with
@@ -63,14 +63,14 @@ class DataArguments:
 
 @dataclass
 class PairDataset:
-    """A pair data set with what frozen parts of the towers make of it.
+    """Pairs, with the features that frozen parts of the towers compute from them.
 
     Attributes:
-        rows: the data set, one row per image: `image`, `captions`, `image_id`.
-        image_features: (I, K, ...) of K views of each image, or None to keep the images: (I, K, V) pooled outputs of
-            the vision tower, or with `frozen_stages` the activations that enter its first trainable stage.
-        text_features: (T, W) pooled outputs of the text tower for all captions in order, or None to keep the captions.
-        frozen_stages: the frozen first stages that `image_features` come from.
+        rows: one row per image, with `image`, `captions` and `image_id`.
+        image_features: features of K views of each image, or None to read the images: (I, K, V) pooled outputs of the
+            vision tower or, with `frozen_stages`, (I, K, ...) activations that enter its first trainable stage.
+        text_features: (T, W) pooled outputs of the text tower for all captions in order, or None to read the captions.
+        frozen_stages: the frozen first stages of the vision tower that computed `image_features`.
     """
 
     rows: Dataset
@@ -93,7 +93,7 @@ class PairDataset:
         return list(itertools.chain.from_iterable(self.rows["captions"]))
 
     def image_of_captions(self) -> Tensor:
-        """Give the row of each caption's image: (T,) integers."""
+        """Return the row of each caption's image: (T,) integers."""
         return torch.arange(len(self)).repeat_interleave(torch.tensor(self.num_captions))
 
 
@@ -112,42 +112,43 @@ def load_pairs(
 ) -> DatasetDict:
     """Load image-caption pairs, one row per image with all its captions.
 
-    Rows with the same path, or in columns of bytes the same bytes, are one image. Images stay where they are, in
-    files or in the memory-mapped cache of `datasets`, and are read when a row is.
+    Rows with the same path, or the same bytes, are one image. Images stay where they are, in files or in the
+    memory-mapped cache of `datasets`, and are read when a row is.
 
-    Splits that the data has are kept: files or folders named after them, or a `split` column (blank means train).
-    Where there is only a train split, or none, validation and test images are drawn from it; where there is a test
-    split, validation alone; where there is a validation split, nothing. An image is drawn by a hash of its path or
-    bytes with the seed, so the order of rows has no say, and an image added or removed moves hardly any other. Every
-    split that is drawn gets at least one image.
+    Splits of the data are kept: files or folders named after them, or a `split` column (where blank means train). If
+    there is only a train split, or none, validation and test images are drawn from it; if there is a test split, only
+    validation images; if there is a validation split, none. Images are drawn by a hash of the seed with their path or
+    bytes, so the order of rows does not matter, and adding or removing one image moves hardly any other. Every drawn
+    split gets at least one image.
 
-    A caption may be a text, a number (read as its text), or a list of these. What is empty or no text is left out, and
-    so is an image that cannot be read or has no caption left. Captions of any sane length are kept whole, since the
-    tokenizer cuts them; beyond 100,000 characters they are cut here.
+    A caption may be a string, a number (read as a string), or a list of these. Captions that are empty or not text are
+    left out, and so are images that cannot be read or have no caption left. Captions are cut at 100,000 characters;
+    the tokenizer cuts them further.
 
     Args:
-        source: a Hub data set's id (owner/name); a folder of images with `metadata.jsonl`, `.csv` or `.parquet`; a
-            folder of tables named after splits, or saved by `save_to_disk`; a CSV, TSV, JSON, JSON Lines or parquet
-            table; or a Flickr8k or Flickr30k token file.
-        image_column: the column of paths, bytes or images; None to find it by type and usual names.
-        caption_column: the column of captions; None to find it by usual names.
-        image_root: the folder that paths are relative to; None for the table's own, or the folder up to two levels
-            below it that has the first images.
+        source: the id of a data set on the Hub (owner/name); a folder of images with `metadata.jsonl`, `.csv` or
+            `.parquet`; a folder of tables named after splits, or saved by `save_to_disk`; a CSV, TSV, JSON, JSON Lines
+            or parquet table; or a Flickr8k or Flickr30k token file.
+        image_column: column of paths, bytes or images; None to find it by its type and name.
+        caption_column: column of captions; None to find it by its name.
+        image_root: folder that paths are relative to; None for the folder of the table, or one up to two levels below
+            it that has the first images.
         validation_fraction: share of the images to draw for validation; 0 for none.
         test_fraction: share of the images to draw for the test split; 0 for none.
         seed: another seed draws other images.
-        check_images: open every image once, and leave out what cannot be read.
-        num_proc: processes that check images; None for this one alone.
-        skipped: takes what is left out; None to warn, and to sum up at the end.
+        check_images: open every image once, and leave out those that cannot be read.
+        num_proc: number of processes that check images; None for this process alone.
+        skipped: collects what is left out; None to warn, and to log a summary at the end.
 
     Returns:
         Data sets for some of "train", "validation" and "test", with the columns `image` (as `read_image` takes it),
-        `captions` (a list of at least one text) and `image_id` (the source's row, from 0, where the image first
-        comes up, and so unique over all splits).
+        `captions` (a list of at least one string) and `image_id` (the row in the source, from 0, where the image first
+        appears, and so unique over all splits).
 
     Raises:
-        ValueError: the source or its columns cannot be found, nothing usable is in it, there are too few images to
-            split, or `skipped` is strict and something had to be left out.
+        ValueError: the source or its columns cannot be found, it has no usable pair, there are too few images to
+        split,
+            or `skipped` is strict and something had to be left out.
     """
     fractions = {"validation": validation_fraction, "test": test_fraction}
     if min(fractions.values()) < 0 or sum(fractions.values()) >= 1:
@@ -155,7 +156,7 @@ def load_pairs(
             f"validation_fraction={validation_fraction} and test_fraction={test_fraction} must not be negative, and "
             "their sum must be under 1."
         )
-    own_summary = skipped is None
+    logs_summary = skipped is None
     skipped = Skipped() if skipped is None else skipped
     root = None if image_root is None else Path(image_root).expanduser()
     reader = SourceReader(image_column, caption_column, root, skipped)
@@ -168,24 +169,24 @@ def load_pairs(
         raise ValueError(f"{source} has no usable pair; {skipped.count} inputs skipped, the first {name}: {reason}.")
     _warn_of_leaks(keys, splits, str(source))
     splits = _draw_splits(keys, splits, fractions, seed)
-    if own_summary:
+    if logs_summary:
         skipped.log_summary()
     names = [name for name in SPLITS if name in splits]
     return DatasetDict({name: images.select(np.flatnonzero(splits == name)) for name in names})
 
 
 def load_data(data: DataArguments, skipped: Skipped) -> DatasetDict:
-    """Load pairs as a recipe or a command describes them; see `load_pairs`.
+    """Load the pairs that a recipe or a command describes; see `load_pairs`.
 
     Args:
-        data: where they come from.
-        skipped: takes what is left out.
+        data: the source, and how to read and split it.
+        skipped: collects what is left out.
 
     Returns:
-        The splits; copies of an image have their own ids still.
+        The splits; copies of an image still have different ids.
 
     Raises:
-        ValueError: what `load_pairs` raises.
+        ValueError: as in `load_pairs`.
     """
     options = {name: value for name, value in vars(data).items() if name not in NOT_OF_LOAD_PAIRS}
     return load_pairs(**options, seed=data.split_seed, skipped=skipped)
@@ -195,12 +196,12 @@ def choose_split(splits: Mapping[str, Any], wanted: str | None, source: str) -> 
     """Choose the split to measure on.
 
     Args:
-        splits: those there are.
-        wanted: the one that is asked for; None for test, else validation, else train.
-        source: where they come from, for the message.
+        splits: the existing splits.
+        wanted: name of a split; None for test, else validation, else train.
+        source: their source, for the error message.
 
     Returns:
-        Its name.
+        The name of the split.
 
     Raises:
         ValueError: there is no such split.
@@ -213,13 +214,13 @@ def choose_split(splits: Mapping[str, Any], wanted: str | None, source: str) -> 
 
 
 def _group_by_image(raw: RawPairs, skipped: Skipped) -> tuple[Dataset, np.ndarray, np.ndarray]:
-    """Make one row of each image of a split, in the order of their first rows.
+    """Join the rows of each image of a split into one, in the order of their first rows.
 
-    Captions and ids are added to the rows as they lie, and the first row of each image chosen: this way `datasets` has
-    no cause to copy images.
+    Captions and ids are added as columns, and then the first row of each image is selected: this way `datasets` does
+    not copy images.
 
     Returns:
-        The data set; and for each row its key and its split ("" where the source does not say).
+        The data set, and for each row its key and its split ("" if the source does not name it).
     """
     splits = np.array([split or "" for split in raw.splits], dtype=object)
     groups, firsts = _number_groups(pa.array(raw.keys), pa.array(splits, pa.string()))
@@ -272,8 +273,8 @@ def _name_row(images: Dataset, row: int, image_id: int) -> str:
 
 
 def _add_column(images: Dataset, name: str, values: pa.Array, feature: Any) -> Dataset:
-    # Without a fingerprint of our own, all values would be hashed. A random one also keeps `datasets` from serving
-    # what it once computed from files that have changed since.
+    # Without a given fingerprint, all values would be hashed. A random one also keeps `datasets` from reusing what it
+    # computed from files that have changed since.
     return images.add_column(name, values, new_fingerprint=os.urandom(8).hex(), feature=feature)
 
 
@@ -281,7 +282,7 @@ def _find_readable(images: Dataset, num_proc: int | None, skipped: Skipped) -> n
     """Open every image, and report those that cannot be read.
 
     Returns:
-        The rows of those that can.
+        The rows of the readable images.
     """
     faults = images.select_columns(["image"]).map(
         _check_row,
@@ -308,13 +309,13 @@ def _warn_of_leaks(keys: np.ndarray, splits: np.ndarray, source: str) -> None:
     for one, other in itertools.combinations(keys_of, 2):
         if num_shared := len(keys_of[one] & keys_of[other]):
             logger.warning(
-                "%s has %d images in both %s and %s; they are kept, but figures on them will flatter",
+                "%s has %d images in both %s and %s; they are kept, but they flatter the results",
                 *(source, num_shared, one, other),
             )
 
 
 def _draw_splits(keys: np.ndarray, splits: np.ndarray, fractions: dict[str, float], seed: int) -> np.ndarray:
-    """Give every image a split, drawing for those that the source does not have; see `load_pairs`."""
+    """Assign every image to a split, and draw the splits that the source does not have; see `load_pairs`."""
     splits = np.where(splits == "", "train", splits)
     given = set(splits)
     train = np.flatnonzero(splits == "train")
@@ -325,8 +326,8 @@ def _draw_splits(keys: np.ndarray, splits: np.ndarray, fractions: dict[str, floa
             f"{len(train)} images are too few to draw {' and '.join(counts)} images from; add images, or set "
             "validation_fraction=0 and test_fraction=0."
         )
-    lots = [hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).hexdigest() for key in keys[train]]
-    order = train[np.argsort(lots)]
+    draws = [hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).hexdigest() for key in keys[train]]
+    order = train[np.argsort(draws)]
     start = 0
     for name, count in counts.items():
         splits[order[start : start + count]] = name
