@@ -59,19 +59,11 @@ class ClipMiniTrainingArguments(TrainingArguments):
     text_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the text tower; by default `learning_rate`."}
     )
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "Factor from the learning rate of a layer to that of the layer below it."}
-    )
 
     # On which data
     augment: dict[str, Any] | None = field(
         default=None,
-        metadata={
-            "help": "Augment images: crop_scale, color_jitter, rand_augment, flip and resolution; {} for the defaults."
-        },
-    )
-    word_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of each word of a caption to be left out."}
+        metadata={"help": "Augment images: crop_scale, flip and resolution; {} for the defaults."},
     )
     cache_features: bool = field(
         default=True,
@@ -149,12 +141,8 @@ class ClipMiniTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not allowed; use at least 1.")
-        if not 0 <= self.word_dropout <= 1:
-            raise ValueError(f"word_dropout={self.word_dropout:g} is not allowed; use a number from 0 to 1.")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise ValueError(f"num_train_epochs={self.num_train_epochs:g} is not allowed; use a number above 0.")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay:g} is not allowed; use a number above 0, at most 1.")
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor:g} is not allowed; use 0 or more, below 1."
@@ -188,10 +176,8 @@ class ClipMiniTrainingArguments(TrainingArguments):
         for tower in TOWERS:
             if getattr(self, f"freeze_{tower}") and getattr(self, f"{tower}_learning_rate") is not None:
                 logger.warning("%s_learning_rate has no effect: freeze_%s is on", tower, tower)
-        if self.cache_features and self.freeze_text:
-            for name, default in (("word_dropout", 0), ("length_groups", 1)):
-                if getattr(self, name) != default:
-                    logger.warning("%s has no effect: the outputs of the frozen text tower are cached", name)
+        if self.cache_features and self.freeze_text and self.length_groups > 1:
+            logger.warning("length_groups has no effect: the outputs of the frozen text tower are cached")
         if self.cache_features and self.freeze_vision and self.augment is not None and self.num_views == 1:
             logger.warning("augment makes one view of each image, the same in every epoch: raise num_views")
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipmini.data.augment import ImageAugmenter, drop_words, raw_pixels
+from clipmini.data.augment import ImageAugmenter, raw_pixels
 from clipmini.data.pairs import PairDataset
 from clipmini.inference.teacher import TeacherEmbeddings
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
@@ -64,20 +64,19 @@ def draw_seed(*seed: int) -> int:
 
 
 # Independent draws for one and the same pair take different last words of the seed.
-CAPTION, VIEW, AUGMENTATION, WORDS = range(4)
+CAPTION, VIEW, AUGMENTATION = range(3)
 
 
 class EpochPairs(torch.utils.data.Dataset):
     """The pairs that a `PairSampler` asks for: an image with the caption and the view that it meets in an epoch.
 
-    Caption, view, crop and words depend on the seed, the image and the epoch alone. Over the epochs, an image meets
+    Caption, view and crop depend on the seed, the image and the epoch alone. Over the epochs, an image meets
     each of its captions, and each of its cached views, equally often.
 
     Args:
         pairs: what to train on.
         seed: another seed gives other draws.
         augment: draws pixels of an image that is not cached; None to leave that to the collator.
-        word_dropout: probability with which a word is left out of a caption that is not cached.
         teacher: gives the teacher's embeddings of a row's image and caption.
     """
 
@@ -87,11 +86,10 @@ class EpochPairs(torch.utils.data.Dataset):
         *,
         seed: int = 0,
         augment: ImageAugmenter | None = None,
-        word_dropout: float = 0.0,
         teacher: TeacherEmbeddings | None = None,
     ) -> None:
         self.pairs, self.seed = pairs, seed
-        self.augment, self.word_dropout, self.teacher = augment, word_dropout, teacher
+        self.augment, self.teacher = augment, teacher
         self.caption_starts = np.concatenate([[0], np.cumsum(pairs.num_captions)])
 
     def __len__(self) -> int:
@@ -112,10 +110,6 @@ class EpochPairs(torch.utils.data.Dataset):
             item[name] = torch.tensor(pairs.image_features[row, view], dtype=torch.float32)
         if pairs.text_features is None:
             item["caption"] = content["captions"][caption]
-            if self.word_dropout:
-                item["caption"] = drop_words(
-                    item["caption"], self.word_dropout, draw_seed(self.seed, row, epoch, WORDS)
-                )
         else:
             features = pairs.text_features[self.caption_starts[row] + caption]
             item["pooled_text"] = torch.tensor(features, dtype=torch.float32)

@@ -151,7 +151,6 @@ class ClipMiniTrainer(Trainer):
             cached,
             seed=seed,
             augment=self.features.augmenter if cached.image_features is None else None,
-            word_dropout=args.word_dropout,
             teacher=teacher,
         )
 
