@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from clipmini.data.images import IMAGE_SUFFIXES, MAX_NAMED, Skipped, find_images
+from clipmini.data.images import IMAGE_SUFFIXES, MAX_LOGGED, Skipped, find_images
 
 
 class TestFindImages:
@@ -65,12 +65,12 @@ class TestSkipped:
 
     def test_does_not_flood(self, caplog):
         skipped = Skipped()
-        for number in range(MAX_NAMED + 30):
+        for number in range(MAX_LOGGED + 30):
             skipped.add(f"{number}.jpg", "is empty")
         skipped.log_summary()
-        assert len(caplog.records) == MAX_NAMED + 1
-        assert caplog.messages[-1] == f"{MAX_NAMED + 30} inputs skipped; the first {MAX_NAMED} are named above"
-        assert len(skipped.items) == MAX_NAMED + 30
+        assert len(caplog.records) == MAX_LOGGED + 1
+        assert caplog.messages[-1] == f"{MAX_LOGGED + 30} inputs skipped; the first {MAX_LOGGED} are named above"
+        assert len(skipped.items) == MAX_LOGGED + 30
 
     def test_strict_stops_at_the_first(self):
         with pytest.raises(ValueError, match=r"a\.jpg: is empty"):
