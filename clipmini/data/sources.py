@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -365,15 +366,11 @@ def _caption_column(captions: Iterable[list[str | None]]) -> pa.ChunkedArray:
 
 
 def _hash_images(images: Dataset) -> list[str | None]:
-    """Hash each image's bytes where they are stored, without copying them; None for an image without bytes."""
+    """Hash each image's bytes; None for an image without bytes."""
     hashes: list[str | None] = []
-    with tqdm(total=len(images), desc="telling images apart", unit="image", leave=False) as progress:
-        for table in images.with_format("arrow").iter(100):
-            for chunk in table["image"].chunks:
-                for value in chunk.field("bytes"):
-                    buffer = value.as_buffer()
-                    hashes.append(hashlib.blake2b(buffer, digest_size=16).hexdigest() if buffer is not None else None)
-                progress.update(len(chunk))
+    for image in tqdm(images["image"], desc="telling images apart", unit="image", leave=False):
+        data = image and image["bytes"]
+        hashes.append(None if data is None else hashlib.blake2b(data, digest_size=16).hexdigest())
     return hashes
 
 
@@ -387,5 +384,4 @@ def _concatenate(parts: Sequence[RawPairs]) -> RawPairs:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
