@@ -18,10 +18,9 @@ from tqdm.auto import tqdm
 from modeling_clipmini.images_clipmini import find_fault
 
 from .images import IMAGE_SUFFIXES, Skipped, walk_files
-from .sources import SPLITS, load_from_hub
+from .sources import IMAGE_COLUMNS, SPLITS, find_column, image_column_by_type, load_from_hub
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
-IMAGE_COLUMNS = ("image", "img")
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,10 @@ def load_labeled(
     else:
         loaded = load_from_hub(str(source), config_name)
     features = next(iter(loaded.values())).features
-    image_column = _find_column(features, image_column, IMAGE_COLUMNS, Image, "image_column", source)
-    label_column = _find_column(features, label_column, LABEL_COLUMNS, ClassLabel, "label_column", source)
+    image_column = image_column or image_column_by_type(features)
+    image_column = find_column(features, image_column, IMAGE_COLUMNS, "image", source)
+    label_column = label_column or _label_column_by_type(features)
+    label_column = find_column(features, label_column, LABEL_COLUMNS, "label", source)
     names = _class_names(loaded, label_column)
     splits: dict[str, Dataset] = {}
     for split, rows in loaded.items():
@@ -167,19 +168,9 @@ def _images_by_class(root: Path) -> Iterator[tuple[str, str]]:
             yield str(path), folder.name
 
 
-def _find_column(
-    features: Mapping[str, Any], wanted: str | None, usual: Sequence[str], kind: type, option: str, source: str | Path
-) -> str:
-    """Check that a column exists or, without one, find it by type; if several or none have that type, by name."""
-    if wanted is not None:
-        if wanted not in features:
-            raise ValueError(f"{source} has no column {wanted!r}; it has {', '.join(features)}.")
-        return wanted
-    candidates = [name for name, feature in features.items() if isinstance(feature, kind)]
-    named = [name for name in usual if name in (candidates or features)]
-    if len(candidates) == 1 or named:
-        return named[0] if named else candidates[0]
-    raise ValueError(f"{source} has several columns, {', '.join(features)}; say which with --set {option}=NAME.")
+def _label_column_by_type(features: Mapping[str, Any]) -> str | None:
+    names = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    return names[0] if len(names) == 1 else next((name for name in LABEL_COLUMNS if name in names), None)
 
 
 def _class_names(loaded: Mapping[Any, Dataset], column: str) -> list[str]:

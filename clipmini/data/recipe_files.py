@@ -120,14 +120,7 @@ def config_fields() -> list[str]:
 
 
 def find_preset(kind: str, name_or_path: str) -> Any:
-    """Find a YAML file, or a preset in the package.
-
-    Args:
-        kind: "models" or "recipes".
-        name_or_path: a file, or the name of a preset.
-
-    Returns:
-        A path, or a resource of the package that can be opened like one.
+    """Find a YAML file or a preset, as a path or a resource of the package; `kind` is "models" or "recipes".
 
     Raises:
         ValueError: there is no such file or preset.
@@ -157,13 +150,7 @@ class _OnceLoader(yaml.SafeLoader):
 
 
 def read_yaml(file: Any) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Args:
-        file: as returned by `find_preset`.
-
-    Returns:
-        The mapping.
+    """Read a mapping from a YAML file, as returned by `find_preset`.
 
     Raises:
         ValueError: the file is not YAML or not a mapping, or has a key twice.
@@ -177,17 +164,10 @@ def read_yaml(file: Any) -> dict[str, Any]:
 
 
 def check_mapping(value: Any, where: str) -> dict[str, Any]:
-    """Return a value from a YAML file, or raise if it is not a mapping.
-
-    Args:
-        value: the value.
-        where: its key or file, for the message.
-
-    Returns:
-        The value, unchanged.
+    """Return a value from a YAML file if it is a mapping.
 
     Raises:
-        ValueError: it is not a mapping.
+        ValueError: it is not; the message begins with `where`, its key or file.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold `key: value` lines, not {type(value).__name__}.")
@@ -239,15 +219,10 @@ def field_names(cls: type) -> list[str]:
 
 
 def check_keys(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Check that all keys are known.
-
-    Args:
-        values: a mapping from a YAML file.
-        known: the keys that exist.
-        where: the name of the section or file, for the message.
+    """Check that all keys of a mapping are known.
 
     Raises:
-        ValueError: a key is not known; the message has the nearest one.
+        ValueError: a key is not; the message begins with `where`, the section or file, and has the nearest known key.
     """
     for key in values:
         if key not in known:
@@ -262,16 +237,8 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 def build_section(cls: type, values: Mapping[str, Any], where: str) -> Any:
     """Build a dataclass from a section, converting its values to the types of the fields.
 
-    Args:
-        cls: the dataclass.
-        values: the section.
-        where: its name, for messages.
-
-    Returns:
-        The instance.
-
     Raises:
-        ValueError: a key or a value is wrong; the message says what is allowed.
+        ValueError: a key or a value is wrong; the message begins with `where`, the section, and says what is allowed.
     """
     check_keys(values, field_names(cls), where)
     if "hub_token" in values:

@@ -6,12 +6,11 @@ Text is read by `tables`, because the readers of `datasets` stop at the first od
 """
 
 import hashlib
-import itertools
 import logging
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ class SourceReader:
             except Exception as error:
                 raise ValueError(f"{folder} cannot be read as a saved data set: {_one_line(error)}") from error
             if isinstance(saved, Dataset):
-                return self._from_dataset(saved, str(folder), folder, split=None, base=None)
+                return self._from_columns(saved, str(folder), folder)
             return self._from_splits(saved, str(folder), folder)
         tables = _find_tables(folder)
         if not tables:
@@ -151,12 +150,15 @@ class SourceReader:
 
     def _read_table(self, table: Path, split: str | None, base: Path | None) -> RawPairs:
         if table.suffix.lower() != ".parquet":
-            return self._from_rows(read_rows(table, self.skipped), table, split, base)
+            rows = list(read_rows(table, self.skipped))
+            names = dict.fromkeys(name for row in rows[:NUM_SAMPLED] for name in row)
+            columns = {name: [row.get(name) for row in rows] for name in names}
+            return self._from_columns(columns, str(table), table.parent, split, base)
         try:
             dataset = Dataset.from_parquet(str(table))  # `load_dataset` would also report the download to a server
         except Exception as error:
             raise ValueError(f"{table} cannot be read as parquet: {_one_line(error)}") from error
-        return self._from_dataset(dataset, str(table), table.parent, split, base)
+        return self._from_columns(dataset, str(table), table.parent, split, base)
 
     def _from_splits(self, loaded: DatasetDict, name: str, folder: Path) -> RawPairs:
         splits = {key: _split_in(Path(key)) for key in loaded}
@@ -164,62 +166,44 @@ class SourceReader:
             ((key, split),) = splits.items()
             # The name of a single split says little where a column assigns rows to splits, as in copies of Flickr30k.
             has_column = _find_named(loaded[key].column_names, ("split",)) is not None
-            return self._from_dataset(loaded[key], name, folder, None if has_column else split, base=None)
+            return self._from_columns(loaded[key], name, folder, None if has_column else split)
         left_out = [key for key, split in splits.items() if split is None]
         if len(left_out) == len(splits):
             raise ValueError(f"{name} has the splits {', '.join(splits)}; none is named train, validation or test.")
         if left_out:
             logger.warning("%s: left out the splits %s, which are not train, validation or test", name, left_out)
+        named = {key: split for key, split in splits.items() if split}
         return _concatenate(
-            [
-                self._from_dataset(loaded[key], f"{name} {key}", folder, split, base=None)
-                for key, split in splits.items()
-                if split
-            ]
+            [self._from_columns(loaded[key], f"{name} {key}", folder, split) for key, split in named.items()]
         )
 
-    def _from_rows(
-        self, rows: Iterator[dict[str, Any]], table: Path, split: str | None, base: Path | None
+    def _from_columns(
+        self,
+        columns: Dataset | dict[str, list[Any]],
+        name: str,
+        folder: Path,
+        split: str | None = None,
+        base: Path | None = None,
     ) -> RawPairs:
-        sample = list(itertools.islice(rows, NUM_SAMPLED))
-        if not sample:
-            raise NoPairsError(f"{table} has no rows.")
-        name = str(table)
-        columns = list(dict.fromkeys(column for row in sample for column in row))
-        image = _find_column(columns, self.image_column, IMAGE_COLUMNS, "image", name)
-        caption = _find_column(columns, self.caption_column, CAPTION_COLUMNS, "caption", name)
-        split_column = None if split else _find_named(columns, ("split",))
-        paths: list[str | None] = []
-        splits: list[str | None] = []
-        captions: list[list[str | None]] = []
-        for row in itertools.chain(sample, rows):
-            paths.append(_path_in(row.get(image)))
-            splits.append(_split_named(row.get(split_column), name) if split_column else split)
-            captions.append(caption_texts(row.get(caption)))
-        images, keys = self._locate(paths, name, table.parent, base)
-        return RawPairs(images, _caption_column(captions), keys, splits)
-
-    def _from_dataset(
-        self, dataset: Dataset, name: str, folder: Path, split: str | None, base: Path | None
-    ) -> RawPairs:
-        if len(dataset) == 0:
+        """Convert the columns of a data set, or of a table that `tables` has read, to pairs."""
+        features: Mapping[str, Any] = columns.features if isinstance(columns, Dataset) else dict.fromkeys(columns)
+        if not features or not len(columns[next(iter(features))]):
             raise NoPairsError(f"{name} has no rows.")
-        columns, features = dataset.column_names, dataset.features
-        image = self.image_column or _image_column_by_type(features)
-        image = _find_column(columns, image, IMAGE_COLUMNS, "image", name)
-        others = [column for column in columns if column != image]
-        caption = _find_column(others, self.caption_column, CAPTION_COLUMNS, "caption", name)
-        captions = _caption_column(caption_texts(value) for value in dataset[caption][:])
-        split_column = None if split else _find_named(columns, ("split",))
-        splits: list[str | None] = [split] * len(dataset)
+        image = self.image_column or image_column_by_type(features)
+        image = find_column(features, image, IMAGE_COLUMNS, "image", name)
+        others = [column for column in features if column != image]
+        caption = find_column(others, self.caption_column, CAPTION_COLUMNS, "caption", name)
+        texts = pa.array((caption_texts(value) for value in columns[caption][:]), pa.list_(pa.string()))
+        split_column = None if split else _find_named(features, ("split",))
+        splits: list[str | None] = [split] * len(texts)
         if split_column:
             to_name = getattr(features[split_column], "int2str", lambda value: value)  # of a ClassLabel
-            splits = [_split_named(None if value is None else to_name(value), name) for value in dataset[split_column]]
+            splits = [_split_named(None if value is None else to_name(value), name) for value in columns[split_column]]
 
-        if features[image] in TEXT_TYPES:
-            images, keys = self._locate([_path_in(path) for path in dataset[image]], name, folder, base)
-        elif _is_image(features[image]) or features[image] in BINARY_TYPES:
-            images = dataset.select_columns([image]).cast_column(image, Image(decode=False))
+        if features[image] in (None, *TEXT_TYPES):
+            images, keys = self._locate([_path_in(path) for path in columns[image]], name, folder, base)
+        elif isinstance(columns, Dataset) and (_is_image(features[image]) or features[image] in BINARY_TYPES):
+            images = columns.select_columns([image]).cast_column(image, Image(decode=False))
             images = images.rename_columns({image: "image"})
             hashes = _hash_images(images)
             if any(hashes):
@@ -231,7 +215,7 @@ class SourceReader:
                 f"{name}: column {image!r} is {features[image]}, neither images nor bytes nor paths; set image_column "
                 "to one that is."
             )
-        return RawPairs(images, captions, keys, splits)
+        return RawPairs(images, pa.chunked_array([texts]), keys, splits)
 
     def _locate(
         self, paths: Sequence[str | None], name: str, folder: Path, base: Path | None
@@ -252,13 +236,6 @@ class SourceReader:
 
 def load_from_hub(name: str, config_name: str | None = None) -> DatasetDict:
     """Load all splits of a data set on the Hub.
-
-    Args:
-        name: its id.
-        config_name: its configuration, where it has several.
-
-    Returns:
-        The splits.
 
     Raises:
         ValueError: it cannot be loaded; the message says why.
@@ -330,7 +307,14 @@ def _find_named(columns: Iterable[str], usual: Sequence[str]) -> str | None:
     return next((by_name[name] for name in usual if name in by_name), None)
 
 
-def _find_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str], kind: str, source: str) -> str:
+def find_column(
+    columns: Collection[str], wanted: str | None, usual: Sequence[str], kind: str, source: str | Path
+) -> str:
+    """Find a column by its exact name, if one is wanted, or else by usual names, likeliest first.
+
+    Raises:
+        NoPairsError: there is no such column; the message lists those that there are.
+    """
     found = wanted or _find_named(columns, usual)
     if found is None or found not in columns:
         missing = f"column {wanted!r}" if wanted else f"{kind} column by any usual name"
@@ -343,7 +327,7 @@ def _is_image(feature: Any) -> bool:
     return isinstance(feature, Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
-def _image_column_by_type(features: Features) -> str | None:
+def image_column_by_type(features: Mapping[str, Any]) -> str | None:
     """Find the image column by type, or return None where its name must decide."""
     images = [name for name, feature in features.items() if _is_image(feature)]
     if images:
@@ -359,10 +343,6 @@ def _path_in(value: Any) -> str | None:
     if value is None:
         return None
     return valid_unicode(str(value).strip()) or None
-
-
-def _caption_column(captions: Iterable[list[str | None]]) -> pa.ChunkedArray:
-    return pa.chunked_array([pa.array(captions, pa.list_(pa.string()))])
 
 
 def _hash_images(images: Dataset) -> list[str | None]:

@@ -125,7 +125,7 @@ def test_what_cannot_be_used_is_named(tmp_path, monkeypatch, class_folder):
     features = Features({"a": datasets.Image(), "b": datasets.Image(), "label": ClassLabel(names=["x"])})
     image = Image.new("RGB", (8, 8))
     hub_like(monkeypatch, features, [{"a": image, "b": image, "label": 0}])
-    with pytest.raises(ValueError, match="several columns, a, b, label; say which with --set image_column=NAME"):
+    with pytest.raises(ValueError, match=r"no image column .*; set image_column to one of .*: 'a', 'b', 'label'"):
         load_labeled("org/name")
-    with pytest.raises(ValueError, match="has no column 'kind'; it has a, b, label"):
+    with pytest.raises(ValueError, match=r"no column 'kind'; set label_column to one of .*: 'a', 'b', 'label'"):
         load_labeled("org/name", image_column="a", label_column="kind")
