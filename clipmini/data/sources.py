@@ -6,6 +6,7 @@ Text is read by `tables`, because the readers of `datasets` stop at the first od
 """
 
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -126,7 +127,7 @@ class SourceReader:
         if any(splits.values()):
             left_out = [str(table) for table, split in splits.items() if split is None]
             if left_out:
-                logger.warning("left out %s: no split in the name, as others in the folder have", ", ".join(left_out))
+                logger.warning("left out %s: named after no split, unlike others in the folder", ", ".join(left_out))
             splits = {table: split for table, split in splits.items() if split}
         return self._read_tables(splits, folder)
 
@@ -150,9 +151,12 @@ class SourceReader:
 
     def _read_table(self, table: Path, split: str | None, base: Path | None) -> RawPairs:
         if table.suffix.lower() != ".parquet":
-            rows = list(read_rows(table, self.skipped))
-            names = dict.fromkeys(name for row in rows[:NUM_SAMPLED] for name in row)
-            columns = {name: [row.get(name) for row in rows] for name in names}
+            rows = read_rows(table, self.skipped)
+            sample = list(itertools.islice(rows, NUM_SAMPLED))
+            columns: dict[str, list[Any]] = {name: [] for row in sample for name in row}
+            for row in itertools.chain(sample, rows):
+                for name, values in columns.items():
+                    values.append(row.get(name))
             return self._from_columns(columns, str(table), table.parent, split, base)
         try:
             dataset = Dataset.from_parquet(str(table))  # `load_dataset` would also report the download to a server

@@ -1,4 +1,4 @@
-"""Images are found in folders, and what had to be left out is counted and named."""
+"""Images are found in folders, and inputs that were left out are counted and named."""
 
 import logging
 

@@ -50,7 +50,7 @@ def test_exact_copies_and_near_duplicates_are_told_apart(toy_pairs, photographs)
     assert report.captions == [1, 4]
 
 
-def test_nothing_leaks_where_nothing_is_shared(toy_pairs, photographs):
+def test_no_leak_without_shared_images(toy_pairs, photographs):
     train = pairs_of(toy_pairs, [encode(photographs[0])], [["an astronaut"]])
     report = find_leaks(train, pairs_of(toy_pairs, [encode(photographs[1])], [["coffee"]]))
     assert (report.rows, report.captions) == ([], [])
