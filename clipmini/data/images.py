@@ -2,57 +2,63 @@
 
 import logging
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-MAX_NAMED = 20  # warnings before only counting goes on
+MAX_LOGGED = 20  # warnings about single inputs; later ones are only counted
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .pbm .heic .heif".split()
 )
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """List a folder's images, those of its sub-folders too, by suffix.
+    """List the images in a folder and its sub-folders, by suffix.
 
     Args:
-        folder: where to look; hidden files and folders are passed over, and with a warning those that cannot be read.
+        folder: where to look. Hidden files and folders are ignored; folders that cannot be read are logged.
 
     Returns:
-        Paths that begin with `folder`, sorted.
+        Sorted paths that begin with `folder`.
 
     Raises:
-        ValueError: there is no such folder, or no image in it.
+        ValueError: the folder does not exist or has no images.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise ValueError(f"{folder} is not a folder." if root.exists() else f"The folder {folder} does not exist.")
-    found = []
-    for parent, folders, files in os.walk(root, onerror=warn_of_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        ]
+    found = sorted(walk_files(root, IMAGE_SUFFIXES))
     if not found:
         raise ValueError(f"{folder} has no images; looked for {', '.join(sorted(IMAGE_SUFFIXES))}.")
-    return sorted(found)
+    return found
 
 
-def warn_of_unreadable(error: OSError) -> None:
-    """Name a folder that `os.walk` would pass over in silence."""
-    logger.warning("cannot look into %s (%s)", error.filename, error.strerror)
+def walk_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
+    """Yield the files below a folder that have one of some lower-case suffixes, each folder before its sub-folders.
+
+    Hidden files and folders are ignored. Folders that cannot be read, which `os.walk` would ignore silently, are
+    logged.
+    """
+
+    def warn(error: OSError) -> None:
+        logger.warning("cannot look into %s (%s)", error.filename, error.strerror)
+
+    for parent, folders, files in os.walk(folder, onerror=warn):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
+                yield Path(parent, name)
 
 
 class Skipped:
-    """What was left out, and why: one counted warning each, or in strict mode an error at the first.
+    """Inputs that were left out, each with the reason; in strict mode, the first one raises an error instead.
 
-    Only the first `MAX_NAMED` are logged, so that a bad data set does not flood the log; all are in `items`.
+    Only the first `MAX_LOGGED` are logged, so that a bad data set does not flood the log; `items` has all of them.
 
     Attributes:
-        strict: stop at the first rather than go on without it.
-        items: (name, reason) of each.
+        strict: raise an error instead of leaving an input out.
+        items: (name, reason) of each input.
     """
 
     def __init__(self, strict: bool = False) -> None:
@@ -61,33 +67,33 @@ class Skipped:
 
     @property
     def count(self) -> int:
-        """How many were left out."""
+        """Return how many inputs were left out."""
         return len(self.items)
 
     def add(self, name: str | Path, reason: str) -> None:
-        """Leave one out.
+        """Leave out one input.
 
         Args:
-            name: the file, or the place in a file.
+            name: the file, or the row or line of a file.
             reason: why, in one clause.
 
         Raises:
             ValueError: in strict mode.
         """
         if self.strict:
-            raise ValueError(f"{name}: {reason}. Repair or remove it, or leave strict mode to go on without it.")
+            raise ValueError(f"{name}: {reason}. Repair or remove it, or turn strict mode off to go on without it.")
         self.items.append((str(name), reason))
-        if self.count <= MAX_NAMED:
+        if self.count <= MAX_LOGGED:
             logger.warning("skipped %d so far: %s: %s", self.count, name, reason)
 
     def log_summary(self) -> None:
-        """Say how many were left out in all, if any."""
+        """Log how many inputs were left out, if any."""
         if not self.items:
             return
-        unnamed = f"; the first {MAX_NAMED} are named above" if self.count > MAX_NAMED else ""
-        logger.warning("%d input%s skipped%s", self.count, "" if self.count == 1 else "s", unnamed)
+        unlisted = f"; the first {MAX_LOGGED} are named above" if self.count > MAX_LOGGED else ""
+        logger.warning("%d input%s skipped%s", self.count, "" if self.count == 1 else "s", unlisted)
 
 
 def first_sentence(error: Exception) -> str:
-    """Give the first sentence of a library's error, without its point: transformers adds a paragraph of advice."""
+    """Return the first sentence of an error, without its period: transformers appends a paragraph of advice."""
     return " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Recipes as files: found, read, changed, and each section checked against its dataclass."""
+"""Find, read and change recipe files, and check each section against its dataclass."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ from modeling_clipmini import ClipMiniConfig
 logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("model", "model_config", "license", "data", "training", "stages")
-DATA_FACTS = ("image_column", "caption_column", "image_root")  # what a recipe knows of its own data alone
+SOURCE_KEYS = ("image_column", "caption_column", "image_root")  # of `data`; hold for one source only, as `license` does
 TYPE_WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -33,56 +33,58 @@ TYPE_WORDS = {
     list: "a list",
     type(None): "null",
 }
-DATA_ALONE: Mapping[str, type] = {"data": DataArguments}
+DATA_ONLY: Mapping[str, type] = {"data": DataArguments}
 
 
 def preset_names(kind: str) -> list[str]:
-    """List the presets that the package brings: `kind` is "models" or "recipes"."""
+    """List the presets in the package; `kind` is "models" or "recipes"."""
     folder = files("clipmini.configuration") / kind
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def read_recipe(name_or_path: str, overrides: Sequence[str], sections: Mapping[str, type]) -> dict[str, Any]:
-    """Read a recipe, with changes, and check its sections' names.
+    """Read a recipe, apply overrides, and check the names of its sections.
 
-    If another source is set, the recipe's columns and its license, which hold for its own data, are left out.
+    Where an override sets another source, the recipe's license and columns, which hold for its own data, are dropped.
 
     Args:
-        name_or_path: a YAML file, or the name of a recipe that the package brings.
-        overrides: "key=value" strings, the key dotted or bare.
+        name_or_path: a YAML file, or the name of a recipe in the package.
+        overrides: "key=value" strings; the key may be dotted or bare.
         sections: the dataclass of each section that a bare key may belong to.
 
     Returns:
-        The values as YAML has them.
+        The values as read from YAML, not yet checked.
 
     Raises:
         ValueError: the file or a key is wrong.
     """
     values = read_yaml(find_preset("recipes", name_or_path))
-    changed = _overridden(values, overrides, sections)
-    source, other = (one["data"].get("source") if _has_data(one) else None for one in (values, changed))
-    if source and other and not _is_same(str(source), str(other)):
-        facts = {key: values["data"].pop(key) for key in DATA_FACTS if key in values["data"]}
+    changed = _override(values, overrides, sections)
+    source, new_source = _source_in(values), _source_in(changed)
+    if source and new_source and not _is_same(source, new_source):
+        facts = {key: values["data"].pop(key) for key in SOURCE_KEYS if key in values["data"]}
         facts["license"] = values.pop("license", None)
-        changed = _overridden(values, overrides, sections)  # what the overrides say of the other data holds
-        gone = {key: value for key, value in facts.items() if value and key not in {**changed, **changed["data"]}}
-        if gone:
-            named = ", ".join(f"{key}: {value}" for key, value in gone.items())
-            remedy = "; set license before you push a model of this data" if "license" in gone else ""
-            logger.warning("left out, since it holds for %s and not for %s: %s%s", source, other, named, remedy)
+        changed = _override(values, overrides, sections)  # keeps what the overrides say about the new source
+        dropped = {key: value for key, value in facts.items() if value and key not in {**changed, **changed["data"]}}
+        if dropped:
+            listed = ", ".join(f"{key}: {value}" for key, value in dropped.items())
+            remedy = "; set license before you push a model of this data" if "license" in dropped else ""
+            logger.warning("left out, since it holds for %s and not for %s: %s%s", source, new_source, listed, remedy)
     check_keys(changed, TOP_LEVEL, name_or_path)
     return changed
 
 
-def _overridden(values: dict[str, Any], overrides: Sequence[str], sections: Mapping[str, type]) -> dict[str, Any]:
+def _override(values: dict[str, Any], overrides: Sequence[str], sections: Mapping[str, type]) -> dict[str, Any]:
+    """Return a copy of a recipe's values with overrides applied."""
     values = copy.deepcopy(values)
     for override in overrides:
         _apply_override(values, override, sections)
     return values
 
 
-def _has_data(values: dict[str, Any]) -> bool:
-    return isinstance(values.get("data"), dict)
+def _source_in(values: Mapping[str, Any]) -> str:
+    data = values.get("data")
+    return str(data.get("source") or "") if isinstance(data, dict) else ""
 
 
 def _is_same(source: str, other: str) -> bool:
@@ -90,11 +92,11 @@ def _is_same(source: str, other: str) -> bool:
 
 
 def load_data_arguments(name_or_source: str, overrides: Sequence[str] = ()) -> DataArguments:
-    """Read which pairs are meant.
+    """Read the data section of a recipe, or make one for a source of pairs.
 
     Args:
-        name_or_source: a recipe, whose data section is taken; or a source of pairs, which are taken as they are.
-        overrides: "key=value" strings, as in `load_recipe`; of a source, keys of `DataArguments`.
+        name_or_source: a recipe; or a source of pairs, which is not split.
+        overrides: "key=value" strings, as in `load_recipe`; for a source, with keys of `DataArguments`.
 
     Returns:
         The arguments.
@@ -103,47 +105,38 @@ def load_data_arguments(name_or_source: str, overrides: Sequence[str] = ()) -> D
         ValueError: a file, a key or a value is wrong.
     """
     if name_or_source in preset_names("recipes") or name_or_source.endswith((".yaml", ".yml")):
-        # Not the whole recipe: its training may need a GPU that is not here.
-        values = read_recipe(name_or_source, overrides, DATA_ALONE)
-        return build_section(DataArguments, check_mapping(values.get("data", {}), "data"), "data")
-    data: dict[str, Any] = {"source": name_or_source, "validation_fraction": 0.0, "test_fraction": 0.0}
-    for override in overrides:
-        values = {"data": data}
-        _apply_override(values, override, DATA_ALONE)
-        check_keys(values, ("data",), f"--set {override}")
-    return build_section(DataArguments, data, "data")
+        # Not the whole recipe, whose training may need a GPU that is not here.
+        values = read_recipe(name_or_source, overrides, DATA_ONLY)
+    else:
+        data = {"source": name_or_source, "validation_fraction": 0.0, "test_fraction": 0.0}
+        values = _override({"data": data}, overrides, DATA_ONLY)
+        check_keys(values, ("data",), f"--set {' '.join(overrides)}")
+    return build_section(DataArguments, check_mapping(values.get("data", {}), "data"), "data")
 
 
 def config_fields() -> list[str]:
-    """List the fields of `ClipMiniConfig` other than the towers."""
+    """List the fields of `ClipMiniConfig`, without the towers' configs."""
     names = inspect.signature(ClipMiniConfig.__init__).parameters
     return [name for name in names if name not in ("self", "kwargs", "vision_config", "text_config")]
 
 
 def find_preset(kind: str, name_or_path: str) -> Any:
-    """Find a YAML file, or a preset that the package brings.
-
-    Args:
-        kind: "models" or "recipes".
-        name_or_path: a file, or a preset's name.
-
-    Returns:
-        Something that can be opened.
+    """Find a YAML file or a preset, as a path or a resource of the package; `kind` is "models" or "recipes".
 
     Raises:
-        ValueError: it is neither.
+        ValueError: there is no such file or preset.
     """
     if Path(name_or_path).is_file():
         return Path(name_or_path)
     if name_or_path in preset_names(kind):
         return files("clipmini.configuration") / kind / f"{name_or_path}.yaml"
     raise ValueError(
-        f"{name_or_path} is neither a file nor among the {kind} that clipmini brings: {', '.join(preset_names(kind))}."
+        f"{name_or_path} is neither a file nor among the {kind} in clipmini: {', '.join(preset_names(kind))}."
     )
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Loads YAML as `SafeLoader` does, which would take the last of two equal keys and say nothing."""
+    """A `SafeLoader` that raises on equal keys in one mapping, instead of silently keeping the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -152,22 +145,16 @@ class _OnceLoader(yaml.SafeLoader):
             line, name = key.start_mark.line + 1, str(key.value)
             if name in lines:
                 file = node.start_mark.name
-                raise ValueError(f"{file}: {name!r} stands in line {lines[name]} and in line {line}; keep one.")
+                raise ValueError(f"{file}: {name!r} is in line {lines[name]} and again in line {line}; keep one.")
             lines[name] = line
         return node
 
 
 def read_yaml(file: Any) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Args:
-        file: as `find_preset` returns it.
-
-    Returns:
-        The mapping.
+    """Read a mapping from a YAML file, as returned by `find_preset`.
 
     Raises:
-        ValueError: it is not YAML, holds no mapping, or a key twice.
+        ValueError: the file is not YAML or not a mapping, or has a key twice.
     """
     try:
         with file.open(encoding="utf-8") as stream:
@@ -178,17 +165,10 @@ def read_yaml(file: Any) -> dict[str, Any]:
 
 
 def check_mapping(value: Any, where: str) -> dict[str, Any]:
-    """Return a value if it is a mapping.
-
-    Args:
-        value: what a YAML file holds.
-        where: its place, for the message.
-
-    Returns:
-        The value.
+    """Return a value from a YAML file if it is a mapping.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is not; the message begins with `where`, its key or file.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold `key: value` lines, not {type(value).__name__}.")
@@ -202,7 +182,7 @@ def _apply_override(values: dict[str, Any], override: str, sections: Mapping[str
     path = key.split(".")
     stages = check_mapping(values.get("stages", {}), "stages")
     if len(path) == 1 and key not in TOP_LEVEL:
-        path = [*_home_of(key, stages, sections), key]
+        path = [*_section_of(key, stages, sections), key]
     is_stage = path[0] == "stages" and len(path) == 3
     if is_stage and path[1] not in stages:
         raise ValueError(f"--set {key}=...: the recipe has no such stage; it has {', '.join(stages) or 'none'}.")
@@ -210,27 +190,28 @@ def _apply_override(values: dict[str, Any], override: str, sections: Mapping[str
         raise ValueError(f"--set {key}=...: {_unknown(path[0], [*sections, 'model_config'])}")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # the latter of what looks like a date and is none
+    except (yaml.YAMLError, ValueError):  # ValueError: it looks like a date, but is not one
         value = text
-    home = values
+    section = values
     for part in path[:-1]:
-        home = check_mapping(home.setdefault(part, {}), part)
-    home[path[-1]] = value
+        section = check_mapping(section.setdefault(part, {}), part)
+    section[path[-1]] = value
 
 
-def _home_of(key: str, stages: Mapping[str, Any], sections: Mapping[str, type]) -> list[str]:
-    """Find the section that a bare key belongs to."""
-    homes = [name for name, cls in sections.items() if key in field_names(cls)]
+def _section_of(key: str, stages: Mapping[str, Any], sections: Mapping[str, type]) -> list[str]:
+    """Find the section that a bare key belongs to, as parts of its dotted name."""
+    found = [name for name, cls in sections.items() if key in field_names(cls)]
     if key in config_fields():
-        homes.append("model_config")
-    # A stage's own value would hide that of `training`.
-    homes += [f"stages.{name}" for name, changes in stages.items() if isinstance(changes, dict) and key in changes]
-    if len(homes) > 1:
-        raise ValueError(f"--set {key}=...: say which: {' or '.join(f'{home}.{key}' for home in homes)}.")
-    if not homes:
+        found.append("model_config")
+    # A stage that sets the key hides the value in `training`.
+    found += [f"stages.{name}" for name, changes in stages.items() if isinstance(changes, dict) and key in changes]
+    if len(found) > 1:
+        choices = " or ".join(f"{section}.{key}" for section in found)
+        raise ValueError(f"--set {key}=... is ambiguous; use {choices}.")
+    if not found:
         known = [*TOP_LEVEL, *config_fields(), *(name for cls in sections.values() for name in field_names(cls))]
         raise ValueError(f"--set {key}=...: {_unknown(key, known)}")
-    return homes[0].split(".")
+    return found[0].split(".")
 
 
 def field_names(cls: type) -> list[str]:
@@ -239,15 +220,10 @@ def field_names(cls: type) -> list[str]:
 
 
 def check_keys(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Refuse a key that is not known, and name the nearest.
-
-    Args:
-        values: what was read.
-        known: the keys that there are.
-        where: the place of the values, for the message.
+    """Check that all keys of a mapping are known.
 
     Raises:
-        ValueError: a key is not known.
+        ValueError: a key is not; the message begins with `where`, the section or file, and has the nearest known key.
     """
     for key in values:
         if key not in known:
@@ -260,23 +236,15 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 
 
 def build_section(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """Make a dataclass of a section, its values fitted to the types of the fields.
-
-    Args:
-        cls: the dataclass.
-        values: the section.
-        where: its name, for messages.
-
-    Returns:
-        The instance.
+    """Build a dataclass from a section, converting its values to the types of the fields.
 
     Raises:
-        ValueError: a key or a value is wrong; the message says what is allowed.
+        ValueError: a key or a value is wrong; the message begins with `where`, the section, and says what is allowed.
     """
     check_keys(values, field_names(cls), where)
     if "hub_token" in values:
         raise ValueError(
-            f"{where}.hub_token would be written beside the model; log in with `hf auth login`, or set HF_TOKEN."
+            f"{where}.hub_token would be saved with the model; log in with `hf auth login` or set HF_TOKEN instead."
         )
     hints = typing.get_type_hints(cls)
     typed = {key: _coerce(value, hints[key], f"{where}.{key}") for key, value in values.items()}
@@ -287,10 +255,11 @@ def build_section(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """Fit a YAML value to a field's type, and bend as little as possible.
+    """Convert a YAML value to a field's type where YAML 1.1 misreads it, and raise on any other type.
 
-    YAML 1.1 reads 5e-5 as text; where a number is wanted and text is not, it becomes one. It reads 2024 as a number,
-    2024-01-02 as a date and `no` as false; where only text is wanted they become text again.
+    It reads 5e-5 as text, which becomes a number where the field takes numbers and no text. It reads 2024 as a number,
+    2024-01-02 as a date and `no` as false; where the field takes text and not these, the first two become text again,
+    and `no` becomes a strategy's "no".
     """
     allowed = _members(hint)
     takes_text = str in allowed or any(isinstance(member, type) and issubclass(member, str) for member in allowed)
@@ -310,7 +279,6 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 
 def _members(hint: Any) -> list[Any]:
-    """List the plain types that a type hint admits."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return [member for part in typing.get_args(hint) for member in _members(part)]
-    return [typing.get_origin(hint) or hint]
+    """List the plain types that a type hint allows."""
+    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return [typing.get_origin(member) or member for member in (typing.get_args(hint) if is_union else (hint,))]

@@ -247,6 +247,11 @@ class TestSources:
         (tmp_path / "1.png").write_bytes(encode(1))
         assert len(captions_of(table)) == 3
 
+    def test_a_parquet_table_contacts_no_server(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("datasets.load.get_session", lambda: pytest.fail("contacted a server"))
+        assert len(captions_of(make_parquet_of_bytes(write_images(tmp_path, 3)))) == 3
+
     def test_leaves_nothing_behind(self, tmp_path):
         make_image_folder(write_images(tmp_path / "data", 3))
         before = sorted(tmp_path.rglob("*"))
@@ -268,7 +273,7 @@ class TestSources:
 
 class TestHub:
     def load(self, monkeypatch, loaded, **options):
-        monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded)
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, config_name: loaded)
         return load_pairs("owner/name", **options)
 
     def rows(self, numbers, **columns):
@@ -308,7 +313,7 @@ class TestHub:
         }
 
     def test_offline(self, monkeypatch):
-        def fail(name):
+        def fail(name, config_name):
             raise ConnectionError("Couldn't reach\n'owner/name' on the Hub")
 
         monkeypatch.setattr(datasets, "load_dataset", fail)

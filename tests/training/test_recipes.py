@@ -225,15 +225,15 @@ def test_the_license_of_the_demo_is_not_claimed_for_other_images(tmp_path, monke
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("model: tiny", "model: tiny\nmodel: other", "'model' stands in line 2 and in line 3; keep one"),
+        ("model: tiny", "model: tiny\nmodel: other", "'model' is in line 2 and again in line 3; keep one"),
         (
             "  warmup_steps: 10",
             "  warmup_steps: 10\n  learning_rate: 1",
-            "'learning_rate' stands in line 8 and in line 11",
+            "'learning_rate' is in line 8 and again in line 11",
         ),
     ],
 )
-def test_a_key_that_stands_twice_is_refused(old, new, words, tmp_path):
+def test_a_repeated_key_is_refused(old, new, words, tmp_path):
     file = write(tmp_path, GOOD.replace(old, new))
     with pytest.raises(ValueError, match=words) as caught:
         load_recipe(file)

@@ -195,6 +195,6 @@ def test_what_a_push_would_refuse_stops_a_run_before_it_begins(recipe, hub, tmp_
 
 
 def test_a_recipe_holds_no_token(recipe):
-    with pytest.raises(ValueError, match=r"training\.hub_token would be written beside the model"):
+    with pytest.raises(ValueError, match=r"training\.hub_token would be saved with the model"):
         recipe("hub_token=hf_secret")
     assert constants.HF_HUB_OFFLINE

@@ -127,7 +127,7 @@ def test_a_stage_that_is_not_there_is_named(make):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("num_train_epochs=3", r"say which: .*stages\.heads\.num_train_epochs or stages\.towers"),
+        ("num_train_epochs=3", r"is ambiguous; use .*stages\.heads\.num_train_epochs or stages\.towers"),
         ("stages.head.num_train_epochs=3", "no such stage; it has heads, towers"),
         ("stages.heads.num_train_epoch=3", "num_train_epochs"),
         ("stages.heads.output_dir=x", "one value serves all stages"),
