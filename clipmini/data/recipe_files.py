@@ -23,7 +23,7 @@ from modeling_clipmini import ClipMiniConfig
 logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("model", "model_config", "license", "data", "training", "stages")
-SOURCE_KEYS = ("image_column", "caption_column", "image_root")  # of `data`; hold for one source only, as `license` does
+SOURCE_KEYS = ("image_column", "caption_column", "image_root")  # of `data`; like `license`, for one source only
 TYPE_WORDS = {
     bool: "true or false",
     int: "a whole number",

@@ -237,7 +237,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(recipe, tmp_path, caplog):
     (tmp_path / "run" / "results.json").unlink()
     (checkpoints[-1] / "trainer_state.json").unlink()
     resumed = train(recipe())
-    assert f"{checkpoints[-1]} was cut off" in caplog.text
+    assert f"{checkpoints[-1]} was interrupted" in caplog.text
     assert f"resuming from {checkpoints[-2]}" in caplog.text
     states = [ClipMiniModel.from_pretrained(result.model_dir).state_dict() for result in (whole, resumed)]
     assert all(torch.allclose(tensor, states[1][name], atol=1e-6) for name, tensor in states[0].items())
