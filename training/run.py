@@ -23,6 +23,7 @@ from clipmini.data.duplicates import DuplicateReport, find_duplicates, share_ids
 from clipmini.data.images import Skipped
 from clipmini.data.licenses import UNKNOWN, strictest
 from clipmini.data.pairs import load_data
+from clipmini.evaluation.intervals import interval_ends
 from clipmini.evaluation.measure import chance_level, evaluate_with_intervals
 from clipmini.evaluation.naming import public_name
 from clipmini.files import (
@@ -163,7 +164,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
                 "chance": chance_level(pairs[name]),
                 "before": before[name],
                 "after": {metric: interval.value for metric, interval in after[name].items()},
-                "intervals": {metric: [interval.low, interval.high] for metric, interval in after[name].items()},
+                "intervals": interval_ends(after[name]),
             }
             for name in held_out
         },

@@ -23,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from clipmini.data.augment import normalize_pixels
 from clipmini.data.licenses import check_license
 from clipmini.data.pairs import PairDataset
+from clipmini.evaluation.intervals import interval_ends
 from clipmini.evaluation.measure import chance_level, evaluate_retrieval, evaluate_with_intervals
 from clipmini.evaluation.naming import public_name
 from clipmini.files import versions
@@ -515,7 +516,7 @@ class ClipMiniTrainer(Trainer):
                 "num_captions": sum(cached.num_captions),
                 "chance": chance_level(cached),
                 "after": {metric: interval.value for metric, interval in metrics.items()},
-                "intervals": {metric: [interval.low, interval.high] for metric, interval in metrics.items()},
+                "intervals": interval_ends(metrics),
             }
         return measured
 

@@ -86,7 +86,7 @@ def classification_metrics(
     is_right = (rank == 0).numpy()
     is_near = (rank < TOP_K).numpy()
     drawn: dict[str, list[np.ndarray]] = {"top1": [], "top5": [], "mean_per_class": []}
-    for weights in resample_weights(num_images, max(num_images, num_classes), num_resamples, seed):
+    for weights in resample_weights(num_images, num_resamples, seed):
         drawn["top1"].append(weights @ is_right / num_images)
         drawn["top5"].append(weights @ is_near / num_images)
         drawn["mean_per_class"].append(np.nanmean(_per_class(is_right, labels.numpy(), num_classes, weights), axis=1))

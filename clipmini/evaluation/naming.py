@@ -22,8 +22,8 @@ METRIC_LABELS = {
             ("r5", "R@5"),
             ("r10", "R@10"),
             ("map10", "mAP@10"),
-            ("median_rank", "median rank"),
             ("mean_rank", "mean rank"),
+            ("median_rank", "median rank"),
         )
     },
     "mean_recall": "mean recall",
@@ -49,7 +49,9 @@ def format_figure(name: str, value: float) -> str:
 
 
 def format_interval(name: str, interval: Interval) -> str:
-    """Write the ends of an interval: "29.1 to 31.5"."""
+    """Write the ends of an interval: "29.1 to 31.5"; "" where there is none."""
+    if not math.isfinite(interval.low):
+        return ""
     return f"{format_figure(name, interval.low)} to {format_figure(name, interval.high)}"
 
 
@@ -91,7 +93,9 @@ def eval_results(task: str, data: Mapping[str, Any], metrics: Mapping[str, Inter
             metric_type=name,
             metric_name=METRIC_LABELS[name],
             metric_value=round(interval.value, 4),
-            metric_args={"interval_95": [round(interval.low, 4), round(interval.high, 4)]},
+            metric_args={"interval_95": [round(interval.low, 4), round(interval.high, 4)]}
+            if math.isfinite(interval.low)
+            else None,
         )
         for name, interval in metrics.items()
         if math.isfinite(interval.value)

@@ -9,7 +9,7 @@ The (I, T) matrix of similarities is never whole in memory: it is computed block
 directions. Images and captions are first sorted by id, so that few blocks hold what belongs together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -222,7 +222,7 @@ METRIC_NAMES = (
     *(
         f"{direction}_{name}"
         for direction in DIRECTIONS
-        for name in (f"map{PRECISION_AT}", "median_rank", "mean_rank")
+        for name in (f"map{PRECISION_AT}", "mean_rank", "median_rank")
     ),
 )
 
@@ -296,11 +296,20 @@ def retrieval_metrics(
     return summarize_scores(retrieval_scores(image_embeds, text_embeds, text_image_ids, image_ids), recall_at)
 
 
-def summarize_scores(scores: dict[str, QueryScores], recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+def query_values(direction: str, score: QueryScores, recall_at: Sequence[int] = RECALL_AT) -> dict[str, Tensor]:
+    """Return what the metrics of one direction are means of: (Q,) values by metric."""
+    return {
+        **{f"{direction}_r{k}": (score.ranks < k).double() for k in recall_at},
+        f"{direction}_map{PRECISION_AT}": score.average_precision.double(),
+        f"{direction}_mean_rank": score.ranks.double() + 1,
+    }
+
+
+def summarize_scores(scores: Mapping[str, QueryScores], recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
     """Average the scores of all queries.
 
     Args:
-        scores: as `retrieval_scores` gives.
+        scores: as `retrieval_scores` returns them.
         recall_at: the values of k.
 
     Returns:
@@ -308,15 +317,14 @@ def summarize_scores(scores: dict[str, QueryScores], recall_at: Sequence[int] = 
         `{direction}_map10`, the mean of AP@10, in [0, 1]; `{direction}_median_rank` and `{direction}_mean_rank`, of
         the best placed right answer, 1 being first. `mean_recall`: the mean of all recalls. NaN without a query.
     """
-    recalls, others = {}, {}
+    metrics = {}
     for direction, score in scores.items():
-        for k in recall_at:
-            recalls[f"{direction}_r{k}"] = (score.ranks < k).double().mean().item()
-        places = score.ranks.double() + 1
-        others[f"{direction}_map{PRECISION_AT}"] = score.average_precision.double().mean().item()
-        others[f"{direction}_median_rank"] = float(np.median(places)) if len(places) else float("nan")
-        others[f"{direction}_mean_rank"] = places.mean().item()
-    return {**recalls, "mean_recall": sum(recalls.values()) / len(recalls), **others}
+        values = query_values(direction, score, recall_at)
+        metrics |= {name: value.mean().item() for name, value in values.items()}
+        ranks = score.ranks.numpy() + 1
+        metrics[f"{direction}_median_rank"] = float(np.median(ranks)) if len(ranks) else float("nan")
+    recalls = {name: metrics[name] for name in (f"{direction}_r{k}" for direction in scores for k in recall_at)}
+    return {**recalls, "mean_recall": sum(recalls.values()) / len(recalls), **metrics}
 
 
 def chance_metrics(

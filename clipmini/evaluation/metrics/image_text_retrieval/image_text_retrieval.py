@@ -7,7 +7,7 @@ import datasets
 import evaluate
 import torch
 
-from clipmini.evaluation.intervals import bootstrap_intervals
+from clipmini.evaluation.intervals import bootstrap_intervals, interval_ends
 from clipmini.evaluation.retrieval import retrieval_scores, summarize_scores
 
 DESCRIPTION = """
@@ -87,6 +87,5 @@ class ImageTextRetrieval(evaluate.Metric):
         scores = retrieval_scores(images, texts, text_image_ids)
         result: dict[str, Any] = summarize_scores(scores, recall_at)
         if intervals:
-            ends = bootstrap_intervals(scores, num_resamples, seed, recall_at)
-            result["intervals"] = {name: [interval.low, interval.high] for name, interval in ends.items()}
+            result["intervals"] = interval_ends(bootstrap_intervals(scores, num_resamples, seed, recall_at))
         return result
