@@ -7,7 +7,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import EvalResult
-from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from clipmini.data.sources import HUB_ID
 
@@ -100,20 +99,3 @@ def eval_results(task: str, data: Mapping[str, Any], metrics: Mapping[str, Inter
         for name, interval in metrics.items()
         if math.isfinite(interval.value)
     ]
-
-
-def model_index(
-    model: str, task: str, data: Mapping[str, Any], metrics: Mapping[str, Interval]
-) -> list[dict[str, Any]]:
-    """Make the entry of a model card's metadata that the Hub shows as evaluation results.
-
-    Args:
-        model: its name.
-        task: see `eval_results`, as for the others.
-        data: `source` and `split`.
-        metrics: the figures.
-
-    Returns:
-        What goes under "model-index".
-    """
-    return eval_results_to_model_index(model, eval_results(task, data, metrics))

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipmini.evaluation import retrieval as ranking
-from clipmini.evaluation.retrieval import rank_answers
+from clipmini.evaluation.retrieval import rank_candidates
 
 
 def unit_vectors(similarities):
@@ -19,7 +19,7 @@ IDS = torch.tensor([0, 0, 1, 2])
 
 
 def ranks_of(*args):
-    return [ranking.ranks.tolist() for ranking in rank_answers(*args, num_kept=0)]
+    return [ranking.ranks.tolist() for ranking in rank_candidates(*args, num_kept=0)]
 
 
 def test_ranks_by_hand():
@@ -44,12 +44,12 @@ def test_a_query_without_a_right_answer_has_no_rank():
 
 
 def test_what_is_kept_by_hand():
-    of_text, of_image = rank_answers(*unit_vectors(SIMILARITIES), IDS, num_kept=2)
-    assert of_text.other_rows.tolist() == [[2, 1], [2, 1], [0, 2], [1, 0]]
-    assert of_text.num_own.tolist() == [1, 1, 1, 1]
-    assert of_image.other_rows.tolist() == [[3, 2], [3, 1], [1, 0]]
-    assert of_image.own[0].tolist() == pytest.approx([0.9, 0.3])
-    assert of_image.num_own.tolist() == [2, 1, 1]
+    of_text, of_image = rank_candidates(*unit_vectors(SIMILARITIES), IDS, num_kept=2)
+    assert of_text.wrong_rows.tolist() == [[2, 1], [2, 1], [0, 2], [1, 0]]
+    assert of_text.num_correct.tolist() == [1, 1, 1, 1]
+    assert of_image.wrong_rows.tolist() == [[3, 2], [3, 1], [1, 0]]
+    assert of_image.correct[0].tolist() == pytest.approx([0.9, 0.3])
+    assert of_image.num_correct.tolist() == [2, 1, 1]
     # Captions 1 and 3 find their images in third place.
     assert of_text.average_precision().tolist() == [1, 0, 1, 0]
     # Image 0: its captions are in places 1 (0.9) and 3 (0.3); only two places count.
@@ -57,22 +57,22 @@ def test_what_is_kept_by_hand():
 
 
 def test_of_ranks_alone_there_is_no_average_precision():
-    for result in rank_answers(*unit_vectors(SIMILARITIES), IDS, num_kept=0):
-        assert result.own.shape[1] == result.others.shape[1] == 0
+    for result in rank_candidates(*unit_vectors(SIMILARITIES), IDS, num_kept=0):
+        assert result.correct.shape[1] == result.wrong.shape[1] == 0
         assert result.average_precision().isnan().all()
 
 
 def test_average_precision_by_hand():
     # Right answers in places 1, 3 and 4 of five: (1/1 + 2/3 + 3/4) / 3.
     images, texts = unit_vectors([[0.9], [0.8], [0.7], [0.6], [0.5]])
-    _, of_image = rank_answers(images, texts, torch.tensor([0, 1, 0, 0, 1]))
+    _, of_image = rank_candidates(images, texts, torch.tensor([0, 1, 0, 0, 1]))
     assert of_image.average_precision().tolist() == pytest.approx([(1 + 2 / 3 + 3 / 4) / 3])
 
 
 def test_average_precision_of_more_right_answers_than_places():
     # Twelve right answers in front of all wrong ones: ten places hold ten of them.
     images, texts = unit_vectors([[1 - 0.01 * place] for place in range(14)])
-    _, of_image = rank_answers(images, texts, torch.tensor([0] * 12 + [1] * 2))
+    _, of_image = rank_candidates(images, texts, torch.tensor([0] * 12 + [1] * 2))
     assert of_image.average_precision().tolist() == pytest.approx([1.0])
 
 
@@ -80,7 +80,7 @@ def test_average_precision_of_more_right_answers_than_places():
 def test_a_broken_model_does_not_look_good(value):
     vectors = torch.full((20, 4), value)
     ids = torch.arange(20)
-    for result in rank_answers(vectors, vectors, ids):
+    for result in rank_candidates(vectors, vectors, ids):
         assert result.ranks.unique().tolist() == [19]
         assert result.average_precision().unique().tolist() == [0]
 
@@ -89,11 +89,11 @@ def test_a_model_that_collapsed_to_one_direction_is_last_everywhere_in_every_blo
     # Over a block's edge a product of the same vectors may be rounded in another way; a tie must stay one.
     image, text = torch.nn.functional.normalize(torch.randn(2, 96, generator=torch.Generator().manual_seed(0)), dim=1)
     num_images, num_texts = ranking.IMAGE_BLOCK + 37, ranking.TEXT_BLOCK + 411
-    of_text, of_image = rank_answers(
+    of_text, of_image = rank_candidates(
         image.expand(num_images, -1), text.expand(num_texts, -1), torch.arange(num_texts) % num_images
     )
     assert of_text.ranks.unique().tolist() == [num_images - 1]
-    assert (of_image.ranks + of_image.num_own).unique().tolist() == [num_texts]
+    assert (of_image.ranks + of_image.num_correct).unique().tolist() == [num_texts]
 
 
 def test_autocast_does_not_round_similarities():
@@ -105,7 +105,7 @@ def test_autocast_does_not_round_similarities():
 def test_ids_that_do_not_fit_are_refused():
     images, texts = unit_vectors(SIMILARITIES)
     with pytest.raises(ValueError, match="4 captions with 3"):
-        rank_answers(images, texts, IDS[:3])
+        rank_candidates(images, texts, IDS[:3])
 
 
 def ranks_of_whole_matrix(similarity, query_ids, answer_ids):
@@ -138,7 +138,7 @@ def test_blocks_give_what_the_whole_matrix_gives(data, num_images, num_texts, se
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "IMAGE_BLOCK", data.draw(st.integers(1, 31)))
         patch.setattr(ranking, "TEXT_BLOCK", data.draw(st.integers(1, 41)))
-        of_text, of_image = rank_answers(images, texts, text_image_ids, image_ids)
+        of_text, of_image = rank_candidates(images, texts, text_image_ids, image_ids)
         assert ranks_of(images, texts, text_image_ids, image_ids) == [of_text.ranks.tolist(), of_image.ranks.tolist()]
     similarity = texts @ images.T
     for found, (ranks, precisions) in (
@@ -147,7 +147,7 @@ def test_blocks_give_what_the_whole_matrix_gives(data, num_images, num_texts, se
     ):
         assert found.ranks.tolist() == ranks
         assert found.average_precision().tolist() == pytest.approx(precisions, nan_ok=True)
-    for text, (rows, values) in enumerate(zip(of_text.other_rows, of_text.others, strict=True)):
+    for text, (rows, values) in enumerate(zip(of_text.wrong_rows, of_text.wrong, strict=True)):
         for row, value in zip(rows.tolist(), values.tolist(), strict=True):
             if row >= 0:
                 assert similarity[text, row] == value

@@ -15,7 +15,6 @@ def make_embeddings(num_images=20, captions=2, seed=0):
         images=normalize(torch.randn(num_images, 8, generator=generator), dim=-1),
         texts=normalize(torch.randn(len(row_of_text), 8, generator=generator), dim=-1),
         image_ids=image_ids,
-        text_image_ids=image_ids[row_of_text],
         captions=[f"caption {number}" for number in range(len(row_of_text))],
         row_of_text=row_of_text,
     )
