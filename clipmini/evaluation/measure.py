@@ -15,7 +15,7 @@ from clipmini.inference.encoders import DualEncoder, check_widths
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.encoding_clipmini import eval_mode
 
-from .diagnostics import Diagnostics, cut_off, diagnose, quantize
+from .diagnostics import Diagnostics, diagnose, quantize, truncate
 from .intervals import Interval, bootstrap_intervals
 from .retrieval import (
     DIRECTIONS,
@@ -111,7 +111,7 @@ def _evaluate(
     ids = _ids(pairs)
     metrics = summarize(retrieval_scores(*embeds, *ids))
     for width in widths:
-        image_embeds, text_embeds = (cut_off(rows, width) for rows in embeds)
+        image_embeds, text_embeds = (truncate(rows, width) for rows in embeds)
         at_width = summarize(retrieval_scores(image_embeds, text_embeds, *ids))
         metrics |= {f"{name}_at_{width}": value for name, value in at_width.items()}
     return metrics
@@ -267,7 +267,7 @@ def embed_split(encoder: DualEncoder, pairs: Dataset) -> Embeddings:
 def measure_retrieval(
     embeds: Embeddings,
     *,
-    temperature: float | None = None,
+    logit_scale: float | None = None,
     widths: Sequence[int] = (),
     precisions: Sequence[str] = (),
     num_misses: int = 20,
@@ -277,7 +277,7 @@ def measure_retrieval(
 
     Args:
         embeds: as `embed_split` returns them.
-        temperature: the model's, reported with the diagnostics.
+        logit_scale: the model's; its inverse, the temperature, is reported with the diagnostics.
         widths: also measure embeddings truncated to these widths.
         precisions: also measure embeddings rounded to these, of `PRECISIONS`.
         num_misses: number of lowest ranking captions to list.
@@ -298,7 +298,7 @@ def measure_retrieval(
     metrics = bootstrap_intervals(scores, num_resamples)
     values = {name: interval.value for name, interval in metrics.items()}
     by_width = {
-        width: retrieval_metrics(cut_off(embeds.images, width), cut_off(embeds.texts, width), *ids)
+        width: retrieval_metrics(truncate(embeds.images, width), truncate(embeds.texts, width), *ids)
         for width in sorted(set(widths) - {full_width})
     }
     by_precision = {
@@ -316,7 +316,7 @@ def measure_retrieval(
         width=full_width,
         metrics=metrics,
         chance=chance_metrics(*ids),
-        diagnostics=diagnose(embeds.images, embeds.texts, *ids, temperature),
+        diagnostics=diagnose(embeds.images, embeds.texts, *ids, logit_scale and 1 / logit_scale),
         by_width={**by_width, full_width: values},
         by_precision={"float32": values, **by_precision},
         recall_curve={

@@ -1,4 +1,4 @@
-"""Metrics as people read them, in percent, and as the Hub does, in a model card's metadata."""
+"""Metrics as people read them, in percent, and as a model card's metadata hold them."""
 
 import math
 import os
@@ -33,54 +33,45 @@ METRIC_LABELS = {
 
 
 def format_figure(name: str, value: float) -> str:
-    """Write a metric as people read it: shares in percent, ranks as they are.
-
-    Args:
-        name: as in `METRIC_LABELS`.
-        value: the figure.
-
-    Returns:
-        One digit after the point; "-" for NaN.
-    """
+    """Format a metric: shares in percent, ranks as they are, with one decimal; "-" for NaN."""
     if not math.isfinite(value):
         return "-"
     return f"{value:,.1f}" if name.endswith("_rank") else f"{100 * value:.1f}"
 
 
 def format_interval(name: str, interval: Interval) -> str:
-    """Write the ends of an interval: "29.1 to 31.5"; "" where there is none."""
+    """Format the ends of an interval: "29.1 to 31.5"; "" where there is none."""
     if not math.isfinite(interval.low):
         return ""
     return f"{format_figure(name, interval.low)} to {format_figure(name, interval.high)}"
 
 
 def format_with_interval(name: str, interval: Interval) -> str:
-    """Write a figure and its interval: "30.3 (29.1 to 31.5)"."""
+    """Format a metric and its interval: "30.3 (29.1 to 31.5)"."""
     return f"{format_figure(name, interval.value)} ({format_interval(name, interval)})"
 
 
 def hub_id(name: str) -> str | None:
-    """Give a name back if it is an id on the Hub, and None if it is a path, or something that lies here."""
+    """Return a name if it is a Hub id, or None if it is a path, or the name of something that exists here."""
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def public_name(name: str) -> str:
-    """Name data or a model for others: a Hub id as it is, and of a path its last part alone."""
-    # Windows' rules know both separators.
+    """Return a name that can be published: a Hub id as it is, and only the last part of a path."""
+    # Windows paths may have either separator.
     return hub_id(name) or PureWindowsPath(os.path.abspath(name)).name or "data"
 
 
 def eval_results(task: str, data: Mapping[str, Any], metrics: Mapping[str, Interval]) -> list[EvalResult]:
-    """Put figures into the form that a model card's metadata have.
+    """Convert metrics to entries of a model card's metadata.
 
     Args:
-        task: what was done, such as "image-text-retrieval".
+        task: the task's name on the Hub, such as "image-text-retrieval".
         data: `source` and `split`.
-        metrics: the figures, by names of `METRIC_LABELS`; shares are given in [0, 1], with the interval beside. What
-            is not finite is left out.
+        metrics: by name as in `METRIC_LABELS`; shares in [0, 1].
 
     Returns:
-        One entry for each figure.
+        One entry for each finite metric, with its interval.
     """
     source = str(data["source"])
     return [

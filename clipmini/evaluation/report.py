@@ -154,7 +154,7 @@ def _evaluate_retrieval(
     widths = [width for halvings in range(1, 16) if (width := full_width >> halvings) >= MIN_WIDTH]
     result = measure_retrieval(
         embeds,
-        temperature=_temperature(encoder),
+        logit_scale=encoder.logit_scale,
         widths=() if is_large else widths,
         precisions=() if is_large else tuple(PRECISIONS),
     )
@@ -174,7 +174,7 @@ def _evaluate_retrieval(
     tables = [tabulate_metrics("Image-text retrieval", result.metrics, result.chance)]
     curves = {encoder.name: result.recall_curve}
     for other in others:
-        second = measure_retrieval(embed_split(other, rows), temperature=_temperature(other))
+        second = measure_retrieval(embed_split(other, rows), logit_scale=other.logit_scale)
         differences = paired_bootstrap(result.scores, second.scores)
         facts["baseline"] = {
             "model": other.about(),
@@ -183,8 +183,8 @@ def _evaluate_retrieval(
             "differences": differences,
         }
         curves[other.name] = second.recall_curve
-        names, metrics = (encoder.name, other.name), (result.metrics, second.metrics)
-        tables.append(tabulate_differences(names, metrics, differences))
+        metrics = result.metrics, second.metrics
+        tables.append(tabulate_differences((encoder.name, other.name), metrics, differences))
     tables += [_diagnostics_table(result), *_size_tables(result)]
 
     warnings, leak_table = list(result.diagnostics.faults), None
@@ -205,10 +205,6 @@ def _evaluate_retrieval(
         leak_table=leak_table,
         misses=show_misses(result.misses, rows),
     )
-
-
-def _temperature(encoder: DualEncoder) -> float | None:
-    return None if encoder.logit_scale is None else 1 / encoder.logit_scale
 
 
 def _training_pairs(
@@ -315,7 +311,7 @@ def _retrieval_method(result: RetrievalResult, is_checked: bool, is_known: bool)
         leaks = f"Whether these images are in the training data too was not checked{why}."
     return [
         f"Every caption is a query for its image among all {result.num_images:,}, and every image a query for any "
-        f"of its captions among all {result.num_texts:,}. R@k, for k of {k}, is the share of queries with a right "
+        f"of its captions among all {result.num_texts:,}. R@k, for k of {k}, is the share of queries with a correct "
         "answer among the first k; an image's other captions do not count against it. Mean recall is the mean of the "
         "six.",
         leaks,
@@ -335,7 +331,7 @@ def _evaluate_zero_shot(
     rows, names = keep_readable(images.splits[name], name, skipped), images.names
     encoder, *others = load_encoders(*filter(None, (model, baseline)))
     metrics = measure_zero_shot(encoder, rows, names, templates)
-    facts: dict[str, Any] = {"templates": templates}
+    facts: dict[str, Any] = {"task": ZERO_SHOT, "templates": templates}
     tables = [_accuracy_table("Zero-shot classification", metrics)]
     for other in others:
         second = measure_zero_shot(other, rows, names, templates)
@@ -349,12 +345,12 @@ def _evaluate_zero_shot(
         "closest. No training image of these classes is used."
     ]
     return _report_classes(
-        facts,
-        ZERO_SHOT,
         encoder,
-        (source, name),
+        source,
+        name,
         metrics,
         names,
+        facts,
         title="Zero-shot classification",
         hub_task="zero-shot-image-classification",
         tables=tables,
@@ -382,6 +378,7 @@ def _evaluate_probe(
     train_labels, labels = (torch.tensor(splits[one]["label"][:]) for one in ("train", name))
     result = probe(train_embeds, train_labels, embeds, labels, len(names))
     facts: dict[str, Any] = {
+        "task": PROBE,
         "num_train_images": result.num_train_images,
         "inverse_penalty": result.inverse_penalty,
         "neighbors": {**result.neighbors.shares, "num_neighbors": result.num_neighbors},
@@ -417,12 +414,12 @@ def _evaluate_probe(
         *([] if check_leaks else ["Whether these images are in the train split too was not checked."]),
     ]
     return _report_classes(
-        facts,
-        PROBE,
         encoder,
-        (source, name if only is None else f"a held-out fifth of {only}"),
+        source,
+        name if only is None else f"a held-out fifth of {only}",
         result.linear,
         names,
+        facts,
         title="Linear probe",
         hub_task="image-classification",
         tables=[
@@ -453,18 +450,18 @@ def _hold_out(rows: Dataset) -> dict[str, Dataset]:
 
 
 def _report_classes(
-    facts: Mapping[str, Any],
-    task: str,
     encoder: DualEncoder,
-    data: tuple[str, str],
+    source: str,
+    split: str,
     metrics: ClassificationMetrics,
     names: Sequence[str],
+    facts: Mapping[str, Any],
     *,
     tables: Sequence[Table],
     **options: Any,
 ) -> Evaluation:
-    """Build the report of a classifier; `data` is its source and split, `facts` is what only this task has."""
-    (source, split), num_images = data, len(metrics.is_correct)
+    """Build the report of a classifier; `facts` and `tables` are what only this task has."""
+    num_images = len(metrics.is_correct)
     warnings = []
     num_present = int((metrics.confusion.sum(axis=1) > 0).sum())
     # Answering the same class for every image reaches 1 / num_present.
@@ -472,7 +469,6 @@ def _report_classes(
         warnings.append("Mean accuracy per class is not significantly above chance.")
     return build_evaluation(
         {
-            "task": task,
             "model": encoder.about(),
             "data": {
                 "source": public_name(source),

@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,14 @@ class Evaluation:
     """A finished evaluation.
 
     Attributes:
-        results: all figures, as `results.json` holds them.
+        results: all figures, as `results.json` holds them, and `warnings`: what to know before trusting them.
         tables: the tables of `results.md`.
         page: the HTML page.
-        warnings: what to know before trusting the figures, in plain words.
     """
 
     results: dict[str, Any]
     tables: list[Table]
     page: str
-    warnings: tuple[str, ...] = ()
 
     def save(self, folder: Path, *, overwrite: bool = False) -> None:
         """Write the four files; `results.json` comes last, so it is there only if the others are.
@@ -203,7 +201,7 @@ def build_evaluation(
         versions=facts["versions"],
     )
     all_tables = [*tables, *([] if leak_table is None else [leak_table])]
-    return Evaluation(as_json(facts), all_tables, page, tuple(facts["warnings"]))
+    return Evaluation(as_json(facts), all_tables, page)
 
 
 def tabulate_metrics(
@@ -286,7 +284,7 @@ def as_json(value: Any) -> Any:
         return [as_json(item) for item in value]
     if isinstance(value, np.ndarray):
         return as_json(value.tolist())
-    if hasattr(value, "__dataclass_fields__"):
+    if is_dataclass(value) and not isinstance(value, type):
         return as_json(asdict(value))
     if isinstance(value, float) and not math.isfinite(value):
         return None
