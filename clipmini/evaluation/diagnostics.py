@@ -119,16 +119,16 @@ def diagnose(
         raise ValueError(f"{len(image_embeds)} images and {len(text_embeds)} captions; pass at least one of each.")
     images, texts = image_embeds.double().cpu(), text_embeds.double().cpu()
     image_ids = torch.arange(len(images)) if image_ids is None else image_ids.cpu()
-    own, other, margins = _closeness(images, texts, image_ids, text_image_ids.cpu())
+    matching, other, margins = _closeness(images, texts, image_ids, text_image_ids.cpu())
     ranks = effective_rank(images), effective_rank(texts)
     return Diagnostics(
         modality_gap=(images.mean(dim=0) - texts.mean(dim=0)).norm().item(),
-        alignment=2 - 2 * own,  # of vectors of length 1
+        alignment=2 - 2 * matching,  # of vectors of length 1
         image_uniformity=uniformity(images),
         text_uniformity=uniformity(texts),
         image_effective_rank=ranks[0],
         text_effective_rank=ranks[1],
-        own_similarity=own,
+        own_similarity=matching,
         other_similarity=other,
         temperature=temperature,
         faults=tuple(_faults(images, texts, ranks, margins)),
@@ -180,7 +180,7 @@ def effective_rank(embeds: Tensor) -> float:
 def _closeness(
     images: Tensor, texts: Tensor, image_ids: Tensor, text_image_ids: Tensor
 ) -> tuple[float, float, Tensor]:
-    """Return the mean cosine of own and of other pairs, and (G,) how much closer captions are to their own images."""
+    """Return the mean cosines of matching and other pairs, and (G,) how much closer captions are to their images."""
     ids, index = torch.cat([image_ids, text_image_ids]).unique(return_inverse=True)
     image_index, text_index = index[: len(images)], index[len(images) :]
     image_sums, text_sums = (
@@ -188,17 +188,17 @@ def _closeness(
         for rows, embeds in ((image_index, images), (text_index, texts))
     )
     num_images, num_texts = image_index.bincount(minlength=len(ids)), text_index.bincount(minlength=len(ids))
-    own_sums = (image_sums * text_sums).sum(dim=1)  # (G,) over the pairs of an id
-    num_own = num_images * num_texts
+    matching_sums = (image_sums * text_sums).sum(dim=1)  # (G,) over the pairs of an id
+    num_matching = num_images * num_texts
     all_sum = (image_sums.sum(dim=0) @ text_sums.sum(dim=0)).item()
-    is_pair = num_own > 0
-    own = own_sums[is_pair].sum().item() / num_own.sum().item() if is_pair.any() else math.nan
-    num_others = len(images) * len(texts) - num_own.sum().item()
-    other = (all_sum - own_sums[is_pair].sum().item()) / num_others if num_others else math.nan
+    is_pair = num_matching > 0
+    matching = matching_sums[is_pair].sum().item() / num_matching.sum().item() if is_pair.any() else math.nan
+    num_others = len(images) * len(texts) - num_matching.sum().item()
+    other = (all_sum - matching_sums[is_pair].sum().item()) / num_others if num_others else math.nan
     # The captions of an image are not independent, so each id counts once.
     to_all = text_sums @ images.mean(dim=0) / num_texts
-    margins = (own_sums / num_own - to_all)[is_pair]
-    return own, other, margins
+    margins = (matching_sums / num_matching - to_all)[is_pair]
+    return matching, other, margins
 
 
 def _faults(images: Tensor, texts: Tensor, ranks: tuple[float, float], margins: Tensor) -> list[str]:

@@ -98,23 +98,23 @@ def draw_ranks(ranks: Mapping[str, np.ndarray]) -> str:
         return _svg(figure, "Share of queries by the rank of their best correct answer.")
 
 
-def draw_similarities(own: np.ndarray, others: np.ndarray) -> str:
+def draw_similarities(matching: np.ndarray, others: np.ndarray) -> str:
     """Draw histograms of the similarities of captions to their own images and to others.
 
     Args:
-        own: cosines of captions with their own images.
+        matching: cosines of captions with their own images.
         others: cosines of captions with other images.
 
     Returns:
         The SVG element.
     """
     # float64, since a collapsed model's are all alike, and float32 has no 60 numbers between them.
-    own, others = (values[np.isfinite(values)].astype(float) for values in (own, others))
-    both = np.concatenate([own, others, [0.0]] if not len(own) + len(others) else [own, others])
+    matching, others = (values[np.isfinite(values)].astype(float) for values in (matching, others))
+    both = np.concatenate([matching, others, [0.0]] if not len(matching) + len(others) else [matching, others])
     bins = np.linspace(both.min(), both.max() + 1e-6, 61)
     with rc_context(STYLE):
         figure, axes = _new()
-        for values, color, label in ((others, GRAY, "other images"), (own, GREEN, "own image")):
+        for values, color, label in ((others, GRAY, "other images"), (matching, GREEN, "correct image")):
             if len(values):
                 axes.hist(values, bins.tolist(), density=True, color=color, alpha=0.55, label=label)
         axes.set(xlabel="cosine similarity of a caption and an image", ylabel="density")

@@ -220,7 +220,7 @@ class RetrievalResult:
         by_precision: metrics of embeddings rounded to fewer bits, by name as in `PRECISIONS`, "float32" first.
         recall_curve: by direction, R@k for k from 1 to 100, or to all candidates where there are fewer.
         chance_curve: the same for a random order.
-        own_similarities: (T,) cosines of the captions with their own images.
+        matching_similarities: (T,) cosines of the captions with their own images.
         other_similarities: cosines of captions with other images, of at most 2,000 of either.
         scores: scores of every query, to compare with another model's.
         misses: the captions whose images ranked lowest.
@@ -236,7 +236,7 @@ class RetrievalResult:
     by_precision: dict[str, dict[str, float]]
     recall_curve: dict[str, list[float]]
     chance_curve: dict[str, list[float]]
-    own_similarities: np.ndarray
+    matching_similarities: np.ndarray
     other_similarities: np.ndarray
     scores: dict[str, QueryScores]
     misses: list[Miss]
@@ -306,7 +306,7 @@ def measure_retrieval(
         for name in precisions
         if name != "float32"
     }
-    own_similarities, other_similarities = _similarities(embeds)
+    matching_similarities, other_similarities = _similarities(embeds)
     chance = chance_metrics(*ids, recall_at=range(1, CURVE_END + 1))
     num_candidates = dict(zip(DIRECTIONS, (len(embeds.images), len(embeds.texts)), strict=True))
     ks = {direction: range(1, min(CURVE_END, number) + 1) for direction, number in num_candidates.items()}
@@ -324,7 +324,7 @@ def measure_retrieval(
             for direction, score in scores.items()
         },
         chance_curve={direction: [chance[f"{direction}_r{k}"] for k in ks[direction]] for direction in DIRECTIONS},
-        own_similarities=own_similarities,
+        matching_similarities=matching_similarities,
         other_similarities=other_similarities,
         scores=scores,
         misses=_misses(embeds, rankings[0], num_misses),
@@ -333,14 +333,14 @@ def measure_retrieval(
 
 def _similarities(embeds: Embeddings) -> tuple[np.ndarray, np.ndarray]:
     """Return cosines of captions with their own images, and of some captions with some other images."""
-    own = (embeds.texts * embeds.images[embeds.row_of_text]).sum(dim=1)
+    matching = (embeds.texts * embeds.images[embeds.row_of_text]).sum(dim=1)
     generator = torch.Generator().manual_seed(0)
     texts, images = (
         torch.randperm(len(rows), generator=generator)[:MAX_COMPARED] for rows in (embeds.texts, embeds.images)
     )
     similarity = embeds.texts[texts] @ embeds.images[images].T
     is_other = embeds.text_image_ids[texts, None] != embeds.image_ids[None, images]
-    return own.numpy(), similarity[is_other].numpy()
+    return matching.numpy(), similarity[is_other].numpy()
 
 
 def _misses(embeds: Embeddings, ranking: Ranking, num_misses: int) -> list[Miss]:

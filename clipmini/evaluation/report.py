@@ -286,7 +286,7 @@ def _retrieval_drawings(
         ("Ranks", draw_ranks(ranks), "Rank of the best correct answer."),
         (
             "Similarities",
-            draw_similarities(result.own_similarities, result.other_similarities),
+            draw_similarities(result.matching_similarities, result.other_similarities),
             "The less the two overlap, the better captions tell images apart.",
         ),
     ]

@@ -247,13 +247,7 @@ class QueryScores:
 def retrieval_scores(
     image_embeds: Tensor, text_embeds: Tensor, text_image_ids: Tensor, image_ids: Tensor | None = None
 ) -> dict[str, QueryScores]:
-    """Score every query of both directions, for metrics and their intervals.
-
-    Args:
-        image_embeds: (I, D), of length 1.
-        text_embeds: (T, D), of length 1.
-        text_image_ids: (T,) integers, the id of the image that each caption describes.
-        image_ids: (I,) integers, several images may share one; by default 0 to I - 1.
+    """Score every query of both directions, for metrics and their intervals; arguments as in `rank_candidates`.
 
     Returns:
         Scores by direction: "text_to_image" and "image_to_text".
@@ -283,18 +277,7 @@ def retrieval_metrics(
     image_ids: Tensor | None = None,
     recall_at: Sequence[int] = RECALL_AT,
 ) -> dict[str, float]:
-    """Measure retrieval in both directions, over the whole set.
-
-    Args:
-        image_embeds: (I, D), of length 1.
-        text_embeds: (T, D), of length 1.
-        text_image_ids: (T,) integers, the id of the image that each caption describes.
-        image_ids: (I,) integers, several images may share one; by default 0 to I - 1.
-        recall_at: the values of k.
-
-    Returns:
-        As `summarize_scores` returns them.
-    """
+    """Measure retrieval in both directions; arguments as in `rank_candidates`, metrics as in `summarize_scores`."""
     return summarize_scores(retrieval_scores(image_embeds, text_embeds, text_image_ids, image_ids), recall_at)
 
 

@@ -44,7 +44,7 @@ def test_all_parts_are_of_the_same_embeddings():
         assert len(chance) == len(curve)
         assert chance[4] == pytest.approx(result.chance[f"{direction}_r5"])
         assert chance[-1] == pytest.approx(1)
-    assert len(result.own_similarities) == 40
+    assert len(result.matching_similarities) == 40
     assert len(result.other_similarities) == 20 * 40 - 40
 
 
