@@ -29,7 +29,7 @@ from .results import (
     Evaluation,
     Table,
     build_evaluation,
-    plain,
+    format_number,
     show_misses,
     tabulate_differences,
     tabulate_leaks,
@@ -252,7 +252,9 @@ def _diagnostics_table(result: RetrievalResult) -> Table:
     ]
     if shape.temperature is not None:
         figures.append(("temperature", shape.temperature, 4, "above 0", "similarities are divided by it"))
-    rows = [[name, plain(value, num_digits), limits, text] for name, value, num_digits, limits, text in figures]
+    rows = [
+        [name, format_number(value, num_digits), limits, text] for name, value, num_digits, limits, text in figures
+    ]
     return Table("The shared space", ["figure", "value", "range", "meaning"], rows)
 
 
@@ -371,11 +373,11 @@ def _evaluate_probe(
     if name == "train":
         raise ValueError("A probe is fitted on the train split; name another split to measure on.")
     if only is None:
-        splits = {one: keep_readable(splits[one], one, skipped) for one in ("train", name)}
+        splits = {part: keep_readable(splits[part], part, skipped) for part in ("train", name)}
     encoder = load_encoder(model)
     leaks = find_leaks(splits["train"], splits[name]) if check_leaks else None
-    train_embeds, embeds = (encoder.encode_images(splits[one]["image"]) for one in ("train", name))
-    train_labels, labels = (torch.tensor(splits[one]["label"][:]) for one in ("train", name))
+    train_embeds, embeds = (encoder.encode_images(splits[part]["image"]) for part in ("train", name))
+    train_labels, labels = (torch.tensor(splits[part]["label"][:]) for part in ("train", name))
     result = probe(train_embeds, train_labels, embeds, labels, len(names))
     facts: dict[str, Any] = {
         "task": PROBE,

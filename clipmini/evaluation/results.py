@@ -236,7 +236,7 @@ def tabulate_differences(
             *(format_figure(name, one[name].value) for one in metrics),
             format_figure(name, difference.value),
             format_interval(name, difference),
-            plain(difference.p_value, 3),
+            format_number(difference.p_value, 3),
         ]
         for name, difference in differences.items()
     ]
@@ -271,8 +271,8 @@ def tabulate_leaks(
     return Table(title, ["in percent", "all", f"without these: {rest}"], rows, note)
 
 
-def plain(value: float, num_digits: int) -> str:
-    """Write a number with so many digits after the point; "-" for NaN and infinity."""
+def format_number(value: float, num_digits: int) -> str:
+    """Format a number with so many decimals; "-" for NaN and infinity."""
     return f"{value:.{num_digits}f}" if math.isfinite(value) else "-"
 
 
@@ -317,7 +317,7 @@ def show_misses(misses: Sequence[Miss], pairs: Dataset) -> list[dict[str, Any]]:
 
     def show(row: int, similarity: float) -> dict[str, str]:
         src, name = thumbnail(row)
-        return {"src": src, "name": name, "similarity": plain(similarity, 3)}
+        return {"src": src, "name": name, "similarity": format_number(similarity, 3)}
 
     return [
         {

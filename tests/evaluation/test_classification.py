@@ -50,7 +50,7 @@ def test_one_class_is_always_found():
 
 @settings(max_examples=30, deadline=None)
 @given(num_images=st.integers(2, 40), num_classes=st.integers(2, 12), seed=st.integers(0, 10**6))
-def test_metrics_are_those_of_scikit_learn(num_images, num_classes, seed):
+def test_metrics_agree_with_scikit_learn(num_images, num_classes, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(num_images, num_classes, generator=generator)
     labels = torch.randint(num_classes, (num_images,), generator=generator)
@@ -73,7 +73,7 @@ def test_intervals_are_those_of_a_share():
     assert vars(result.shares["mean_per_class"]) == pytest.approx(vars(result.shares["top1"]))
 
 
-def test_rare_classes_make_the_mean_over_classes_less_sure():
+def test_rare_classes_widen_the_interval_of_the_mean_over_classes():
     # 90 images of class 0, 10 of class 1, half of each right.
     labels = torch.tensor([0] * 90 + [1] * 10)
     scores = torch.eye(2).repeat(50, 1)
@@ -93,6 +93,6 @@ def test_rare_classes_make_the_mean_over_classes_less_sure():
         (torch.ones(2, 3), torch.tensor([0, 3]), "from 0 to 3 are not all among 3 classes"),
     ],
 )
-def test_what_does_not_go_together_is_refused(scores, labels, message):
+def test_scores_and_labels_that_do_not_match_are_refused(scores, labels, message):
     with pytest.raises(ValueError, match=message):
         classification_metrics(scores, labels)

@@ -32,7 +32,7 @@ def random_scores(num_images, captions, seed=0):
     return retrieval_scores(images, texts, torch.arange(num_images).repeat_interleave(captions))
 
 
-def test_every_metric_has_an_interval_around_it():
+def test_every_metric_but_the_median_ranks_has_an_interval_around_it():
     scores = random_scores(40, 3)
     result = bootstrap_intervals(scores)
     values = summarize_scores(scores)
@@ -47,7 +47,7 @@ def test_every_metric_has_an_interval_around_it():
     assert result["mean_recall"].low < result["mean_recall"].high
 
 
-def test_what_does_not_vary_is_sure():
+def test_a_metric_that_does_not_vary_has_a_point_for_an_interval():
     result = bootstrap_intervals(scores_of([0] * 10, [0] * 10))
     assert set(map(tuple, interval_ends(result).values())) == {(1.0, 1.0)}
 
@@ -59,7 +59,7 @@ def test_half_of_400_is_known_to_five_points():
     assert interval.high == pytest.approx(0.549, abs=0.01)
 
 
-def test_captions_that_succeed_together_make_nothing_surer():
+def test_captions_that_succeed_together_do_not_narrow_the_interval():
     one = bootstrap_intervals(scores_of([0, 9] * 50, [0, 9] * 50))
     five = bootstrap_intervals(scores_of(np.repeat([0, 9] * 50, 5).tolist(), [0, 9] * 50, captions=5))
     assert vars(five["text_to_image_r1"]) == pytest.approx(vars(one["text_to_image_r1"]))
@@ -107,7 +107,7 @@ def test_a_model_does_not_differ_from_itself():
             assert (difference.low, difference.high, difference.p_value) == (0, 0, 1)
 
 
-def test_a_small_difference_is_sure_where_the_same_images_are_hard_for_both():
+def test_a_small_difference_is_significant_where_the_same_images_are_hard_for_both():
     # Ranks vary by a thousand between images, and by one between models.
     ranks = [100 * number for number in range(50)]
     better, worse = scores_of(ranks, ranks), scores_of([rank + 1 for rank in ranks], ranks)
