@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import typer
 
-from clipmini.evaluation.retrieval import DIRECTIONS, QueryScores, rank_answers, summarize_scores
+from clipmini.evaluation.retrieval import DIRECTIONS, QueryScores, rank_candidates, summarize_scores
 
 CAPTIONS_PER_IMAGE = 5
 PRODUCT_BYTES = 1 << 30
@@ -56,7 +56,7 @@ def main(
     times: dict[str, list[float]] = {"ranks": [], "product": []}
     for _ in range(repeats):
         start_s = time.perf_counter()
-        rankings = rank_answers(images, texts, ids, num_kept=num_kept)
+        rankings = rank_candidates(images, texts, ids, num_kept=num_kept)
         times["ranks"].append(time.perf_counter() - start_s)
         if not times["product"]:  # before the product has had a buffer of its own
             peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

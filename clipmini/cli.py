@@ -307,7 +307,7 @@ def evaluate(
             skipped=skipped,
         )
         evaluation.save(folder, overwrite=overwrite)
-    for warning in evaluation.warnings:
+    for warning in evaluation.results["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
     skipped.log_summary()
     if as_json:

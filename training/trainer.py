@@ -22,6 +22,7 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from clipmini.data.augment import normalize_pixels
 from clipmini.data.pairs import PairDataset
+from clipmini.evaluation.intervals import interval_ends
 from clipmini.evaluation.measure import chance_level, evaluate_retrieval, evaluate_with_intervals
 from clipmini.files import versions
 from clipmini.inference.teacher import TeacherEmbeddings
@@ -524,7 +525,7 @@ def measure_split(
         "num_captions": sum(pairs.num_captions),
         "chance": chance_level(pairs),
         "after": {name: interval.value for name, interval in metrics.items()},
-        "intervals": {name: [interval.low, interval.high] for name, interval in metrics.items()},
+        "intervals": interval_ends(metrics),
     }
 
 

@@ -1,4 +1,7 @@
-"""Metrics of classification, as pure functions, and zero-shot classification of a split."""
+"""Metrics of classification, as pure functions, and zero-shot classification of a split.
+
+Shape letters: N images, C classes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,31 +16,30 @@ from clipmini.inference.zero_shot import embed_labels
 
 from .intervals import Interval, percentiles, resample_weights
 
-NUM_BINS = 15  # of the calibration error, as Guo et al. have it
+NUM_BINS = 15  # of the calibration error, as in Guo et al.
 TOP_K = 5
 
 
 @dataclass(frozen=True)
 class ClassificationMetrics:
-    """How well images were classified. Shares are in [0, 1], each with its 95 % bootstrap interval over images.
+    """Accuracies of a classifier, in [0, 1].
 
     Attributes:
-        num_images: N.
-        chance: what guessing reaches of `top1`: 1 / C.
-        top1: share of images whose label has the best score.
-        top5: share of images whose label is among the five best; None where there are no more than five classes.
-        mean_per_class: accuracy averaged over the classes that have images, so that rare ones count as much.
-        per_class: (C,) accuracy of each class; NaN of one without images.
-        calibration_error: mean distance of confidence from accuracy over 15 equal bins of confidence, each weighed by
+        shares: accuracies with their 95 % bootstrap intervals over images: `top1`, the share of images whose label has
+            the best score; `top5`, where there are more than five classes, the share whose label is among the five
+            best; `mean_per_class`, accuracy averaged over the classes that have images, so that rare ones count as
+            much.
+        chance: `top1` of guessing, 1 / C.
+        is_correct: (N,) the images that `top1` counts.
+        per_class: (C,) accuracy of each class; NaN for one without images.
+        calibration_error: mean distance of confidence from accuracy over 15 equal bins of confidence, each weighted by
             its images (Guo et al., 2017, arXiv:1706.04599); None where confidence is not known.
-        confusion: (C, C) images by their label (row) and what they were taken for (column).
+        confusion: (C, C) number of images by label (row) and predicted class (column).
     """
 
-    num_images: int
+    shares: dict[str, Interval]
     chance: float
-    top1: Interval
-    top5: Interval | None
-    mean_per_class: Interval
+    is_correct: np.ndarray
     per_class: np.ndarray
     calibration_error: float | None
     confusion: np.ndarray
@@ -56,113 +58,104 @@ def classification_metrics(
     Ties count against it, and so does NaN: a label counts as found only where its score is above all others.
 
     Args:
-        scores: (N, C), more is better.
+        scores: (N, C), higher is better.
         labels: (N,) integers from 0 to C - 1.
-        confidence: (N,) the probability, in [0, 1], that the classifier gives to what it takes each image for.
+        confidence: (N,) the probability, in [0, 1], of the class that the classifier predicts for each image.
         num_resamples: sets of images drawn for the intervals.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Returns:
         The metrics.
 
     Raises:
-        ValueError: there are no images, or scores and labels do not go together.
+        ValueError: there are no images, or scores and labels do not match.
     """
     if scores.ndim != 2 or not len(scores) or len(scores) != len(labels):
         raise ValueError(
-            f"Scores of shape {tuple(scores.shape)} and {len(labels)} labels do not go together; give (N, C) and N."
+            f"Scores of shape {tuple(scores.shape)} and {len(labels)} labels do not match; pass (N, C) scores and N "
+            "labels, N at least 1."
         )
     num_images, num_classes = scores.shape
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"Labels from {labels.min()} to {labels.max()} are not all among {num_classes} classes.")
+        raise ValueError(
+            f"Labels from {labels.min()} to {labels.max()} are not all among {num_classes} classes; number them from "
+            f"0 to {num_classes - 1}."
+        )
     scores, labels = scores.float().cpu(), labels.long().cpu()
-    own = scores.gather(1, labels[:, None])
-    rank = (~(scores < own)).sum(dim=1) - 1  # the label ties with itself
-    # What an image was taken for: its label, or the best of the others.
+    label_scores = scores.gather(1, labels[:, None])
+    rank = (~(scores < label_scores)).sum(dim=1) - 1  # the label ties with itself
+    # The prediction is the label where it was found, else the best of the others.
     others = scores.nan_to_num(nan=torch.inf).scatter(1, labels[:, None], -torch.inf)
     predicted = labels.where(rank == 0, others.argmax(dim=1)) if num_classes > 1 else labels
     confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1)
 
-    is_right = (rank == 0).numpy()
-    is_near = (rank < TOP_K).numpy()
-    drawn: dict[str, list[np.ndarray]] = {"top1": [], "top5": [], "mean_per_class": []}
-    for weights in resample_weights(num_images, max(num_images, num_classes), num_resamples, seed):
-        drawn["top1"].append(weights @ is_right / num_images)
-        drawn["top5"].append(weights @ is_near / num_images)
-        drawn["mean_per_class"].append(np.nanmean(_per_class(is_right, labels.numpy(), num_classes, weights), axis=1))
-    ends = {name: percentiles(np.concatenate(parts)) for name, parts in drawn.items()}
-    (per_class,) = _per_class(is_right, labels.numpy(), num_classes, np.ones((1, num_images)))
+    is_correct = (rank == 0).numpy()
+    is_found = {"top1": is_correct}
+    if num_classes > TOP_K:
+        is_found["top5"] = (rank < TOP_K).numpy()
+    (per_class,) = _per_class(is_correct, labels.numpy(), num_classes, np.ones((1, num_images)))
+    values = {**{name: found.mean() for name, found in is_found.items()}, "mean_per_class": np.nanmean(per_class)}
+    resampled: dict[str, list[np.ndarray]] = {name: [] for name in values}
+    for weights in resample_weights(num_images, num_resamples, seed):
+        for name, found in is_found.items():
+            resampled[name].append(weights @ found / num_images)
+        by_class = _per_class(is_correct, labels.numpy(), num_classes, weights)
+        resampled["mean_per_class"].append(np.nanmean(by_class, axis=1))
     return ClassificationMetrics(
-        num_images=num_images,
+        shares={
+            name: Interval(float(value), *percentiles(np.concatenate(resampled[name])))
+            for name, value in values.items()
+        },
         chance=1 / num_classes,
-        top1=Interval(float(is_right.mean()), *ends["top1"]),
-        top5=Interval(float(is_near.mean()), *ends["top5"]) if num_classes > TOP_K else None,
-        mean_per_class=Interval(float(np.nanmean(per_class)), *ends["mean_per_class"]),
+        is_correct=is_correct,
         per_class=per_class,
-        calibration_error=None if confidence is None else _calibration_error(confidence, is_right),
+        calibration_error=None if confidence is None else _calibration_error(confidence, is_correct),
         confusion=confusion.numpy(),
     )
 
 
-def _per_class(is_right: np.ndarray, labels: np.ndarray, num_classes: int, weights: np.ndarray) -> np.ndarray:
-    """Give the accuracy of each class under each row of (R, N) weights: (R, C), NaN where a class has no image."""
+def _per_class(is_correct: np.ndarray, labels: np.ndarray, num_classes: int, weights: np.ndarray) -> np.ndarray:
+    """Return the accuracy of each class under each row of (R, N) weights: (R, C), NaN where a class has no image."""
     order = np.argsort(labels, kind="stable")
     present, starts = np.unique(labels[order], return_index=True)
     weights = weights[:, order]
-    right, total = (np.add.reduceat(values, starts, axis=1) for values in (weights * is_right[order], weights))
+    correct, total = (np.add.reduceat(values, starts, axis=1) for values in (weights * is_correct[order], weights))
     accuracy = np.full((len(weights), num_classes), np.nan)
-    accuracy[:, present] = np.divide(right, total, out=np.full(total.shape, np.nan), where=total > 0)
+    accuracy[:, present] = np.divide(correct, total, out=np.full(total.shape, np.nan), where=total > 0)
     return accuracy
 
 
-def _calibration_error(confidence: Tensor, is_right: np.ndarray) -> float:
-    given = confidence.double().cpu().numpy()
-    if not np.isfinite(given).all():
+def _calibration_error(confidence: Tensor, is_correct: np.ndarray) -> float:
+    values = confidence.double().cpu().numpy()
+    if not np.isfinite(values).all():
         return float("nan")
-    bins = np.minimum((given * NUM_BINS).astype(int), NUM_BINS - 1)
-    gaps = np.bincount(bins, weights=given - is_right, minlength=NUM_BINS)  # of each bin, times its images
-    return float(np.abs(gaps).sum() / len(given))
-
-
-@dataclass(frozen=True)
-class ZeroShotResult:
-    """A model's zero-shot classification of a split.
-
-    Attributes:
-        metrics: how well it did.
-        is_right: (N,) which images were classified rightly, to be compared with another model's.
-    """
-
-    metrics: ClassificationMetrics
-    is_right: Tensor
+    bins = np.minimum((values * NUM_BINS).astype(int), NUM_BINS - 1)
+    gaps = np.bincount(bins, weights=values - is_correct, minlength=NUM_BINS)  # of each bin, times its images
+    return float(np.abs(gaps).sum() / len(values))
 
 
 def measure_zero_shot(
-    encoder: DualEncoder, images: Dataset, names: Sequence[str], templates: Sequence[str], batch_size: int = 16
-) -> ZeroShotResult:
-    """Classify images by the captions made of class names.
+    encoder: DualEncoder, images: Dataset, names: Sequence[str], templates: Sequence[str]
+) -> ClassificationMetrics:
+    """Classify images by captions made from class names (Radford et al., 2021, arXiv:2103.00020).
 
     Args:
         encoder: the model.
-        images: with the columns `image` and `label`, as `load_labeled` gives.
-        names: what labels are called.
-        templates: captions with `{}` in place of the name, whose embeddings are averaged.
-        batch_size: images per forward.
+        images: with the columns `image` and `label`, as `load_labeled` returns them.
+        names: the C class names.
+        templates: captions with `{}` for the name; the embeddings of a class's captions are averaged.
 
     Returns:
-        The result.
+        The metrics.
 
     Raises:
         ImageError: an image cannot be read.
         ValueError: a name or a template is not allowed.
     """
     label_embeds = embed_labels(encoder.encode_texts, names, templates)
-    image_embeds = encoder.encode_images(images["image"], batch_size)
+    image_embeds = encoder.encode_images(images["image"])
     check_widths(encoder, image_embeds, label_embeds)
     similarity = image_embeds @ label_embeds.T  # (N, C)
-    labels = torch.tensor(images["label"][:])
     scale = encoder.logit_scale  # without one there are no probabilities
     confidence = None if scale is None else (scale * similarity).softmax(dim=1).amax(dim=1)
-    own = similarity.gather(1, labels[:, None])
-    is_right = (~(similarity < own)).sum(dim=1) == 1
-    return ZeroShotResult(classification_metrics(similarity, labels, confidence=confidence), is_right)
+    return classification_metrics(similarity, torch.tensor(images["label"][:]), confidence=confidence)

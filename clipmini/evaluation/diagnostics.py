@@ -1,6 +1,6 @@
-"""What the shape of the shared space tells about a model, and what smaller embeddings lose: cut off, or of fewer bits.
+"""The shape of the shared space, and smaller embeddings: truncated, or rounded to fewer bits.
 
-Shape letters: I images, T captions, N vectors, G ids, D the width of the shared space.
+Shape letters: I images, T captions, N vectors, G image ids, D the width of the shared space.
 """
 
 import math
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from modeling_clipmini.modeling_clipmini import normalize
 
-PRECISIONS = {"float32": 32, "int8": 8, "binary": 1}  # bits of a number
+PRECISIONS = {"float32": 32, "int8": 8, "binary": 1}  # bits per dimension
 
 
-def cut_off(embeds: Tensor, width: int) -> Tensor:
+def truncate(embeds: Tensor, width: int) -> Tensor:
     """Keep the first dimensions (Matryoshka embeddings; Kusupati et al., 2022, arXiv:2205.13147).
 
     Args:
         embeds: (N, D).
-        width: how many to keep, at most D.
+        width: number of dimensions to keep, at most D.
 
     Returns:
         (N, width), each of length 1.
@@ -29,18 +29,18 @@ def cut_off(embeds: Tensor, width: int) -> Tensor:
 
 
 def quantize(embeds: Tensor, precision: str) -> Tensor:
-    """Round embeddings as a search index with less memory does, and give what it compares.
+    """Round embeddings as a compact search index does, to vectors that dot products compare.
 
     Args:
         embeds: (N, D), of length 1.
-        precision: "float32"; "int8", 255 steps of one size for all, so that dot products of whole numbers do; or
-            "binary", the sign of each number, so that bits that agree are counted.
+        precision: "float32", unchanged; "int8", 255 steps of one size for all embeddings, so that dot products of
+            integers suffice; or "binary", the sign of each dimension, so that counting equal bits suffices.
 
     Returns:
-        (N, D) float32, to be compared by dot products: unchanged; whole numbers from -127 to 127; or -1 and 1.
+        (N, D) float32: unchanged; integers from -127 to 127; or -1 and 1.
 
     Raises:
-        ValueError: there is no such precision.
+        ValueError: the precision is not in `PRECISIONS`.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not allowed; use one of {', '.join(PRECISIONS)}.")
@@ -52,33 +52,33 @@ def quantize(embeds: Tensor, precision: str) -> Tensor:
     return embeds
 
 
-MAX_VECTORS = 10_000  # uniformity compares all pairs of vectors; of more, these many are drawn
-BLOCK = 1024  # rows of a matrix of pairs in memory at once
-ALIKE = 0.99  # mean cosine of two different images from which on all count as alike
-FEW_DIMENSIONS = 2.0  # an effective rank below is a collapse, where there are ten vectors and four dimensions
-FEW_VECTORS, NARROW = 10, 4
-LEVEL = 0.975  # of the one-sided test that captions are closer to their own image than to all
+MAX_VECTORS = 10_000  # uniformity compares all pairs of vectors; of more vectors, this many are sampled
+BLOCK = 1024  # rows of the matrix of all pairs in memory at once
+COLLAPSE_COSINE = 0.99  # a mean cosine of different vectors above this is a collapse
+COLLAPSE_RANK = 2.0  # and so is an effective rank below this
+MIN_VECTORS, MIN_WIDTH = 10, 4  # fewer vectors or dimensions cannot show a collapse
+LEVEL = 0.975  # of the one-sided test that captions are closer to their own image than to all images
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """The shape of a shared space. A figure is NaN where there are too few vectors for it.
+    """The shape of a shared space. A figure is NaN where there are too few vectors to compute it.
 
     Attributes:
         modality_gap: distance of the mean image from the mean caption, in [0, 2] (Liang et al., 2022,
             arXiv:2203.02053).
-        alignment: mean squared distance of a caption from its image, in [0, 4]; less is better (Wang and Isola,
-            2020, arXiv:2005.10242).
-        image_uniformity: logarithm of the mean of exp(-2 d^2) over pairs of images at distance d, in [-8, 0]; less
-            is more evenly spread (likewise).
-        text_uniformity: the same of captions.
-        image_effective_rank: how many dimensions images fill, from 1 to D: exp of the entropy of the singular values
-            around their mean (Roy and Vetterli, 2007, The effective rank).
-        text_effective_rank: the same of captions.
+        alignment: mean squared distance of a caption from its image, in [0, 4]; lower is better (Wang and
+            Isola, 2020, arXiv:2005.10242).
+        image_uniformity: logarithm of the mean of exp(-2 d^2) over pairs of images at distance d, in [-8, 0]; lower
+            is more evenly spread (Wang and Isola, 2020).
+        text_uniformity: the same for captions.
+        image_effective_rank: number of dimensions that images use, from 1 to D: exp of the entropy of the singular
+            values around their mean (Roy and Vetterli, 2007, The effective rank).
+        text_effective_rank: the same for captions.
         own_similarity: mean cosine of a caption and its own image.
         other_similarity: mean cosine of a caption and another image.
-        temperature: what similarities are divided by before the softmax; None where the model has none.
-        faults: what is wrong with the model, in plain words; empty where nothing is.
+        temperature: divisor of similarities before the softmax; None where the model has none.
+        faults: what is wrong with the model, in plain words.
     """
 
     modality_gap: float
@@ -100,7 +100,7 @@ def diagnose(
     image_ids: Tensor | None = None,
     temperature: float | None = None,
 ) -> Diagnostics:
-    """Measure the shape of a shared space, and name a collapse.
+    """Measure the shape of a shared space, and detect a collapse.
 
     Args:
         image_embeds: (I, D), of length 1.
@@ -116,19 +116,19 @@ def diagnose(
         ValueError: there is no image or no caption.
     """
     if not len(image_embeds) or not len(text_embeds):
-        raise ValueError(f"{len(image_embeds)} images and {len(text_embeds)} captions; give at least one of each.")
+        raise ValueError(f"{len(image_embeds)} images and {len(text_embeds)} captions; pass at least one of each.")
     images, texts = image_embeds.double().cpu(), text_embeds.double().cpu()
     image_ids = torch.arange(len(images)) if image_ids is None else image_ids.cpu()
-    own, other, margins = _closeness(images, texts, image_ids, text_image_ids.cpu())
+    matching, other, margins = _closeness(images, texts, image_ids, text_image_ids.cpu())
     ranks = effective_rank(images), effective_rank(texts)
     return Diagnostics(
         modality_gap=(images.mean(dim=0) - texts.mean(dim=0)).norm().item(),
-        alignment=2 - 2 * own,  # of vectors of length 1
+        alignment=2 - 2 * matching,  # of vectors of length 1
         image_uniformity=uniformity(images),
         text_uniformity=uniformity(texts),
         image_effective_rank=ranks[0],
         text_effective_rank=ranks[1],
-        own_similarity=own,
+        own_similarity=matching,
         other_similarity=other,
         temperature=temperature,
         faults=tuple(_faults(images, texts, ranks, margins)),
@@ -136,13 +136,13 @@ def diagnose(
 
 
 def uniformity(embeds: Tensor) -> float:
-    """Give the logarithm of the mean of exp(-2 d^2) over all pairs of different rows at distance d.
+    """Return the logarithm of the mean of exp(-2 d^2) over all pairs of different rows at distance d.
 
     Args:
-        embeds: (N, D), of length 1; of more than 10,000 rows as many are drawn, always the same.
+        embeds: (N, D), of length 1; of more than 10,000 rows, so many are sampled, always the same.
 
     Returns:
-        In [-8, 0]; NaN of fewer than two rows.
+        In [-8, 0]; NaN for fewer than two rows.
     """
     if len(embeds) > MAX_VECTORS:
         embeds = embeds[torch.randperm(len(embeds), generator=torch.Generator().manual_seed(0))[:MAX_VECTORS]]
@@ -158,18 +158,18 @@ def uniformity(embeds: Tensor) -> float:
 
 
 def effective_rank(embeds: Tensor) -> float:
-    """Give exp of the entropy of the singular values around the mean: in how many dimensions the rows vary.
+    """Return exp of the entropy of the singular values around the mean: the number of dimensions in which rows vary.
 
     Args:
         embeds: (N, D).
 
     Returns:
-        From 1 to D; 1 where all rows are the same, NaN where a value is.
+        From 1 to D; 1 if all rows are equal, NaN if a value is not finite.
     """
     if not embeds.isfinite().all():
         return math.nan
     centered = embeds.double() - embeds.double().mean(dim=0)
-    # Of many rows the (D, D) matrix is small; the roots of its eigenvalues are the singular values.
+    # The singular values are the roots of this matrix's eigenvalues; it is small however many rows there are.
     singular = torch.linalg.eigvalsh(centered.T @ centered).clamp(min=0).sqrt()
     if singular.max() < 1e-6 * math.sqrt(len(embeds)):
         return 1.0
@@ -180,25 +180,25 @@ def effective_rank(embeds: Tensor) -> float:
 def _closeness(
     images: Tensor, texts: Tensor, image_ids: Tensor, text_image_ids: Tensor
 ) -> tuple[float, float, Tensor]:
-    """Give the mean cosine of own and of other pairs; and (G,) how much closer captions are to their own."""
-    ids, places = torch.cat([image_ids, text_image_ids]).unique(return_inverse=True)
-    of_image, of_text = places[: len(images)], places[len(images) :]
+    """Return the mean cosines of matching and other pairs, and (G,) how much closer captions are to their images."""
+    ids, index = torch.cat([image_ids, text_image_ids]).unique(return_inverse=True)
+    image_index, text_index = index[: len(images)], index[len(images) :]
     image_sums, text_sums = (
-        torch.zeros(len(ids), images.shape[1], dtype=torch.double).index_add_(0, place, embeds)
-        for place, embeds in ((of_image, images), (of_text, texts))
+        torch.zeros(len(ids), images.shape[1], dtype=torch.double).index_add_(0, rows, embeds)
+        for rows, embeds in ((image_index, images), (text_index, texts))
     )
-    num_images, num_texts = of_image.bincount(minlength=len(ids)), of_text.bincount(minlength=len(ids))
-    own_sums = (image_sums * text_sums).sum(dim=1)  # (G,) over the pairs of an id
-    num_own = num_images * num_texts
+    num_images, num_texts = image_index.bincount(minlength=len(ids)), text_index.bincount(minlength=len(ids))
+    matching_sums = (image_sums * text_sums).sum(dim=1)  # (G,) over the pairs of an id
+    num_matching = num_images * num_texts
     all_sum = (image_sums.sum(dim=0) @ text_sums.sum(dim=0)).item()
-    is_pair = num_own > 0
-    own = own_sums[is_pair].sum().item() / num_own.sum().item() if is_pair.any() else math.nan
-    num_others = len(images) * len(texts) - num_own.sum().item()
-    other = (all_sum - own_sums[is_pair].sum().item()) / num_others if num_others else math.nan
-    # Captions of an image stand or fall together, so each id counts once.
+    is_pair = num_matching > 0
+    matching = matching_sums[is_pair].sum().item() / num_matching.sum().item() if is_pair.any() else math.nan
+    num_others = len(images) * len(texts) - num_matching.sum().item()
+    other = (all_sum - matching_sums[is_pair].sum().item()) / num_others if num_others else math.nan
+    # The captions of an image are not independent, so each id counts once.
     to_all = text_sums @ images.mean(dim=0) / num_texts
-    margins = (own_sums / num_own - to_all)[is_pair]
-    return own, other, margins
+    margins = (matching_sums / num_matching - to_all)[is_pair]
+    return matching, other, margins
 
 
 def _faults(images: Tensor, texts: Tensor, ranks: tuple[float, float], margins: Tensor) -> list[str]:
@@ -207,19 +207,19 @@ def _faults(images: Tensor, texts: Tensor, ranks: tuple[float, float], margins: 
     faults = []
     for kind, embeds, rank in (("images", images, ranks[0]), ("captions", texts, ranks[1])):
         count = len(embeds)
-        if count < FEW_VECTORS:
-            continue  # a few points lie close together, or on a line, by chance
+        if count < MIN_VECTORS:
+            continue  # a few vectors may be close together, or on a line, by chance
         cosine = ((embeds.sum(dim=0).square().sum() - embeds.square().sum()) / (count * (count - 1))).item()
-        if cosine > ALIKE:
-            faults.append(f"Collapsed: all {kind} get nearly the same embedding (mean cosine {cosine:.3f}).")
-        elif rank < FEW_DIMENSIONS and embeds.shape[1] >= NARROW:
-            faults.append(f"Collapsed: {kind} differ in hardly more than one dimension (effective rank {rank:.1f}).")
+        if cosine > COLLAPSE_COSINE:
+            faults.append(f"Collapsed: all {kind} have nearly the same embedding (mean cosine {cosine:.3f}).")
+        elif rank < COLLAPSE_RANK and embeds.shape[1] >= MIN_WIDTH:
+            faults.append(f"Collapsed: {kind} differ in little more than one dimension (effective rank {rank:.1f}).")
     num_ids = len(margins)
     if not faults and num_ids > 1:
         error = margins.std().item() / math.sqrt(num_ids)
         if not margins.mean().item() > stdtrit(num_ids - 1, LEVEL) * error:
             faults.append(
-                "Captions are not surely closer to their own image than to any other: the model has not learned, "
+                "Captions are not significantly closer to their own image than to others: the model has not learned, "
                 "does not fit this data, or there are too few images to tell."
             )
     return faults

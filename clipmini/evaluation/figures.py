@@ -1,4 +1,4 @@
-"""The drawings of a report, each an SVG that stands inside the page."""
+"""Drawings of a report, as SVG elements to embed in its page."""
 
 import io
 import re
@@ -16,9 +16,9 @@ INK, GRAY, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, GREEN = "#2563eb", "#d97706", "#059669"
 COLORS = {"text_to_image": BLUE, "image_to_text": ORANGE}
 LABELS = {"text_to_image": "text to image", "image_to_text": "image to text"}
-SIZE = (5.2, 3.1)  # inches, as wide as half a page
+SIZE = (5.2, 3.1)  # inches; half the width of the page
 STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: small, and in the page's own font
+    "svg.fonttype": "none",  # text stays text, which is smaller and takes the page's font
     "font.family": "sans-serif",
     "font.size": 9.5,
     "axes.edgecolor": GRAY,
@@ -32,19 +32,19 @@ STYLE: Any = {
     "grid.color": GRID,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "svg.hashsalt": "clipmini",  # the same data gives the same file
+    "svg.hashsalt": "clipmini",  # the same data gives the same SVG
 }
-MAX_NAMES = 40  # classes whose names fit beside a confusion matrix
+MAX_NAMES = 40  # class names that fit beside a confusion matrix
 
 
 def draw_recall_curve(
     curves: Mapping[str, Mapping[str, Sequence[float]]], chance: Mapping[str, Sequence[float]]
 ) -> str:
-    """Draw R@k over k.
+    """Draw recall at k over k.
 
     Args:
-        curves: by model, then by direction, recalls in [0, 1] for k from 1; a second model is dashed.
-        chance: by direction, the same of a random order.
+        curves: by model, then by direction, recalls in [0, 1] for k from 1; the second model is dashed.
+        chance: by direction, the same for a random order.
 
     Returns:
         The SVG element.
@@ -54,13 +54,12 @@ def draw_recall_curve(
         for number, (model, by_direction) in enumerate(curves.items()):
             for direction, recalls in by_direction.items():
                 label = LABELS[direction] + (f", {model}" if len(curves) > 1 else "")
-                places = range(1, len(recalls) + 1)
-                axes.plot(
-                    places, 100 * np.array(recalls), "--" if number else "-", color=COLORS[direction], label=label
-                )
+                ks = range(1, len(recalls) + 1)
+                style = "--" if number else "-"
+                axes.plot(ks, 100 * np.array(recalls), style, color=COLORS[direction], label=label)
         for direction, recalls in chance.items():
-            places = range(1, len(recalls) + 1)
-            axes.plot(places, 100 * np.array(recalls), ":", color=COLORS[direction], alpha=0.6)
+            ks = range(1, len(recalls) + 1)
+            axes.plot(ks, 100 * np.array(recalls), ":", color=COLORS[direction], alpha=0.6)
         axes.plot([], [], ":", color=GRAY, label="chance")
         axes.set_xscale("log")
         longest = max(map(len, chance.values()))
@@ -73,10 +72,10 @@ def draw_recall_curve(
 
 
 def draw_ranks(ranks: Mapping[str, np.ndarray]) -> str:
-    """Draw how many queries found their answer in which place.
+    """Draw a histogram of ranks.
 
     Args:
-        ranks: by direction, places from 0.
+        ranks: by direction, ranks from 0.
 
     Returns:
         The SVG element.
@@ -89,34 +88,33 @@ def draw_ranks(ranks: Mapping[str, np.ndarray]) -> str:
         figure, axes = _new()
         for number, (direction, values) in enumerate(ranks.items()):
             counts = np.histogram(values, bins=edges)[0][:last]
-            places = np.arange(last) + 0.4 * number - 0.2
-            axes.bar(
-                places, 100 * counts / max(1, len(values)), 0.38, color=COLORS[direction], label=LABELS[direction]
-            )
+            shares = 100 * counts / max(1, len(values))
+            x = np.arange(last) + 0.4 * number - 0.2
+            axes.bar(x, shares, 0.38, color=COLORS[direction], label=LABELS[direction])
         axes.set_xticks(range(last), names[:last], rotation=40, ha="right")
-        axes.set(xlabel="place of the best right answer", ylabel="queries, in %")
+        axes.set(xlabel="rank of the best correct answer", ylabel="queries, in %")
         axes.grid(axis="x", visible=False)
         axes.legend(loc="best")
-        return _svg(figure, "How many queries found their answer in which place.")
+        return _svg(figure, "Share of queries by the rank of their best correct answer.")
 
 
-def draw_similarities(own: np.ndarray, others: np.ndarray) -> str:
-    """Draw how similar captions are to their own images and to others.
+def draw_similarities(matching: np.ndarray, others: np.ndarray) -> str:
+    """Draw histograms of the similarities of captions to their own images and to others.
 
     Args:
-        own: cosines of captions and their images.
-        others: cosines of captions and other images.
+        matching: cosines of captions with their own images.
+        others: cosines of captions with other images.
 
     Returns:
         The SVG element.
     """
-    # float64, since of a collapsed model all are alike, and float32 has no 60 numbers between them.
-    own, others = (values[np.isfinite(values)].astype(float) for values in (own, others))
-    both = np.concatenate([own, others, [0.0]] if not len(own) + len(others) else [own, others])
+    # float64, since a collapsed model's are all alike, and float32 has no 60 numbers between them.
+    matching, others = (values[np.isfinite(values)].astype(float) for values in (matching, others))
+    both = np.concatenate([matching, others, [0.0]] if not len(matching) + len(others) else [matching, others])
     bins = np.linspace(both.min(), both.max() + 1e-6, 61)
     with rc_context(STYLE):
         figure, axes = _new()
-        for values, color, label in ((others, GRAY, "other images"), (own, GREEN, "own image")):
+        for values, color, label in ((others, GRAY, "other images"), (matching, GREEN, "correct image")):
             if len(values):
                 axes.hist(values, bins.tolist(), density=True, color=color, alpha=0.55, label=label)
         axes.set(xlabel="cosine similarity of a caption and an image", ylabel="density")
@@ -129,46 +127,29 @@ def draw_compression(by_width: Mapping[int, float], by_precision: Mapping[str, f
     """Draw mean recall over the size of an embedding.
 
     Args:
-        by_width: mean recall, in [0, 1], of embeddings cut off at some widths.
+        by_width: mean recall, in [0, 1], of embeddings truncated to some widths.
         by_precision: mean recall of embeddings of the largest of these widths, by name as in `PRECISIONS`.
 
     Returns:
         The SVG element.
     """
     largest = max(by_width)
+    truncated = {4 * width: (str(width), recall) for width, recall in sorted(by_width.items())}
+    rounded = {largest * PRECISIONS[name] / 8: (name, recall) for name, recall in by_precision.items()}
     series = (
-        (
-            "cut off, float32",
-            "o-",
-            BLUE,
-            -15,
-            {4 * width: (str(width), by_width[width]) for width in sorted(by_width)},
-        ),
-        (
-            f"{largest} numbers of fewer bits",
-            "s--",
-            ORANGE,
-            7,
-            {largest * PRECISIONS[name] / 8: (name, recall) for name, recall in by_precision.items()},
-        ),
+        ("truncated, float32", "o-", BLUE, -15, truncated),
+        (f"{largest} dimensions, fewer bits", "s--", ORANGE, 7, rounded),
     )
     with rc_context(STYLE):
         figure, axes = _new()
-        for label, style, color, above, points in series:
-            if len(points) > 1:
-                recalls = [100 * recall for _, recall in points.values()]
-                axes.plot(list(points), recalls, style, color=color, label=label)
-                for size, (name, recall) in points.items():
-                    if name == "float32":  # the last of the others already says so
-                        continue
-                    axes.annotate(
-                        name,
-                        (size, 100 * recall),
-                        textcoords="offset points",
-                        xytext=(0, above),
-                        ha="center",
-                        color=color,
-                    )
+        for label, line, color, offset, points in series:
+            if len(points) < 2:
+                continue
+            axes.plot(list(points), [100 * recall for _, recall in points.values()], line, color=color, label=label)
+            for size, (name, recall) in points.items():
+                if name != "float32":  # the same point as the largest width, which has a label
+                    style: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, offset), "ha": "center"}
+                    axes.annotate(name, (size, 100 * recall), color=color, **style)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="bytes of an embedding", ylabel="mean recall, in %")
@@ -178,11 +159,11 @@ def draw_compression(by_width: Mapping[int, float], by_precision: Mapping[str, f
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> str:
-    """Draw which class is taken for which.
+    """Draw a confusion matrix.
 
     Args:
-        confusion: (C, C) images by label (row) and what they were taken for (column).
-        names: the C names.
+        confusion: (C, C) number of images by label (row) and predicted class (column).
+        names: the C class names.
 
     Returns:
         The SVG element.
@@ -199,7 +180,7 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> str:
         else:
             axes.set_xticks([])
             axes.set_yticks([])
-        axes.set(xlabel="taken for", ylabel="label")
+        axes.set(xlabel="predicted", ylabel="label")
         return _svg(figure, "Confusion matrix.")
 
 
@@ -209,7 +190,7 @@ def _new(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """Give the element alone, without the head of a file, as wide as its place."""
+    """Return the SVG element alone, without the XML header, as wide as its container."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Title": title})
     svg = buffer.getvalue()

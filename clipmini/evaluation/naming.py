@@ -1,4 +1,4 @@
-"""Metrics as people read them, in percent, and as the Hub does, in a model card's metadata."""
+"""Metrics as people read them, in percent, and as a model card's metadata hold them."""
 
 import math
 import os
@@ -7,7 +7,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import EvalResult
-from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from clipmini.data.sources import HUB_ID
 
@@ -22,8 +21,8 @@ METRIC_LABELS = {
             ("r5", "R@5"),
             ("r10", "R@10"),
             ("map10", "mAP@10"),
-            ("median_rank", "median rank"),
             ("mean_rank", "mean rank"),
+            ("median_rank", "median rank"),
         )
     },
     "mean_recall": "mean recall",
@@ -34,52 +33,45 @@ METRIC_LABELS = {
 
 
 def format_figure(name: str, value: float) -> str:
-    """Write a metric as people read it: shares in percent, ranks as they are.
-
-    Args:
-        name: as in `METRIC_LABELS`.
-        value: the figure.
-
-    Returns:
-        One digit after the point; "-" for NaN.
-    """
+    """Format a metric: shares in percent, ranks as they are, with one decimal; "-" for NaN."""
     if not math.isfinite(value):
         return "-"
     return f"{value:,.1f}" if name.endswith("_rank") else f"{100 * value:.1f}"
 
 
 def format_interval(name: str, interval: Interval) -> str:
-    """Write the ends of an interval: "29.1 to 31.5"."""
+    """Format the ends of an interval: "29.1 to 31.5"; "" where there is none."""
+    if not math.isfinite(interval.low):
+        return ""
     return f"{format_figure(name, interval.low)} to {format_figure(name, interval.high)}"
 
 
 def format_with_interval(name: str, interval: Interval) -> str:
-    """Write a figure and its interval: "30.3 (29.1 to 31.5)"."""
+    """Format a metric and its interval: "30.3 (29.1 to 31.5)"."""
     return f"{format_figure(name, interval.value)} ({format_interval(name, interval)})"
 
 
 def hub_id(name: str) -> str | None:
-    """Give a name back if it is an id on the Hub, and None if it is a path, or something that lies here."""
+    """Return a name if it is a Hub id, or None if it is a path, or the name of something that exists here."""
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def public_name(name: str) -> str:
-    """Name data or a model for others: a Hub id as it is, and of a path its last part alone."""
-    # Windows' rules know both separators.
+    """Return a name that can be published: a Hub id as it is, and only the last part of a path."""
+    # Windows paths may have either separator.
     return hub_id(name) or PureWindowsPath(os.path.abspath(name)).name or "data"
 
 
 def eval_results(task: str, data: Mapping[str, Any], metrics: Mapping[str, Interval]) -> list[EvalResult]:
-    """Put figures into the form that a model card's metadata have.
+    """Convert metrics to entries of a model card's metadata.
 
     Args:
-        task: what was done, such as "image-text-retrieval".
+        task: the task's name on the Hub, such as "image-text-retrieval".
         data: `source` and `split`.
-        metrics: the figures, by names of `METRIC_LABELS`; shares are given in [0, 1], with the interval beside. What
-            is not finite is left out.
+        metrics: by name as in `METRIC_LABELS`; shares in [0, 1].
 
     Returns:
-        One entry for each figure.
+        One entry for each finite metric, with its interval.
     """
     source = str(data["source"])
     return [
@@ -91,25 +83,10 @@ def eval_results(task: str, data: Mapping[str, Any], metrics: Mapping[str, Inter
             metric_type=name,
             metric_name=METRIC_LABELS[name],
             metric_value=round(interval.value, 4),
-            metric_args={"interval_95": [round(interval.low, 4), round(interval.high, 4)]},
+            metric_args={"interval_95": [round(interval.low, 4), round(interval.high, 4)]}
+            if math.isfinite(interval.low)
+            else None,
         )
         for name, interval in metrics.items()
         if math.isfinite(interval.value)
     ]
-
-
-def model_index(
-    model: str, task: str, data: Mapping[str, Any], metrics: Mapping[str, Interval]
-) -> list[dict[str, Any]]:
-    """Make the entry of a model card's metadata that the Hub shows as evaluation results.
-
-    Args:
-        model: its name.
-        task: see `eval_results`, as for the others.
-        data: `source` and `split`.
-        metrics: the figures.
-
-    Returns:
-        What goes under "model-index".
-    """
-    return eval_results_to_model_index(model, eval_results(task, data, metrics))

@@ -1,4 +1,4 @@
-"""What image embeddings know of classes: a linear probe and nearest neighbors on frozen features.
+"""Classifiers on frozen image embeddings: a linear probe and nearest neighbors.
 
 Shape letters: N training and M test images, C classes, D the width of the embeddings.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .classification import ClassificationMetrics, classification_metrics
 
-PENALTIES = tuple(10.0**power for power in range(-3, 5))  # inverse strengths of the L2 penalty that are tried
+PENALTIES = tuple(10.0**power for power in range(-3, 5))  # inverse strengths of the L2 penalty to try
 NUM_FOLDS = 5
 NUM_NEIGHBORS = 20
 NEIGHBOR_TEMPERATURE = 0.07  # of the votes, as in Wu et al., 2018, arXiv:1805.01978
@@ -23,16 +23,16 @@ BLOCK = 1024  # test images compared at once
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What two simple classifiers reach on frozen embeddings.
+    """Metrics of two simple classifiers on frozen embeddings.
 
     Attributes:
         num_train_images: N.
         linear: logistic regression, its L2 penalty chosen by cross-validation on the training images alone (Radford
             et al., 2021, appendix A.3).
-        inverse_penalty: the one that was chosen.
-        num_folds: of the cross-validation.
-        neighbors: a vote of the nearest training images, weighed by exp(cosine / 0.07).
-        num_neighbors: how many vote.
+        inverse_penalty: the inverse strength that was chosen.
+        num_folds: folds of the cross-validation.
+        neighbors: a vote of the nearest training images, weighted by exp(cosine / 0.07).
+        num_neighbors: number of training images that vote.
     """
 
     num_train_images: int
@@ -59,7 +59,7 @@ def probe(
         The metrics on the test images.
 
     Raises:
-        ValueError: there are too few training images, or embeddings that are no numbers.
+        ValueError: there are too few training images, or an embedding is not finite.
     """
     counts = torch.bincount(train_labels, minlength=num_classes)
     num_present, largest = int((counts > 0).sum()), int(counts.max())
@@ -74,14 +74,14 @@ def probe(
     folds = StratifiedKFold(num_folds, shuffle=True, random_state=0)
     search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": PENALTIES}, cv=folds, error_score="raise")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")  # it is in some of the folds alone
+        warnings.filterwarnings("ignore", message="The least populated class")  # only some folds hold it
         try:
             search.fit(train_embeds.numpy(), train_labels.numpy())
         except ValueError as error:  # a fold that leaves one class
             raise ValueError(
                 f"The penalty cannot be chosen by cross-validation: {error} Give every class two training images."
             ) from error
-    # Logarithms, since of many classes some probabilities are too small for float32, and would tie.
+    # Logarithms, since some probabilities of many classes are too small for float32, and would tie.
     scores = np.full((len(test_embeds), num_classes), -np.inf, dtype=np.float32)
     scores[:, search.classes_] = search.predict_log_proba(test_embeds.numpy())
     num_neighbors = min(NUM_NEIGHBORS, len(train_embeds))
@@ -101,14 +101,14 @@ def probe(
 def neighbor_votes(
     train_embeds: Tensor, train_labels: Tensor, test_embeds: Tensor, num_classes: int, num_neighbors: int
 ) -> Tensor:
-    """Let the nearest training images vote for their classes.
+    """Count the votes of the nearest training images for their classes.
 
     Args:
         train_embeds: (N, D), of length 1.
         train_labels: (N,) integers from 0 to C - 1.
         test_embeds: (M, D), of length 1.
         num_classes: C.
-        num_neighbors: how many vote, at most N.
+        num_neighbors: number of training images that vote, at most N.
 
     Returns:
         (M, C) shares of the votes; each row sums to 1.

@@ -1,21 +1,50 @@
-"""Evaluate a model on data, by whatever names a user gives them."""
+"""Evaluate a model on data, given by name: retrieval, zero-shot classification or a probe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+
+from clipmini.data.duplicates import find_duplicates, share_ids
 from clipmini.data.images import Skipped
-from clipmini.data.pairs import DataArguments
+from clipmini.data.labeled import LabeledImages, keep_readable, load_labeled
+from clipmini.data.leaks import LeakReport, find_leaks
+from clipmini.data.pairs import DataArguments, choose_split, load_data
 from clipmini.data.recipe_files import load_data_arguments
 from clipmini.files import RECIPE_FILE
-from clipmini.inference.zero_shot import DEFAULT_TEMPLATE
+from clipmini.inference.encoders import DualEncoder, load_encoder, load_encoders
+from clipmini.inference.zero_shot import DEFAULT_TEMPLATE, load_templates
 
-from .classification_report import report_probe, report_zero_shot
-from .results import Evaluation
-from .retrieval_report import report_retrieval
+from .classification import ClassificationMetrics, measure_zero_shot
+from .diagnostics import PRECISIONS
+from .figures import draw_compression, draw_confusion, draw_ranks, draw_recall_curve, draw_similarities
+from .intervals import bootstrap_intervals, paired_bootstrap, paired_shares
+from .measure import Embeddings, RetrievalResult, embed_split, measure_retrieval
+from .naming import METRIC_LABELS, format_figure, public_name
+from .probe import NEIGHBOR_TEMPERATURE, probe
+from .results import (
+    Evaluation,
+    Table,
+    build_evaluation,
+    format_number,
+    show_misses,
+    tabulate_differences,
+    tabulate_leaks,
+    tabulate_metrics,
+)
+from .retrieval import RECALL_AT, retrieval_scores
 
 RETRIEVAL, ZERO_SHOT, PROBE = "retrieval", "zero-shot", "probe"
 OPTIONS = {RETRIEVAL: ("train_data", "baseline"), ZERO_SHOT: ("template", "baseline"), PROBE: ()}  # not of all tasks
 LABELED_KEYS = ("image_column", "label_column", "config_name")
+HEADLINE = ("text_to_image_r1", "image_to_text_r1", "mean_recall")
+MIN_WIDTH = 32  # embeddings are measured at half their width, a quarter, ..., down to this
+MAX_SIMILARITIES = 200_000_000  # of larger sets, embeddings are not measured again at other sizes
+TEST_SHARE = 0.2  # of the images of each class, where a probe's data has only one split
+FEW_IMAGES = 30  # of a class, below which its accuracy says little
 
 
 def evaluate(
@@ -31,28 +60,30 @@ def evaluate(
     overrides: Sequence[str] = (),
     skipped: Skipped | None = None,
 ) -> Evaluation:
-    """Measure a model, and lay out the report.
+    """Measure a model, and build the report.
 
     Args:
         model: whatever `load_encoder` takes.
-        data: for retrieval, a recipe, whose data section is taken, or a source of pairs; of the source that the model
-            was trained on, splits are those of its training, whichever names it. For the other tasks, whatever
-            `load_labeled` takes.
+        data: for retrieval, a recipe, whose data section is used, or a source of pairs; data that the model was
+            trained on is split as it was in training. For the other tasks, whatever `load_labeled` takes; of data
+            with a single split, a probe holds out a fifth of each class.
         task: "retrieval", "zero-shot" or "probe".
-        split: which split; by default test, else validation, else train.
-        baseline: another model to compare with; not for a probe.
-        template: of zero-shot classification alone; see `load_templates`.
-        train_data: of retrieval alone: what the model was trained on, as in `data`, to look for leaks.
-        check_leaks: of retrieval, and of a probe between its own train split and the measured one.
+        split: the split to measure; by default test, else validation, else train. A probe never takes train.
+        baseline: another model to compare with on the same images; not for a probe.
+        template: for zero-shot classification only; see `load_templates`.
+        train_data: for retrieval only: what the model was trained on, named as in `data`, to check for leaks; by
+            default the data's own train split.
+        check_leaks: look for images that are in the training data too; not for zero-shot classification. For a probe
+            that is the train split, on which it is fitted.
         overrides: "key=value" strings: keys of the data section, or for labeled images `image_column`,
             `label_column` and `config_name`.
-        skipped: takes what cannot be read.
+        skipped: collects what cannot be read.
 
     Returns:
         The evaluation, not yet written.
 
     Raises:
-        ValueError: a model, the data, or an option that the task does not have.
+        ValueError: a model, the data, the split or the template cannot be used, or the task has no such option.
     """
     if task not in OPTIONS:
         raise ValueError(f"task={task!r} is not allowed; use one of {', '.join(OPTIONS)}.")
@@ -62,29 +93,27 @@ def evaluate(
             raise ValueError(f"{name}={value!r} has no meaning for the task {task}; leave it out.")
     if task == ZERO_SHOT and not check_leaks:
         raise ValueError(
-            "check_leaks=False has no meaning for the task zero-shot, which looks for none; leave it out."
+            "check_leaks=False has no meaning for the task zero-shot, which does not check for leaks; leave it out."
         )
+    found = Skipped() if skipped is None else skipped
     if task == RETRIEVAL:
-        return report_retrieval(
-            model,
-            _pairs_of(model, data, overrides),
-            split=split,
-            baseline=baseline,
-            train_data=None if train_data is None else load_data_arguments(train_data),
-            check_leaks=check_leaks,
-            skipped=skipped,
-        )
-    columns = dict(_labeled_key(override) for override in overrides)
-    if task == ZERO_SHOT:
-        template = template or DEFAULT_TEMPLATE
-        return report_zero_shot(
-            model, data, split=split, baseline=baseline, template=template, skipped=skipped, columns=columns
-        )
-    return report_probe(model, data, split=split, check_leaks=check_leaks, skipped=skipped, columns=columns)
+        pairs = _data_arguments(model, data, overrides)
+        train_pairs = None if train_data is None else load_data_arguments(train_data)
+        evaluation = _evaluate_retrieval(model, pairs, split, baseline, train_pairs, check_leaks, found)
+    else:
+        templates = load_templates(template or DEFAULT_TEMPLATE)
+        images = load_labeled(data, **dict(_labeled_key(override) for override in overrides))
+        if task == ZERO_SHOT:
+            evaluation = _evaluate_zero_shot(model, data, images, split, baseline, templates, found)
+        else:
+            evaluation = _evaluate_probe(model, data, images, split, check_leaks, found)
+    if skipped is None:
+        found.log_summary()
+    return evaluation
 
 
-def _pairs_of(model: str, data: str, overrides: Sequence[str]) -> DataArguments:
-    """Read which pairs are meant; of what the model was trained on, split as it was then."""
+def _data_arguments(model: str, data: str, overrides: Sequence[str]) -> DataArguments:
+    """Return the arguments of the pairs; for the model's own training data, those it was trained with."""
     wanted = load_data_arguments(data, overrides)
     recipe_file = Path(model).absolute().parent / RECIPE_FILE
     if recipe_file.is_file():
@@ -100,3 +129,392 @@ def _labeled_key(override: str) -> tuple[str, str]:
     if not separator or key not in LABELED_KEYS:
         raise ValueError(f"--set {override!r}: for labeled images, set one of {', '.join(LABELED_KEYS)}.")
     return key, value
+
+
+def _evaluate_retrieval(
+    model: str,
+    data: DataArguments,
+    split: str | None,
+    baseline: str | None,
+    train_data: DataArguments | None,
+    check_leaks: bool,
+    skipped: Skipped,
+) -> Evaluation:
+    pairs = load_data(data, skipped)
+    name = choose_split(pairs, split, data.source)
+    train = _training_pairs(pairs, name, train_data, skipped) if check_leaks else None
+    if data.share_duplicate_ids or data.share_duplicate_captions:  # as in training
+        pairs = share_ids(pairs, find_duplicates(pairs))
+    rows = pairs[name]
+    encoder, *others = load_encoders(*filter(None, (model, baseline)))
+    leaks = None if train is None else find_leaks(train, rows)  # before the hours: it may meet a broken image
+    embeds = embed_split(encoder, rows)
+    full_width = embeds.images.shape[1]
+    is_large = len(embeds.images) * len(embeds.texts) > MAX_SIMILARITIES
+    widths = [width for halvings in range(1, 16) if (width := full_width >> halvings) >= MIN_WIDTH]
+    result = measure_retrieval(
+        embeds,
+        logit_scale=encoder.logit_scale,
+        widths=() if is_large else widths,
+        precisions=() if is_large else tuple(PRECISIONS),
+    )
+    measured = ("metrics", "chance", "diagnostics", "by_width", "by_precision", "recall_curve")
+    facts: dict[str, Any] = {
+        "task": RETRIEVAL,
+        "model": encoder.about(),
+        "data": {
+            "source": public_name(data.source),
+            "split": name,
+            "num_images": result.num_images,
+            "num_captions": result.num_texts,
+        },
+        "embedding_width": result.width,
+        **{attribute: getattr(result, attribute) for attribute in measured},
+    }
+    tables = [tabulate_metrics("Image-text retrieval", result.metrics, result.chance)]
+    curves = {encoder.name: result.recall_curve}
+    for other in others:
+        second = measure_retrieval(embed_split(other, rows), logit_scale=other.logit_scale)
+        differences = paired_bootstrap(result.scores, second.scores)
+        facts["baseline"] = {
+            "model": other.about(),
+            "metrics": second.metrics,
+            "diagnostics": second.diagnostics,
+            "differences": differences,
+        }
+        curves[other.name] = second.recall_curve
+        metrics = result.metrics, second.metrics
+        tables.append(tabulate_differences((encoder.name, other.name), metrics, differences))
+    tables += [_diagnostics_table(result), *_size_tables(result)]
+
+    warnings, leak_table = list(result.diagnostics.faults), None
+    if name == "train":
+        warnings.append("This is the train split: a model trained on it looks better than it is.")
+    if leaks is not None:
+        facts["leaks"], leak_table = _retrieval_leaks(leaks, embeds, result)
+    return build_evaluation(
+        facts,
+        title="Image-text retrieval",
+        hub_task="image-text-retrieval",
+        size=f"{result.num_images:,} images, {result.num_texts:,} captions",
+        headline=HEADLINE,
+        tables=tables,
+        drawings=_retrieval_drawings(result, curves),
+        method=_retrieval_method(result, check_leaks, leaks is not None),
+        warnings=warnings,
+        leak_table=leak_table,
+        misses=show_misses(result.misses, rows),
+    )
+
+
+def _training_pairs(
+    pairs: DatasetDict, split: str, train_data: DataArguments | None, skipped: Skipped
+) -> Dataset | None:
+    """Return the pairs that the model was, or may have been, trained on."""
+    if train_data is not None:
+        loaded = load_data(train_data, skipped)
+        return loaded[choose_split(loaded, "train", train_data.source)]
+    return pairs["train"] if split != "train" and "train" in pairs else None
+
+
+def _retrieval_leaks(leaks: LeakReport, embeds: Embeddings, result: RetrievalResult) -> tuple[dict[str, Any], Table]:
+    """Return what `results.json` and the report say about leaks, with metrics of what is left without them."""
+    facts = leaks.as_dict()
+    metrics, rest = None, "nothing is left"
+    left = embeds.without(leaks.rows, leaks.captions) if leaks.rows or leaks.captions else None
+    if left is not None and len(left.images) and len(left.texts):
+        metrics = bootstrap_intervals(retrieval_scores(left.images, left.texts, left.text_image_ids, left.image_ids))
+        rest = f"{len(left.images):,} images, {len(left.texts):,} captions"
+        facts["without"] = {
+            "num_images": len(left.images),
+            "num_captions": len(left.texts),
+            "metrics": metrics,
+        }
+    note = f"{leaks.summary()} {len(leaks.captions):,} captions also describe a training image, in the same words."
+    shares = {
+        METRIC_LABELS[name]: (result.metrics[name], None if metrics is None else metrics[name]) for name in HEADLINE
+    }
+    return facts, tabulate_leaks(leaks, note, shares, rest)
+
+
+def _diagnostics_table(result: RetrievalResult) -> Table:
+    shape = result.diagnostics
+    dimensions = f"1 to {result.width}"
+    figures = [
+        ("modality gap", shape.modality_gap, 3, "0 to 2", "distance of the mean image from the mean caption"),
+        ("alignment", shape.alignment, 3, "0 to 4", "mean squared distance of a caption from its image"),
+        ("uniformity of images", shape.image_uniformity, 2, "-8 to 0", "lower is more evenly spread"),
+        ("uniformity of captions", shape.text_uniformity, 2, "-8 to 0", "likewise"),
+        ("effective rank of images", shape.image_effective_rank, 1, dimensions, "dimensions used"),
+        ("effective rank of captions", shape.text_effective_rank, 1, dimensions, "likewise"),
+        ("cosine with the correct image", shape.own_similarity, 3, "-1 to 1", "mean over captions"),
+        ("cosine with other images", shape.other_similarity, 3, "-1 to 1", "mean over captions and images"),
+    ]
+    if shape.temperature is not None:
+        figures.append(("temperature", shape.temperature, 4, "above 0", "similarities are divided by it"))
+    rows = [
+        [name, format_number(value, num_digits), limits, text] for name, value, num_digits, limits, text in figures
+    ]
+    return Table("The shared space", ["figure", "value", "range", "meaning"], rows)
+
+
+def _size_tables(result: RetrievalResult) -> list[Table]:
+    sizes = [(f"{width} x float32", 4 * width, metrics) for width, metrics in result.by_width.items()]
+    sizes += [
+        (f"{result.width} x {name}", result.width * PRECISIONS[name] // 8, metrics)
+        for name, metrics in result.by_precision.items()
+        if name != "float32"
+    ]
+    if len(sizes) < 2:
+        return []
+    rows = [
+        [name, f"{num_bytes:,}", *(format_figure(metric, metrics[metric]) for metric in HEADLINE)]
+        for name, num_bytes, metrics in sizes
+    ]
+    columns = ["embedding", "bytes", *(METRIC_LABELS[name] for name in HEADLINE)]
+    return [Table("Smaller embeddings", columns, rows, "In percent; the same model, embeddings truncated or rounded.")]
+
+
+def _retrieval_drawings(
+    result: RetrievalResult, curves: Mapping[str, Mapping[str, Sequence[float]]]
+) -> list[tuple[str, str, str]]:
+    ranks = {direction: score.ranks.numpy() for direction, score in result.scores.items()}
+    drawings = [
+        (
+            "Recall curve",
+            draw_recall_curve(curves, result.chance_curve),
+            "Share of queries with a correct answer among the first k.",
+        ),
+        ("Ranks", draw_ranks(ranks), "Rank of the best correct answer."),
+        (
+            "Similarities",
+            draw_similarities(result.matching_similarities, result.other_similarities),
+            "The less the two overlap, the better captions tell images apart.",
+        ),
+    ]
+    if len(result.by_width) > 1 or len(result.by_precision) > 1:
+        by_width = {width: metrics["mean_recall"] for width, metrics in result.by_width.items()}
+        by_precision = {name: metrics["mean_recall"] for name, metrics in result.by_precision.items()}
+        drawings.append(
+            ("Smaller embeddings", draw_compression(by_width, by_precision), "What truncation and rounding cost.")
+        )
+    return drawings
+
+
+def _retrieval_method(result: RetrievalResult, is_checked: bool, is_known: bool) -> list[str]:
+    k = ", ".join(map(str, RECALL_AT))
+    if is_known:
+        leaks = (
+            "Seen in training: the images and captions were compared with those of the data's train split, or of the "
+            "training data that was named. A model that was trained on other data may have seen more of them."
+        )
+    else:
+        why = ": no training data was named" if is_checked else ""
+        leaks = f"Whether these images are in the training data too was not checked{why}."
+    return [
+        f"Every caption is a query for its image among all {result.num_images:,}, and every image a query for any "
+        f"of its captions among all {result.num_texts:,}. R@k, for k of {k}, is the share of queries with a correct "
+        "answer among the first k; an image's other captions do not count against it. Mean recall is the mean of the "
+        "six.",
+        leaks,
+    ]
+
+
+def _evaluate_zero_shot(
+    model: str,
+    source: str,
+    images: LabeledImages,
+    split: str | None,
+    baseline: str | None,
+    templates: Sequence[str],
+    skipped: Skipped,
+) -> Evaluation:
+    name = choose_split(images.splits, split, source)
+    rows, names = keep_readable(images.splits[name], name, skipped), images.names
+    encoder, *others = load_encoders(*filter(None, (model, baseline)))
+    metrics = measure_zero_shot(encoder, rows, names, templates)
+    facts: dict[str, Any] = {"task": ZERO_SHOT, "templates": templates}
+    tables = [_accuracy_table("Zero-shot classification", metrics)]
+    for other in others:
+        second = measure_zero_shot(other, rows, names, templates)
+        differences = {"top1": paired_shares(metrics.is_correct, second.is_correct)}
+        facts["baseline"] = {"model": other.about(), "metrics": second.shares, "differences": differences}
+        tables.append(tabulate_differences((encoder.name, other.name), (metrics.shares, second.shares), differences))
+    examples = ", ".join(f"“{template}”" for template in templates[:3]) + ", ..." * (len(templates) > 3)
+    method = [
+        f"Each class name is put into {len(templates)} template{'s' * (len(templates) > 1)} ({examples}), the "
+        "embeddings of these captions are averaged, and the predicted class of an image is the one whose embedding is "
+        "closest. No training image of these classes is used."
+    ]
+    return _report_classes(
+        encoder,
+        source,
+        name,
+        metrics,
+        names,
+        facts,
+        title="Zero-shot classification",
+        hub_task="zero-shot-image-classification",
+        tables=tables,
+        method=method,
+    )
+
+
+def _evaluate_probe(
+    model: str, source: str, images: LabeledImages, split: str | None, check_leaks: bool, skipped: Skipped
+) -> Evaluation:
+    splits, names = images.splits, images.names
+    only = next(iter(splits)) if len(splits) == 1 else None
+    if only is not None:
+        splits = _hold_out(keep_readable(splits[only], only, skipped))
+    if "train" not in splits:
+        raise ValueError(f"{source} has no train split to fit a probe on; it has {', '.join(splits)}.")
+    name = choose_split(splits, split, source)
+    if name == "train":
+        raise ValueError("A probe is fitted on the train split; name another split to measure on.")
+    if only is None:
+        splits = {part: keep_readable(splits[part], part, skipped) for part in ("train", name)}
+    encoder = load_encoder(model)
+    leaks = find_leaks(splits["train"], splits[name]) if check_leaks else None
+    train_embeds, embeds = (encoder.encode_images(splits[part]["image"]) for part in ("train", name))
+    train_labels, labels = (torch.tensor(splits[part]["label"][:]) for part in ("train", name))
+    result = probe(train_embeds, train_labels, embeds, labels, len(names))
+    facts: dict[str, Any] = {
+        "task": PROBE,
+        "num_train_images": result.num_train_images,
+        "inverse_penalty": result.inverse_penalty,
+        "neighbors": {**result.neighbors.shares, "num_neighbors": result.num_neighbors},
+    }
+    leak_table = None
+    if leaks is not None:
+        facts["leaks"] = leaks.as_dict()
+        rest = np.setdiff1d(np.arange(len(labels)), leaks.rows)
+        left = None
+        if 0 < len(rest) < len(labels):
+            left = probe(train_embeds, train_labels, embeds[rest], labels[rest], len(names))
+            facts["leaks"]["without"] = {
+                "num_images": len(rest),
+                "metrics": left.linear.shares,
+                "neighbors": left.neighbors.shares,
+            }
+        shares = {
+            f"{label}, {METRIC_LABELS['top1']}": (
+                getattr(result, part).shares["top1"],
+                None if left is None else getattr(left, part).shares["top1"],
+            )
+            for label, part in (("linear probe", "linear"), ("nearest neighbors", "neighbors"))
+        }
+        left_over = "nothing is left" if left is None else f"{len(rest):,} images"
+        leak_table = tabulate_leaks(leaks, leaks.summary(), shares, left_over)
+    held_out = f"The only split is {only}: a fifth of each class was held out, and the rest is for training. "
+    method = [
+        ("" if only is None else held_out)
+        + f"Image embeddings are frozen. Linear probe: logistic regression on {result.num_train_images:,} training "
+        f"images, its L2 penalty (C = {result.inverse_penalty:g}) chosen by {result.num_folds}-fold cross-validation"
+        f" on them. Nearest neighbors: {result.num_neighbors} training images vote, weighted by exp(cosine / "
+        f"{NEIGHBOR_TEMPERATURE}).",
+        *([] if check_leaks else ["Whether these images are in the train split too was not checked."]),
+    ]
+    return _report_classes(
+        encoder,
+        source,
+        name if only is None else f"a held-out fifth of {only}",
+        result.linear,
+        names,
+        facts,
+        title="Linear probe",
+        hub_task="image-classification",
+        tables=[
+            _accuracy_table("Linear probe", result.linear),
+            _accuracy_table(f"{result.num_neighbors} nearest neighbors", result.neighbors),
+        ],
+        method=method,
+        leak_table=leak_table,
+    )
+
+
+def _hold_out(rows: Dataset) -> dict[str, Dataset]:
+    """Hold out a share of each class, always the same images."""
+    labels = np.array(rows["label"][:])
+    draw = np.random.default_rng(0)
+    held_out = np.concatenate(
+        [
+            draw.permutation(np.flatnonzero(labels == label))[: int(TEST_SHARE * (labels == label).sum())]
+            for label in np.unique(labels)
+        ]
+    )
+    if not len(held_out):
+        raise ValueError(
+            f"{len(labels)} images are too few to hold some out; name data with a train and a test split."
+        )
+    rest = np.setdiff1d(np.arange(len(labels)), held_out)
+    return {"train": rows.select(rest), "test": rows.select(np.sort(held_out))}
+
+
+def _report_classes(
+    encoder: DualEncoder,
+    source: str,
+    split: str,
+    metrics: ClassificationMetrics,
+    names: Sequence[str],
+    facts: Mapping[str, Any],
+    *,
+    tables: Sequence[Table],
+    **options: Any,
+) -> Evaluation:
+    """Build the report of a classifier; `facts` and `tables` are what only this task has."""
+    num_images = len(metrics.is_correct)
+    warnings = []
+    num_present = int((metrics.confusion.sum(axis=1) > 0).sum())
+    # Answering the same class for every image reaches 1 / num_present.
+    if num_present > 1 and metrics.shares["mean_per_class"].low <= 1 / num_present:
+        warnings.append("Mean accuracy per class is not significantly above chance.")
+    return build_evaluation(
+        {
+            "model": encoder.about(),
+            "data": {
+                "source": public_name(source),
+                "split": split,
+                "num_images": num_images,
+                "num_classes": len(names),
+            },
+            "metrics": metrics.shares,
+            "chance": {"top1": metrics.chance},
+            "calibration_error": metrics.calibration_error,
+            "per_class": dict(zip(names, metrics.per_class.tolist(), strict=True)),
+            # Of many classes most pairs are never confused, so only the others are listed: label, prediction, count.
+            "confusion": [
+                [names[label], names[predicted], int(metrics.confusion[label, predicted])]
+                for label, predicted in np.argwhere(metrics.confusion).tolist()
+            ],
+            **facts,
+        },
+        size=f"{num_images:,} images of {len(names):,} classes",
+        headline=list(metrics.shares),
+        tables=[*tables, _class_table(names, metrics)],
+        drawings=[
+            (
+                "Confusion",
+                draw_confusion(metrics.confusion, names),
+                "Each row is a label, each column a predicted class; darker is more.",
+            )
+        ],
+        warnings=warnings,
+        **options,
+    )
+
+
+def _accuracy_table(title: str, metrics: ClassificationMetrics) -> Table:
+    return tabulate_metrics(title, metrics.shares, {"top1": metrics.chance}, metrics.calibration_error)
+
+
+def _class_table(names: Sequence[str], metrics: ClassificationMetrics) -> Table:
+    counts = metrics.confusion.sum(axis=1)
+    wrong = metrics.confusion - np.diag(np.diag(metrics.confusion))
+    rows = []
+    for label in np.argsort(np.nan_to_num(metrics.per_class, nan=2.0), kind="stable").tolist():
+        predicted = int(wrong[label].argmax())
+        mostly = f"{names[predicted]} ({wrong[label, predicted]})" if wrong[label].any() else ""
+        rows.append([names[label], str(counts[label]), format_figure("", float(metrics.per_class[label])), mostly])
+    note = f"Hardest first. The accuracy of a class with fewer than {FEW_IMAGES} images says little."
+    return Table("Class by class", ["class", "images", "accuracy in %", "mostly predicted as"], rows, note)

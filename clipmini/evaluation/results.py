@@ -1,15 +1,16 @@
-"""What an evaluation writes: `results.json`, a Markdown table, an entry for a model card, and one page.
+"""What an evaluation writes: `results.json`, Markdown tables, a model-card entry, and one HTML page.
 
-The page opens without a network: drawings and small images are inside it.
+The page opens without a network: drawings and thumbnails are embedded in it.
 """
 
 import base64
+import functools
 import io
 import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,38 @@ import jinja2
 import numpy as np
 import yaml
 from datasets import Dataset
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from clipmini.files import RECIPE_FILE, RESULTS_FILE, RunRecord
+from clipmini.data.leaks import LeakReport
+from clipmini.files import RECIPE_FILE, RESULTS_FILE, RunRecord, versions
 from modeling_clipmini.images_clipmini import read_named
 
+from .intervals import LEVEL, NUM_RESAMPLES, Difference, Interval
 from .measure import Miss
+from .naming import METRIC_LABELS, eval_results, format_figure, format_interval, format_with_interval
 
 TABLE_FILE, INDEX_FILE, PAGE_FILE = "results.md", "model-index.yaml", "report.html"
 FILES = (TABLE_FILE, INDEX_FILE, PAGE_FILE, RESULTS_FILE)
+TEMPLATE = Path(__file__).parent / "report.html"
+THUMBNAIL = (256, 192)  # twice the size shown, for screens of high resolution
+QUALITY = 80
+NUM_BEATEN_BY = 4  # images shown beside the correct one
+INTERVALS = (
+    f"Intervals of {LEVEL:.0%}: images, with any captions of theirs, are drawn with replacement, {NUM_RESAMPLES:,} "
+    "times. They show how the figures would vary with other images of the same kind, not with "
+    "another training seed. Ties count against the model."
+)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a report: the same in Markdown and on the page.
+    """A table of a report, the same in Markdown and on the page.
 
     Attributes:
-        title: what stands above it.
-        columns: their names.
+        title: heading.
+        columns: column names.
         rows: text of every cell.
-        note: what a reader should know of it.
+        note: what a reader should know about it.
     """
 
     title: str
@@ -44,7 +58,7 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """Give the table in Markdown."""
+        """Return the table in Markdown."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows] if self.columns else []
         table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
         return "\n".join(filter(None, [f"**{self.title}**\n", table, self.note and f"{self.note}\n"]))
@@ -55,52 +69,50 @@ class Evaluation:
     """A finished evaluation.
 
     Attributes:
-        results: all figures, as `results.json` holds them.
-        tables: what `results.md` holds.
-        page: the HTML.
-        warnings: what to know before the figures are trusted, in plain words.
+        results: all figures, as `results.json` holds them, and `warnings`: what to know before trusting them.
+        tables: the tables of `results.md`.
+        page: the HTML page.
     """
 
     results: dict[str, Any]
     tables: list[Table]
     page: str
-    warnings: tuple[str, ...] = ()
 
     def save(self, folder: Path, *, overwrite: bool = False) -> None:
-        """Write the four files; `results.json` comes last, and is there only if the others are.
+        """Write the four files; `results.json` comes last, so it is there only if the others are.
 
         Args:
-            folder: is made; what else stands in one that is there already stays.
-            overwrite: replace an evaluation that is there.
+            folder: created if missing; other files in it are left alone.
+            overwrite: replace an earlier evaluation.
 
         Raises:
-            ValueError: the folder holds an evaluation.
+            ValueError: as `check_folder` does.
         """
         check_folder(folder, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         RunRecord(folder).add(folder / name for name in FILES)
-        # Within the folder, which may be a file system of its own, so that every file can be renamed into place.
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as beside:
+        # Inside the folder, which may be a file system of its own, so that each file can be renamed into place.
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary_folder:
             index = {"model-index": self.results["model_index"]}
             contents = {
                 TABLE_FILE: "\n".join(table.markdown() for table in self.tables),
                 INDEX_FILE: yaml.safe_dump(index, sort_keys=False, allow_unicode=True),
                 PAGE_FILE: self.page,
-                RESULTS_FILE: json.dumps(self.results, indent=2) + "\n",  # last: it says that all is there
+                RESULTS_FILE: json.dumps(self.results, indent=2) + "\n",
             }
             for name, content in contents.items():
-                Path(beside, name).write_text(content, encoding="utf-8")
+                Path(temporary_folder, name).write_text(content, encoding="utf-8")
             (folder / RESULTS_FILE).unlink(missing_ok=True)
             for name in contents:
-                Path(beside, name).replace(folder / name)
+                Path(temporary_folder, name).replace(folder / name)
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that cannot be written to, before hours are spent on what goes there.
+    """Check that an evaluation can be written to a folder, before hours are spent on it.
 
     Raises:
-        ValueError: it is no folder, or one that cannot be written to; it is a training run's; or it holds an
-            evaluation, and `overwrite` is not set, or a file that no evaluation wrote.
+        ValueError: the path is not a folder, or cannot be written to; it holds a training run, or a file that no
+            evaluation wrote; or it holds an evaluation and `overwrite` is not set.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
@@ -121,82 +133,199 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{folder} holds an evaluation; pass --overwrite, or --out another folder.")
 
 
+def build_evaluation(
+    facts: dict[str, Any],
+    *,
+    title: str,
+    hub_task: str,
+    size: str,
+    headline: Sequence[str],
+    tables: Sequence[Table],
+    drawings: Sequence[tuple[str, str, str]],
+    method: Sequence[str],
+    warnings: Sequence[str] = (),
+    leak_table: Table | None = None,
+    misses: Sequence[Mapping[str, Any]] = (),
+) -> Evaluation:
+    """Build the report of any task from what was measured.
+
+    Args:
+        facts: what `results.json` holds: `task`, `model`, `data`, `metrics`, `chance`, perhaps `baseline`, and what
+            only this task has.
+        title: the task's name on the page.
+        hub_task: the task's name on the Hub.
+        size: number of images and so on, in words.
+        headline: the metrics at the top of the page.
+        tables: all tables but that of leaks.
+        drawings: title, SVG element and caption of each.
+        method: paragraphs on how this was measured.
+        warnings: what to know before trusting the figures.
+        leak_table: as `tabulate_leaks` returns it; None where leaks were not checked.
+        misses: as `show_misses` returns them.
+
+    Returns:
+        The evaluation, not yet written.
+    """
+    metrics, chance = facts["metrics"], facts["chance"]
+    results = eval_results(hub_task, facts["data"], metrics)
+    has_leaks = leak_table is not None and leak_table.rows
+    facts = {
+        **facts,
+        "num_resamples": NUM_RESAMPLES,
+        "model_index": eval_results_to_model_index(facts["model"]["name"], results),
+        "versions": versions(),
+        "warnings": [*warnings, *([leak_table.note] if leak_table is not None and has_leaks else [])],
+    }
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        model=facts["model"],
+        data=facts["data"],
+        title=title,
+        size=size,
+        baseline=facts.get("baseline"),
+        headline=[
+            (
+                METRIC_LABELS[name],
+                format_figure(name, metrics[name].value),
+                format_interval(name, metrics[name])
+                + (f", chance {format_figure(name, chance[name])}" if name in chance else ""),
+            )
+            for name in headline
+        ],
+        warnings=warnings,
+        leaks=leak_table,
+        tables=tables,
+        drawings=drawings,
+        misses=misses,
+        method=[*method, INTERVALS],
+        versions=facts["versions"],
+    )
+    all_tables = [*tables, *([] if leak_table is None else [leak_table])]
+    return Evaluation(as_json(facts), all_tables, page)
+
+
+def tabulate_metrics(
+    title: str, metrics: Mapping[str, Interval], chance: Mapping[str, float], calibration_error: float | None = None
+) -> Table:
+    """Return a table of metrics with their intervals and chance levels."""
+    rows = [
+        [
+            METRIC_LABELS[name],
+            format_figure(name, interval.value),
+            format_interval(name, interval),
+            format_figure(name, chance[name]) if name in chance else "",
+        ]
+        for name, interval in metrics.items()
+    ]
+    if calibration_error is not None:
+        rows.append(["calibration error", format_figure("", calibration_error), "", ""])
+    unit = "In percent, except ranks" if any(name.endswith("_rank") for name in metrics) else "In percent"
+    note = f"{unit}; 95 % bootstrap intervals over images, {NUM_RESAMPLES:,} resamples."
+    return Table(title, ["metric", "value", "95 % interval", "chance"], rows, note)
+
+
+def tabulate_differences(
+    names: tuple[str, str],
+    metrics: tuple[Mapping[str, Interval], Mapping[str, Interval]],
+    differences: Mapping[str, Difference],
+) -> Table:
+    """Return a table of the differences of two models, the first minus the second."""
+    rows = [
+        [
+            METRIC_LABELS[name],
+            *(format_figure(name, one[name].value) for one in metrics),
+            format_figure(name, difference.value),
+            format_interval(name, difference),
+            format_number(difference.p_value, 3),
+        ]
+        for name, difference in differences.items()
+    ]
+    note = (
+        "Both models on the same resamples of images (paired bootstrap). The difference is the first minus the "
+        "second; p is two-sided, for each metric by itself."
+    )
+    return Table(f"{names[0]} against {names[1]}", ["metric", *names, "difference", "95 % interval", "p"], rows, note)
+
+
+def tabulate_leaks(
+    leaks: LeakReport, note: str, metrics: Mapping[str, tuple[Interval, Interval | None]], rest: str
+) -> Table:
+    """Return a table of metrics on all images, and on those that are not in the training data.
+
+    Args:
+        leaks: what was found; without any leak the table has no rows.
+        note: how much was found, in words.
+        metrics: by label, shares on all images and on the rest; None where nothing is left.
+        rest: what is left, in words.
+
+    Returns:
+        The table.
+    """
+    title = "Seen in training"
+    if not leaks.rows and not leaks.captions:
+        return Table(title, [], [], note)
+    rows = [
+        [label, *("-" if share is None else format_with_interval("", share) for share in shares)]
+        for label, shares in metrics.items()
+    ]
+    return Table(title, ["in percent", "all", f"without these: {rest}"], rows, note)
+
+
+def format_number(value: float, num_digits: int) -> str:
+    """Format a number with so many decimals; "-" for NaN and infinity."""
+    return f"{value:.{num_digits}f}" if math.isfinite(value) else "-"
+
+
 def as_json(value: Any) -> Any:
-    """Turn results into what JSON holds: NaN and infinity become null, arrays lists."""
+    """Convert results to what JSON can hold: NaN and infinity become null, arrays become lists."""
     if isinstance(value, Mapping):
         return {str(name): as_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [as_json(item) for item in value]
     if isinstance(value, np.ndarray):
         return as_json(value.tolist())
-    if hasattr(value, "__dataclass_fields__"):
+    if is_dataclass(value) and not isinstance(value, type):
         return as_json(asdict(value))
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
-TEMPLATE = Path(__file__).parent / "report.html"
-THUMBNAIL = (256, 192)  # twice as fine as it is shown
-QUALITY = 80
-NUM_BEATEN_BY = 4  # images that are shown beside the right one
-
-
-def render_page(**facts: Any) -> str:
-    """Fill the template.
-
-    Args:
-        facts: the names that `report.html` uses; texts are escaped, drawings are not.
-
-    Returns:
-        The page.
-    """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**facts)
-
-
 def show_misses(misses: Sequence[Miss], pairs: Dataset) -> list[dict[str, Any]]:
-    """Give captions that were missed with the images that are shown beside them.
+    """Return missed captions with thumbnails of the images they are shown beside.
 
     Args:
         misses: as `measure_retrieval` finds them.
         pairs: the split that was measured.
 
     Returns:
-        For each its `caption`, `rank`, `of` how many, the `own` image and the `others` that beat it, each with
+        For each its `caption`, `rank`, `of` how many, the `correct` image and the `others` that beat it, each with
         `src`, `name` and `similarity`.
     """
-    images = _Thumbnails(pairs)
+
+    @functools.cache
+    def thumbnail(row: int) -> tuple[str, str]:
+        content = pairs[row]
+        source = content["image"]
+        path = source.get("path") if isinstance(source, Mapping) else None
+        name = Path(path).name if path else f"image {content['image_id']}"
+        image = read_named(source, name)
+        image.thumbnail(THUMBNAIL)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=QUALITY)
+        return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", name
+
+    def show(row: int, similarity: float) -> dict[str, str]:
+        src, name = thumbnail(row)
+        return {"src": src, "name": name, "similarity": format_number(similarity, 3)}
+
     return [
         {
             "caption": miss.caption,
             "rank": f"{miss.rank:,}",
             "of": f"{len(pairs):,}",
-            "own": images.show(miss.row, miss.similarity),
-            "others": [images.show(row, similarity) for row, similarity in miss.beaten_by[:NUM_BEATEN_BY]],
+            "correct": show(miss.row, miss.similarity),
+            "others": [show(row, similarity) for row, similarity in miss.beaten_by[:NUM_BEATEN_BY]],
         }
         for miss in misses
     ]
-
-
-class _Thumbnails:
-    """Small images of rows, as data URLs; each is made once."""
-
-    def __init__(self, pairs: Dataset) -> None:
-        self.pairs = pairs
-        self.made: dict[int, tuple[str, str]] = {}
-
-    def show(self, row: int, similarity: float) -> dict[str, str]:
-        """Give a row's image, its name, and how similar it is to the caption beside it."""
-        if row not in self.made:
-            content = self.pairs[row]
-            given = content["image"]
-            path = given.get("path") if isinstance(given, Mapping) else None
-            name = Path(path).name if path else f"image {content['image_id']}"
-            image = read_named(given, name)
-            image.thumbnail(THUMBNAIL)
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=QUALITY)
-            self.made[row] = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", name
-        src, name = self.made[row]
-        return {"src": src, "name": name, "similarity": f"{similarity:.3f}" if math.isfinite(similarity) else "-"}

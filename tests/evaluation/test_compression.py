@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from clipmini.evaluation.diagnostics import PRECISIONS, cut_off, quantize
+from clipmini.evaluation.diagnostics import PRECISIONS, quantize, truncate
 
 
-def test_cut_off_vectors_have_length_1():
+def test_truncated_vectors_have_length_1():
     embeds = torch.tensor([[3.0, 4.0, 12.0]]) / 13
-    torch.testing.assert_close(cut_off(embeds, 2), torch.tensor([[0.6, 0.8]]))
-    torch.testing.assert_close(cut_off(embeds, 3), embeds)
+    torch.testing.assert_close(truncate(embeds, 2), torch.tensor([[0.6, 0.8]]))
+    torch.testing.assert_close(truncate(embeds, 3), embeds)
 
 
 def test_int8_has_255_steps():

@@ -1,4 +1,4 @@
-"""The modules as anyone loads them, offline, by path."""
+"""The `evaluate` modules, loaded by path and offline."""
 
 import evaluate
 import pytest
@@ -10,7 +10,7 @@ from clipmini.evaluation.retrieval import retrieval_metrics
 
 @pytest.fixture(autouse=True, scope="module")
 def offline(tmp_path_factory):
-    # One cache of modules for all: what was imported from the first would be looked for there again.
+    # One cache for all tests: modules imported from the first are looked up there again.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
@@ -26,7 +26,7 @@ def test_retrieval_by_hand():
     assert "intervals" not in result
 
 
-def test_retrieval_is_that_of_the_trainer():
+def test_retrieval_agrees_with_the_trainer():
     metric = evaluate.load(clipmini.metric("image_text_retrieval"))
     images, texts = torch.randn(30, 8), torch.randn(30, 2, 8)
     for start in range(0, 30, 10):
@@ -52,13 +52,13 @@ def test_accuracy_by_hand():
 
 
 @pytest.mark.parametrize("name", ["image_text_retrieval", "zero_shot_accuracy"])
-def test_modules_say_what_they_are(name):
+def test_modules_describe_themselves(name):
     metric = evaluate.load(clipmini.metric(name))
     assert metric.citation
     assert metric.features
     assert ">>>" in metric.inputs_description
 
 
-def test_a_metric_that_there_is_not_is_named():
+def test_an_unknown_metric_is_refused():
     with pytest.raises(ValueError, match="no metric 'recall'; there are image_text_retrieval, zero_shot_accuracy"):
         clipmini.metric("recall")

@@ -1,4 +1,4 @@
-"""Our figures are those of the peers wherever the protocols are the same, and where they are not, who is right."""
+"""Metrics agree with those of peers where the protocols are the same; where not, tests show the difference."""
 
 from importlib.util import find_spec
 
@@ -56,7 +56,7 @@ def real_embeddings(tmp_path_factory):
 
 @pytest.mark.parametrize("captions", [1, 5])
 @pytest.mark.parametrize("seed", range(3))
-def test_recalls_are_those_of_clip_benchmark(captions, seed):
+def test_recalls_agree_with_clip_benchmark(captions, seed):
     embeds = random_embeddings(300, captions, seed, noise=2.0)
     expected = clip_benchmark_recalls(*embeds)
     result = retrieval_metrics(*embeds)
@@ -64,7 +64,7 @@ def test_recalls_are_those_of_clip_benchmark(captions, seed):
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
-def test_recalls_of_photographs_are_those_of_clip_benchmark(real_embeddings):
+def test_recalls_of_photographs_agree_with_clip_benchmark(real_embeddings):
     expected = clip_benchmark_recalls(*real_embeddings)
     result = retrieval_metrics(*real_embeddings)
     assert 0.05 < expected["text_to_image_r1"] < 0.95
@@ -72,11 +72,11 @@ def test_recalls_of_photographs_are_those_of_clip_benchmark(real_embeddings):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_ranks_are_those_of_open_clip_where_each_image_has_one_caption(seed):
+def test_ranks_agree_with_open_clip_where_each_image_has_one_caption(seed):
     check_against_open_clip(*random_embeddings(301, 1, seed, noise=3.0))
 
 
-def test_ranks_of_photographs_are_those_of_open_clip(real_embeddings):
+def test_ranks_of_photographs_agree_with_open_clip(real_embeddings):
     check_against_open_clip(*real_embeddings)
 
 
@@ -90,8 +90,8 @@ def check_against_open_clip(images, texts, ids):
         assert result[f"{direction}_median_rank"] == pytest.approx(expected[f"{direction}_median_rank"], abs=1e-6)
 
 
-def test_map_is_that_of_scikit_learn_where_ten_places_hold_all():
-    """Average precision has no end at ten there, so that all answers must be among ten."""
+def test_map_agrees_with_scikit_learn_where_ten_ranks_hold_all():
+    """Average precision does not stop at rank ten there, so all candidates must be among the first ten."""
     from sklearn.metrics import average_precision_score
 
     images, texts, ids = random_embeddings(5, 2, seed=0, noise=2.0)
@@ -102,7 +102,7 @@ def test_map_is_that_of_scikit_learn_where_ten_places_hold_all():
 
 
 def test_ties_are_won_by_order_elsewhere_and_lost_here():
-    """All embeddings are the same: a model that tells nothing apart. Right answers first in order win elsewhere."""
+    """All embeddings are the same: a model that has learned nothing. Elsewhere the first in order win."""
     images = texts = normalize(torch.ones(10, 32), dim=-1)
     ids = torch.arange(10)
     elsewhere = clip_benchmark_recalls(images, texts, ids, ks=(1, 5))
@@ -112,7 +112,7 @@ def test_ties_are_won_by_order_elsewhere_and_lost_here():
 
 
 def test_an_images_other_captions_are_wrong_answers_to_open_clip():
-    """Two captions for each image, all perfect. open_clip takes row numbers for pairs: half cannot be right."""
+    """Two captions for each image, all perfect. open_clip pairs row by row: half cannot be correct."""
     peer = pytest.importorskip("open_clip_train.train")
     captions = torch.eye(8).repeat_interleave(2, dim=0)
     elsewhere = peer.get_clip_metrics(captions, captions, torch.tensor(1.0))

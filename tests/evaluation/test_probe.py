@@ -18,22 +18,22 @@ def test_votes_by_hand():
     torch.testing.assert_close(votes, torch.tensor([[weights[0], 0, weights[1], 0]]))
 
 
-def test_clusters_are_told_apart():
+def test_clusters_are_separated():
     result = probe(*clusters(60), *clusters(30, seed=1), 3)
-    assert result.linear.top1.value == result.neighbors.top1.value == 1
+    assert result.linear.shares["top1"].value == result.neighbors.shares["top1"].value == 1
     assert (result.num_train_images, result.num_neighbors) == (60, 20)
 
 
-def test_random_labels_are_not():
+def test_random_labels_are_learned_no_better_than_chance():
     accuracies = []
     for seed in range(5):
         embeds, labels = clusters(150, noise=0.5)
         labels = labels[torch.randperm(150, generator=torch.Generator().manual_seed(seed))]
-        accuracies.append(probe(embeds, labels, *clusters(150, noise=0.5, seed=1), 3).linear.top1.value)
+        accuracies.append(probe(embeds, labels, *clusters(150, noise=0.5, seed=1), 3).linear.shares["top1"].value)
     assert sum(accuracies) / 5 == pytest.approx(1 / 3, abs=0.15)
 
 
-def test_a_class_without_training_images_is_never_guessed():
+def test_a_class_without_training_images_is_never_predicted():
     test, labels = clusters(30, num_classes=4, seed=1)
     result = probe(*clusters(60), test, labels, 4)
     assert result.linear.confusion.sum(axis=0)[3] == 0
@@ -57,10 +57,10 @@ def test_a_fold_of_one_class_is_refused_with_the_remedy():
 def test_a_class_with_one_image_does_not_stop_the_others():
     embeds, labels = clusters(31)
     labels[30] = 3
-    assert probe(embeds, labels, *clusters(30, seed=1), 4).linear.top1.value == 1
+    assert probe(embeds, labels, *clusters(30, seed=1), 4).linear.shares["top1"].value == 1
 
 
-def test_a_diverged_model_is_named():
+def test_a_diverged_model_is_reported():
     embeds, labels = clusters(30)
     with pytest.raises(ValueError, match="NaN"):
         probe(embeds * torch.nan, labels, embeds, labels, 3)

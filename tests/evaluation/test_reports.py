@@ -75,7 +75,7 @@ def test_retrieval_with_a_baseline(tiny_folder, clip_folder, pair_folder, tmp_pa
     assert f"| text to image R@5 | {format_figure('text_to_image_r5', recall['value'])} |" in table
 
 
-def test_the_page_stands_by_itself_and_escapes_what_it_is_given(tiny_folder, pair_folder, tmp_path):
+def test_the_page_is_self_contained_and_escapes_its_input(tiny_folder, pair_folder, tmp_path):
     run(tiny_folder, pair_folder.rename(tmp_path / "<b>pairs"), "--out", tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.startswith("<!doctype html>")
@@ -90,7 +90,7 @@ def test_the_page_stands_by_itself_and_escapes_what_it_is_given(tiny_folder, pai
     assert "url(http" not in page
 
 
-def test_leaks_are_counted_and_the_figure_without_them_is_given(tiny_folder, pair_folder, tmp_path):
+def test_leaks_are_counted_and_metrics_without_them_reported(tiny_folder, pair_folder, tmp_path):
     out = tmp_path / "report"
     run(tiny_folder, pair_folder, "--out", out)
     leaks = json.loads((out / "results.json").read_text())["leaks"]
@@ -105,19 +105,19 @@ def test_leaks_are_counted_and_the_figure_without_them_is_given(tiny_folder, pai
     assert "was not checked" in (out / "report.html").read_text()
 
 
-def test_training_data_may_be_named(tiny_folder, pair_folder, tmp_path):
+def test_training_data_can_be_named(tiny_folder, pair_folder, tmp_path):
     out = tmp_path / "report"
     run(tiny_folder, pair_folder, "--split", "train", "--train-data", pair_folder, "--out", out)
     assert json.loads((out / "results.json").read_text())["leaks"]["exact_images"] == 6
 
 
-def test_the_train_split_is_named_as_such(tiny_folder, pair_folder, tmp_path):
+def test_the_train_split_is_warned_of(tiny_folder, pair_folder, tmp_path):
     result = run(tiny_folder, pair_folder, "--split", "train", "--out", tmp_path / "report")
     assert "warning: This is the train split" in result.stderr
     assert "This is the train split" in (tmp_path / "report" / "report.html").read_text()
 
 
-def test_the_data_a_model_was_trained_on_is_split_as_it_was_then(tiny_folder, pair_folder, tmp_path):
+def test_a_models_training_data_is_split_as_in_training(tiny_folder, pair_folder, tmp_path):
     (pair_folder / "metadata.jsonl").write_text((pair_folder / "metadata.jsonl").read_text().replace("split", "part"))
     model = tmp_path / "run" / "model"
     shutil.copytree(tiny_folder, model)
@@ -132,7 +132,7 @@ def test_the_data_a_model_was_trained_on_is_split_as_it_was_then(tiny_folder, pa
     assert (data["split"], data["num_images"]) == ("train", 12)
 
 
-def test_json_is_what_the_file_holds(tiny_folder, pair_folder, tmp_path):
+def test_json_output_equals_the_file(tiny_folder, pair_folder, tmp_path):
     result = run(tiny_folder, pair_folder, "--out", tmp_path / "report", "--json")
     printed = json.loads(result.stdout)
     stored = json.loads((tmp_path / "report" / "results.json").read_text())
@@ -151,7 +151,7 @@ def test_the_report_goes_beside_the_model(tiny_folder, pair_folder, tmp_path):
     assert (tmp_path / "run" / "evaluation-pairs-train" / "report.html").exists()
 
 
-def test_an_evaluation_is_replaced_on_request_alone(tiny_folder, pair_folder, tmp_path):
+def test_an_evaluation_is_replaced_only_on_request(tiny_folder, pair_folder, tmp_path):
     out = tmp_path / "report"
     run(tiny_folder, pair_folder, "--out", out)
     before = (out / "results.json").read_text()
@@ -175,7 +175,7 @@ def test_a_file_that_no_evaluation_wrote_is_not_replaced(name, tiny_folder, pair
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_an_evaluation_fits_the_folder_before_it_begins(tiny_folder, pair_folder, tmp_path):
+def test_the_folder_is_checked_before_the_evaluation_begins(tiny_folder, pair_folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     result = run(tiny_folder, pair_folder, "--out", tmp_path / "notes.txt" / "report")
     assert result.exit_code == 2
@@ -190,7 +190,7 @@ def test_an_evaluation_fits_the_folder_before_it_begins(tiny_folder, pair_folder
     assert (run_folder / "results.json").read_text() == "{}"
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
     def refuse(dir):
         raise OSError(errno.EROFS, "Read-only file system", str(dir))
 
@@ -220,7 +220,7 @@ def test_a_recipe_names_its_data(tiny_folder, pair_folder, tmp_path):
         (["--task", "zero-shot", "--no-check-leaks"], "check_leaks=False has no meaning for the task zero-shot"),
     ],
 )
-def test_bad_input_is_named_and_leaves_nothing(tiny_folder, pair_folder, tmp_path, options, message):
+def test_bad_input_is_named_and_leaves_no_folder(tiny_folder, pair_folder, tmp_path, options, message):
     result = run(tiny_folder, pair_folder, "--out", tmp_path / "report", *options)
     assert result.exit_code == 2
     assert message in result.output
@@ -261,7 +261,7 @@ def test_probe_holds_images_out(tiny_folder, class_folder, tmp_path):
     assert "a fifth of each class was held out" in (tmp_path / "report" / "report.html").read_text()
 
 
-def test_what_a_probe_has_seen_is_counted_and_the_figure_without_it_given(tiny_folder, class_folder, tmp_path):
+def test_leaks_of_a_probe_are_counted_and_metrics_without_them_reported(tiny_folder, class_folder, tmp_path):
     for name in ("sea", "tree"):
         (class_folder / "train" / name).mkdir(parents=True)
         (class_folder / "test" / name).mkdir(parents=True)
@@ -283,7 +283,7 @@ def test_what_a_probe_has_seen_is_counted_and_the_figure_without_it_given(tiny_f
     assert any("2 of these images" in warning for warning in results["warnings"])
 
 
-def test_a_probe_is_not_measured_on_what_it_was_fitted_on(tiny_folder, class_folder, tmp_path):
+def test_a_probe_is_not_measured_on_its_training_images(tiny_folder, class_folder, tmp_path):
     result = run(tiny_folder, class_folder, "--task", "probe", "--split", "train", "--out", tmp_path / "report")
     assert result.exit_code == 2
     assert "name another split" in result.output

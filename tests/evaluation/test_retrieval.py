@@ -15,20 +15,19 @@ def make_embeddings(num_images=20, captions=2, seed=0):
         images=normalize(torch.randn(num_images, 8, generator=generator), dim=-1),
         texts=normalize(torch.randn(len(row_of_text), 8, generator=generator), dim=-1),
         image_ids=image_ids,
-        text_image_ids=image_ids[row_of_text],
         captions=[f"caption {number}" for number in range(len(row_of_text))],
         row_of_text=row_of_text,
     )
 
 
-def test_a_split_is_measured_as_the_trainer_does(tiny_folder, tiny_model, tiny_processor, toy_pairs):
+def test_a_split_is_measured_as_in_training(tiny_folder, tiny_model, tiny_processor, toy_pairs):
     result = measure_retrieval(embed_split(load_encoder(tiny_folder), toy_pairs), num_resamples=10)
     values = {name: interval.value for name, interval in result.metrics.items()}
     assert values == pytest.approx(evaluate_retrieval(tiny_model, tiny_processor, toy_pairs))
     assert (result.num_images, result.num_texts, result.width) == (12, 24, 16)
 
 
-def test_all_parts_are_of_the_same_embeddings():
+def test_all_parts_agree():
     embeds = make_embeddings()
     result = measure_retrieval(embeds, widths=(4, 2), precisions=("int8", "binary"), num_resamples=10)
     assert list(result.by_width) == [2, 4, 8]
@@ -45,11 +44,11 @@ def test_all_parts_are_of_the_same_embeddings():
         assert len(chance) == len(curve)
         assert chance[4] == pytest.approx(result.chance[f"{direction}_r5"])
         assert chance[-1] == pytest.approx(1)
-    assert len(result.own_similarities) == 40
+    assert len(result.matching_similarities) == 40
     assert len(result.other_similarities) == 20 * 40 - 40
 
 
-def test_misses_are_the_latest_with_what_beat_them():
+def test_misses_are_the_lowest_ranks_with_the_images_that_beat_them():
     embeds = make_embeddings()
     result = measure_retrieval(embeds, num_misses=5, num_resamples=10)
     similarity = embeds.texts @ embeds.images.T

@@ -7,26 +7,26 @@ import datasets
 import evaluate
 import torch
 
-from clipmini.evaluation.intervals import bootstrap_intervals
+from clipmini.evaluation.intervals import bootstrap_intervals, interval_ends
 from clipmini.evaluation.retrieval import retrieval_scores, summarize_scores
 
 DESCRIPTION = """
-Recall at k, mAP@10, median and mean rank of image-text retrieval, in both directions, over the whole set. Each row is
+Recall at k, mAP@10, mean and median rank of image-text retrieval, in both directions, over the whole set. Each row is
 an image with all of its captions: every caption is a query for its image among all images, every image a query for any
 of its captions among all captions. Ties count against the model.
 """
 INPUTS = """
 Args:
-    image_embeds: one vector per image; scaled to length 1.
-    text_embeds: for each image a list of vectors, one per caption, possibly none; scaled to length 1.
+    image_embeds: one vector per image; it is scaled to length 1.
+    text_embeds: for each image a list of vectors, one per caption, possibly none; they are scaled to length 1.
     recall_at: the values of k; 1, 5 and 10 by default.
-    intervals: give 95 % bootstrap intervals over images too.
+    intervals: return 95 % bootstrap intervals over images too.
     num_resamples: resamples of the intervals.
-    seed: of the resamples.
+    seed: seed of the resamples.
 
 Returns:
-    text_to_image_r1, ..., image_to_text_r10, mean_recall and both map10 in [0, 1]; median_rank and mean_rank of both
-    directions, 1 being first. With intervals, `intervals` holds [low, high] by name.
+    text_to_image_r1, ..., image_to_text_r10, mean_recall and both map10 in [0, 1]; mean_rank and median_rank of both
+    directions, from 1. With intervals, `intervals` holds [low, high] by name, of all but the median ranks.
 
 Example:
     >>> metric = evaluate.load(clipmini.metric("image_text_retrieval"))
@@ -78,7 +78,7 @@ class ImageTextRetrieval(evaluate.Metric):
         seed: int = 0,
     ) -> dict[str, Any]:
         if not recall_at:
-            raise ValueError("recall_at is empty; give at least one k.")
+            raise ValueError("recall_at is empty; pass at least one k.")
         images = torch.nn.functional.normalize(torch.tensor(image_embeds), dim=-1)
         texts = torch.tensor([vector for captions in text_embeds for vector in captions])
         texts = torch.nn.functional.normalize(texts.view(-1, images.shape[-1]), dim=-1)
@@ -87,6 +87,5 @@ class ImageTextRetrieval(evaluate.Metric):
         scores = retrieval_scores(images, texts, text_image_ids)
         result: dict[str, Any] = summarize_scores(scores, recall_at)
         if intervals:
-            ends = bootstrap_intervals(scores, num_resamples, seed, recall_at)
-            result["intervals"] = {name: [interval.low, interval.high] for name, interval in ends.items()}
+            result["intervals"] = interval_ends(bootstrap_intervals(scores, num_resamples, seed, recall_at))
         return result

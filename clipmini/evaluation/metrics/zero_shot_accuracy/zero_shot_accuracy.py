@@ -8,6 +8,7 @@ import evaluate
 import torch
 
 from clipmini.evaluation.classification import classification_metrics
+from clipmini.evaluation.intervals import interval_ends
 
 DESCRIPTION = """
 Top-1 and top-5 accuracy, accuracy averaged over classes, and expected calibration error of a classifier that scores
@@ -15,12 +16,12 @@ every class for every image, as zero-shot classifiers do. Ties count against the
 """
 INPUTS = """
 Args:
-    predictions: for each image the score of every class, more being better.
-    references: for each image the number of its class, from 0.
-    are_probabilities: predictions of each image sum to 1, so that calibration can be measured.
-    intervals: give 95 % bootstrap intervals over images too.
+    predictions: for each image the score of every class, higher being better.
+    references: for each image the index of its class, from 0.
+    are_probabilities: the predictions of each image sum to 1, so that calibration can be measured.
+    intervals: return 95 % bootstrap intervals over images too.
     num_resamples: resamples of the intervals.
-    seed: of the resamples.
+    seed: seed of the resamples.
 
 Returns:
     top1, top5 (with more than five classes), mean_per_class, chance, and calibration_error if they are probabilities;
@@ -80,13 +81,10 @@ class ZeroShotAccuracy(evaluate.Metric):
             num_resamples=num_resamples,
             seed=seed,
         )
-        shares = {"top1": metrics.top1, "top5": metrics.top5, "mean_per_class": metrics.mean_per_class}
-        result: dict[str, Any] = {name: share.value for name, share in shares.items() if share is not None}
+        result: dict[str, Any] = {name: share.value for name, share in metrics.shares.items()}
         result["chance"] = metrics.chance
         if metrics.calibration_error is not None:
             result["calibration_error"] = metrics.calibration_error
         if intervals:
-            result["intervals"] = {
-                name: [share.low, share.high] for name, share in shares.items() if share is not None
-            }
+            result["intervals"] = interval_ends(metrics.shares)
         return result
