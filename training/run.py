@@ -22,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 from clipmini.data.duplicates import DuplicateReport, find_duplicates, share_ids
 from clipmini.data.images import Skipped
 from clipmini.data.pairs import load_data
+from clipmini.evaluation.curves import draw_curves
 from clipmini.evaluation.naming import public_name
 from clipmini.files import (
     CHECKPOINTS,
@@ -42,7 +43,6 @@ from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
 from .build import ModelPreset, build_model, load_for_fine_tuning
-from .curves import draw_curves
 from .lora import merge_lora
 from .offline_towers import resolve_tower
 from .recipes import Recipe

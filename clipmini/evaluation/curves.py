@@ -1,4 +1,4 @@
-"""Training curves as an image."""
+"""Draw the curves of a training run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +22,8 @@ def draw_curves(stages: Histories, out: Path) -> None:
     """Draw loss, validation recalls, temperature and learning rate over the epochs.
 
     Args:
-        stages: `trainer.state.log_history` of each stage, by its name, in order. Their epochs are laid one after the
-            other, with a line where the next stage begins; curves do not cross it, since another batch size or another
-            learning rate is another scale.
+        stages: `trainer.state.log_history` of each stage by name, in order. Their epochs follow each other, with a line
+            where a stage begins; curves do not cross it, since batch sizes and learning rates differ between stages.
         out: the PNG to write.
     """
     figure = Figure(figsize=(11, 6.5), layout="constrained")
@@ -39,7 +38,7 @@ def draw_curves(stages: Histories, out: Path) -> None:
     if recall.lines:
         recall.legend()
     _plot(temperature, stages, "logit_scale", lambda value: 1 / value, color="tab:red")
-    # Trainer logs the rate of the first group of parameters only.
+    # Trainer logs the learning rate of the first parameter group only.
     _plot(rate, stages, "learning_rate", lambda value: 1000 * value, color="tab:purple")
     for axes, title in zip((loss, recall, temperature, rate), TITLES, strict=True):
         axes.set_title(title, loc="left")
@@ -70,11 +69,11 @@ def _plot(
         if points:
             marker = "." if len(points) == 1 else ""  # a line needs two
             axes.plot(*zip(*points, strict=True), label=label, **{"marker": marker, **style})
-            label = None  # one entry in the legend for all stages
+            label = None  # one legend entry for all stages
 
 
 def _starts(stages: Histories) -> list[float]:
-    """Give the epoch, counted over all stages, at which each begins."""
+    """Return the epoch, counted over all stages, at which each stage begins."""
     starts, end = [], 0.0
     for history in stages.values():
         starts.append(end)

@@ -2,7 +2,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from clipmini.training.curves import draw_curves
+from clipmini.evaluation.curves import draw_curves
 
 STAGE_ONE = [
     {"step": 1, "epoch": 0.5, "loss": 4.0, "learning_rate": 2e-3, "logit_scale": 10.0},
