@@ -22,8 +22,9 @@ def draw_curves(stages: Histories, out: Path) -> None:
     """Draw loss, validation recalls, temperature and learning rate over the epochs.
 
     Args:
-        stages: `trainer.state.log_history` of each stage by name, in order. Their epochs follow each other, with a line
-            where a stage begins; curves do not cross it, since batch sizes and learning rates differ between stages.
+        stages: `trainer.state.log_history` of each stage by name, in order. Their epochs follow each other, with a
+            line where a stage begins; curves do not cross it, since batch sizes and learning rates differ between
+            stages.
         out: the PNG to write.
     """
     figure = Figure(figsize=(11, 6.5), layout="constrained")
