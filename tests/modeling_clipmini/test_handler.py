@@ -264,9 +264,9 @@ REFUSED = [
     (zero_shot([GOOD] * 33), 422, "33 images"),
     (zero_shot([]), 422, "0 images"),
     (zero_shot(None), 422, "no inputs"),
-    (zero_shot(3), 422, "3 is no image"),
-    (zero_shot({"url": "x"}), 422, "None is no image"),
-    (zero_shot({"image": {"image": "x"}}), 422, "is no image"),
+    (zero_shot(3), 422, "3 is not an image"),
+    (zero_shot({"url": "x"}), 422, "None is not an image"),
+    (zero_shot({"image": {"image": "x"}}), 422, "is not an image"),
     (zero_shot(b""), 422, "is empty (zero bytes)"),
     (
         zero_shot(encoded(make_image(), "TIFF")),
