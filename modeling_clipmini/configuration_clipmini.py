@@ -72,7 +72,7 @@ class ClipMiniConfig(PreTrainedConfig):
         logit_bias_init_value: initial value of the learnable bias of the "sigmoid" loss, -10 by default; "infonce" has
             none, since a softmax ignores it.
         vision_embed_dim: width of the pooled image features, including those of `vision_levels`. By default the model
-            reads it off the tower and stores it here.
+            reads it off the tower and stores it here, so that loading on the meta device needs no forward pass.
 
     Raises:
         ValueError: a value is not allowed; the message names the field and what is.

@@ -36,9 +36,9 @@ def encode(
         order: sort key; all inputs are then held at once and processed in this order, while the result keeps the order
             given. None processes them as they come, holding one batch at a time.
         batch_size: inputs per call of `embed`.
-        show_progress_bar: whether to draw one; None draws it once the work has taken `BAR_AFTER_S`.
-        convert_to_tensor: return a tensor on the model's device instead of an array.
-        truncate_dim: keep only the first of the D dimensions; None keeps all.
+        show_progress_bar: as in `encode_image`.
+        convert_to_tensor: as in `encode_image`.
+        truncate_dim: as in `encode_image`.
 
     Returns:
         (N, truncate_dim) float32, rows of length 1; (truncate_dim,) for one input outside a list.

@@ -155,7 +155,7 @@ def find_fault(source: Any) -> str | None:
     return None
 
 
-def convert_to_rgb(image: Image.Image) -> Image.Image:
+def convert_to_rgb(image: Image.Image, factor: int = 1) -> Image.Image:
     """Return a copy of an image as people see it: upright, opaque, three 8-bit channels.
 
     Pillow's own `convert("RGB")` ignores the EXIF orientation, drops alpha (transparent pixels show whatever color
@@ -163,15 +163,11 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
     Args:
         image: any Pillow image; of an animation the current frame is used.
+        factor: divide width and height by this number, rounding up.
 
     Returns:
         A new image of mode "RGB": orientation applied, alpha over white, 16-bit values scaled to 8.
     """
-    return _convert(image, factor=1)
-
-
-def _convert(image: Image.Image, factor: int) -> Image.Image:
-    """Convert in strips, because every step makes a copy, and divide width and height by `factor` on the way."""
     image.load()  # a truncated file fails here
     try:
         transpose = TRANSPOSE_BY_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -180,6 +176,7 @@ def _convert(image: Image.Image, factor: int) -> Image.Image:
     result = image
     if image.mode != "RGB" or image.has_transparency_data or factor > 1:
         width, height = image.size
+        # In strips, because every step makes a copy.
         num_rows = max(STRIP_PIXELS // width // factor, 1) * factor
         result = Image.new("RGB", (-(-width // factor), -(-height // factor)))
         for top in range(0, height, num_rows):
@@ -407,7 +404,7 @@ def _decode(image: Image.Image, max_pixels: int) -> Image.Image:
         _check_size(image, max_pixels)  # again: an icon reveals the size of the image inside only now
         if image.mode == "F" or (image.mode == "I" and not _is_16_bit(image)):
             raise ImageError(f"has 32-bit pixels (mode {image.mode}), whose range is unknown")
-        return _convert(image, 2 if image.width * image.height > MAX_WHOLE_PIXELS else 1)
+        return convert_to_rgb(image, 2 if image.width * image.height > MAX_WHOLE_PIXELS else 1)
     except ImageError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything: SyntaxError, struct.error, MemoryError

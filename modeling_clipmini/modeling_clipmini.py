@@ -222,9 +222,9 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
         for name, value in arguments.items():
             # peft passes every argument that it knows, mostly as None.
             if name not in (*TOWER_OPTIONS, *IGNORED_ARGUMENTS) and value is not None:
-                known = [*inspect.signature(self.forward).parameters, *TOWER_OPTIONS]
-                known.remove("kwargs")
-                raise TypeError(f"{type(self).__name__} takes no argument {name!r}; it takes {', '.join(known)}.")
+                parameters = [*inspect.signature(self.forward).parameters, *TOWER_OPTIONS]
+                known = ", ".join(parameter for parameter in parameters if parameter != "kwargs")
+                raise TypeError(f"{type(self).__name__} takes no argument {name!r}; it takes {known}.")
         return {name: value for name, value in arguments.items() if name in TOWER_OPTIONS}
 
     def _make_projection(self, input_dim: int) -> nn.Module:

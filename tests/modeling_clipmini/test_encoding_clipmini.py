@@ -146,7 +146,7 @@ def test_images_that_come_one_by_one_are_held_a_batch_at_a_time(model, images):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "L", "P"])
-def test_a_path_is_as_good_as_a_image(mode, model, tmp_path):
+def test_a_path_is_as_good_as_an_image(mode, model, tmp_path):
     image = Image.new(mode, (60, 60), {"RGBA": (255, 0, 0, 0), "LA": (0, 0), "I;16": 30000}.get(mode, 200))
     image.save(tmp_path / "image.png")
     expected = model.encode_image(image)

@@ -69,7 +69,7 @@ FORMS = {
 
 class TestZeroShot:
     @pytest.mark.parametrize("form", FORMS)
-    def test_every_form_of_a_image_gets_the_scores_of_the_pipeline(self, handler, classify, form):
+    def test_every_form_of_an_image_gets_the_scores_of_the_pipeline(self, handler, classify, form):
         request = {**FORMS[form](make_image()), "parameters": {"candidate_labels": LABELS}}
         before = json.dumps(request, default=str)
         assert_same(handler(request), classify(make_image(), candidate_labels=LABELS))
@@ -221,7 +221,7 @@ class TestFeatures:
             {"inputs": in_base64(make_image()), "task": "image-feature-extraction"},
         ],
     )
-    def test_of_a_image(self, handler, request_):
+    def test_of_an_image(self, handler, request_):
         expected = encode_images(handler.model, handler.processor, [make_image()])[0]
         assert handler(request_) == pytest.approx(expected.tolist(), abs=1e-5)
         assert handler({**request_, "inputs": [request_["inputs"]]})[0] == pytest.approx(expected.tolist(), abs=1e-5)
