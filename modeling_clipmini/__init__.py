@@ -1,7 +1,7 @@
 """clipmini's model: config, dual encoder, losses and processor.
 
-Importing this package registers the classes with transformers' Auto classes. Every other file of the folder is what
-the Hub gets; this one is not uploaded.
+Importing this package registers the classes with transformers' Auto classes. Every file of this folder but this one is
+uploaded with each trained model.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor

@@ -21,13 +21,13 @@ PROJECTIONS = ("linear", "mlp")
 TEXT_POOLINGS = ("mean", "cls")
 LOSSES = ("infonce", "sigmoid")
 
-# Where each loss starts: CLIP section 2.5 (temperature 0.07) and SigLIP section 3.2 (t' = log 10, b = -10).
-LOGIT_SCALE_STARTS = {"infonce": math.log(1 / 0.07), "sigmoid": math.log(10.0)}
-SIGMOID_LOGIT_BIAS_START = -10.0
+# Initial values for each loss: CLIP section 2.5 (temperature 0.07) and SigLIP section 3.2 (t' = log 10, b = -10).
+LOGIT_SCALE_INITS = {"infonce": math.log(1 / 0.07), "sigmoid": math.log(10.0)}
+SIGMOID_LOGIT_BIAS_INIT = -10.0
 
-# What of timm's `create_model` a tower's config may set: its architecture. What else that takes, or will take one day,
-# may name a file that is unpickled (`checkpoint_path`), an address, pretrained weights or code; a config comes with a
-# model, and a model's files are data.
+# The arguments of timm's `create_model` that a tower's config may set: those that describe the architecture. Others,
+# present or future, may name a file that is unpickled (`checkpoint_path`), an address, pretrained weights or code. A
+# config comes with a model, and a model's files must stay data.
 TIMM_MODEL_ARGS = (
     *("img_size", "patch_size", "in_chans", "global_pool", "output_stride", "features_only"),
     *("drop_rate", "drop_path_rate", "drop_block_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate"),
@@ -40,9 +40,10 @@ TIMM_MODEL_ARGS = (
     *("use_abs_pos_emb", "use_rel_pos_bias", "use_rot_pos_emb", "dynamic_img_size", "dynamic_img_pad"),
     *("strict_img_size", "always_partition", "conv_bias", "pad_type"),
 )
-TIMM_ARCHITECTURE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_.-]+)?")  # no `hf-hub:...`, which fetches another config
+TIMM_ARCHITECTURE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_.-]+)?")  # not `hf-hub:...`, which fetches another config
 
-# RoBERTa and its kin number positions from the padding token's id on, and so read fewer tokens than they have rows.
+# RoBERTa and its kin number positions from the padding token's id on, so they read fewer tokens than their table has
+# rows.
 POSITIONS_AFTER_PADDING = (
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert"),
     *("mpnet", "data2vec-text", "xmod", "ibert", "longformer", "luke"),
@@ -57,28 +58,28 @@ class ClipMiniConfig(PreTrainedConfig):
             interpolation, crop). The classifier and its label names are dropped: a tower has no classes.
         text_config: the config of any encoder that `AutoModel` builds, or its dict. DistilBERT by default.
         projection_dim: width of the shared space, at least 1.
-        projection: "linear" (one matrix, as CLIP) or "mlp" (linear, GELU, linear, dropout, residual, LayerNorm).
+        projection: "linear" (one matrix, as in CLIP) or "mlp" (linear, GELU, linear, dropout, residual, LayerNorm).
         projection_dropout: dropout of the "mlp" projection, in [0, 1).
-        vision_levels: stages of the vision tower whose feature maps, averaged over the image, stand beside its own
-            pooled output: indices as timm's `out_indices` counts them, such as [2, 3, 4]; none by default. Early
+        vision_levels: stages of the vision tower, numbered as in timm's `out_indices`, such as [2, 3, 4]; none by
+            default. Their feature maps, averaged over the image, are appended to the tower's pooled output. Early
             stages know colors and textures that the last one, trained to name objects, has dropped.
-        vision_dropout: share of the pooled image features that training drops before the projection, in [0, 1).
-        text_pooling: "mean" over the caption's tokens or "cls", its first token.
+        vision_dropout: dropout of the pooled image features before the projection, in [0, 1).
+        text_pooling: "mean" over the caption's tokens, or "cls", its first token.
         loss: "infonce" (CLIP) or "sigmoid" (SigLIP).
-        logit_scale_init_value: start of the learnable *logarithm* of the logit scale (CLIP's public name for it). By
+        logit_scale_init_value: initial value of the learnable *logarithm* of the logit scale (CLIP's public name). By
             default log(1 / 0.07) = 2.659 for "infonce" and log(10) for "sigmoid".
-        logit_scale_max: the logit scale, after `exp`, never exceeds this; CLIP clips at 100.
-        logit_bias_init_value: start of the learnable bias of the "sigmoid" loss, -10 by default; "infonce" has none,
-            since a softmax does not see it.
-        vision_embed_dim: width of the pooled image features, those of `vision_levels` included. Left out, the model
-            reads it off the tower and writes it here, so that building on the meta device needs no forward.
+        logit_scale_max: upper limit of the logit scale itself, after `exp`, at least 1; CLIP clips at 100.
+        logit_bias_init_value: initial value of the learnable bias of the "sigmoid" loss, -10 by default; "infonce" has
+            none, since a softmax ignores it.
+        vision_embed_dim: width of the pooled image features, including those of `vision_levels`. By default the model
+            reads it off the tower and stores it here, so that loading on the meta device needs no forward pass.
 
     Raises:
-        ValueError: a value that is not allowed; the message names the field and what is.
+        ValueError: a value is not allowed; the message names the field and what is.
     """
 
     model_type = "clipmini"
-    # `Trainer.predict` keeps the embeddings alone: logits compare one batch, and hidden states would fill the memory.
+    # `Trainer.predict` keeps only embeddings: logits compare a single batch, and hidden states would fill the memory.
     keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers' API, as are the other mutable ones
         *("logits_per_image", "logits_per_text", "text_model_output", "vision_model_output"),
         *("last_hidden_state", "hidden_states", "attentions"),
@@ -102,33 +103,33 @@ class ClipMiniConfig(PreTrainedConfig):
         vision_embed_dim: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.vision_config = _without_place(_tower_vision_config(vision_config))
-        self.text_config = _without_place(_tower_text_config(text_config))
+        self.vision_config = _without_folder(_tower_vision_config(vision_config))
+        self.text_config = _without_folder(_tower_text_config(text_config))
         self.projection_dim = _at_least_one("projection_dim", projection_dim)
         self.projection = _one_of("projection", projection, PROJECTIONS)
         self.projection_dropout = _in_range("projection_dropout", projection_dropout, 0.0, 1.0, include_high=False)
-        self.vision_levels = _levels(vision_levels)
+        self.vision_levels = _check_levels(vision_levels)
         self.vision_dropout = _in_range("vision_dropout", vision_dropout, 0.0, 1.0, include_high=False)
         self.text_pooling = _one_of("text_pooling", text_pooling, TEXT_POOLINGS)
         self.loss = _one_of("loss", loss, LOSSES)
         self.logit_scale_max = _in_range("logit_scale_max", logit_scale_max, 1.0, math.inf, include_high=False)
         if logit_scale_init_value is None:
-            logit_scale_init_value = LOGIT_SCALE_STARTS[loss]
+            logit_scale_init_value = LOGIT_SCALE_INITS[loss]
         self.logit_scale_init_value = _in_range(
             "logit_scale_init_value", logit_scale_init_value, -math.inf, math.log(self.logit_scale_max)
         )
-        if self.loss == "infonce" and logit_bias_init_value is not None:
+        self.logit_bias_init_value = None
+        if self.loss == "sigmoid":
+            if logit_bias_init_value is None:
+                logit_bias_init_value = SIGMOID_LOGIT_BIAS_INIT
+            self.logit_bias_init_value = _in_range(
+                "logit_bias_init_value", logit_bias_init_value, -math.inf, math.inf, include_high=False
+            )
+        elif logit_bias_init_value is not None:
             raise ValueError(
                 f"logit_bias_init_value={logit_bias_init_value!r} has no effect with loss='infonce', which learns no "
                 "bias; leave it out, or use loss='sigmoid'."
             )
-        if self.loss == "sigmoid" and logit_bias_init_value is None:
-            logit_bias_init_value = SIGMOID_LOGIT_BIAS_START
-        self.logit_bias_init_value = (
-            None
-            if logit_bias_init_value is None
-            else _in_range("logit_bias_init_value", logit_bias_init_value, -math.inf, math.inf, include_high=False)
-        )
         self.vision_embed_dim = (
             None if vision_embed_dim is None else _at_least_one("vision_embed_dim", vision_embed_dim)
         )
@@ -136,7 +137,7 @@ class ClipMiniConfig(PreTrainedConfig):
 
     @property
     def max_text_tokens(self) -> int | None:
-        """How many tokens the text tower reads, or None if it has no table of positions."""
+        """Return how many tokens the text tower can read, or None if it has no table of positions."""
         positions = getattr(self.text_config, "max_position_embeddings", None)
         if positions is not None and self.text_config.model_type in POSITIONS_AFTER_PADDING:
             positions -= (self.text_config.pad_token_id or 0) + 1
@@ -144,18 +145,18 @@ class ClipMiniConfig(PreTrainedConfig):
 
 
 def _tower_vision_config(config: Any) -> TimmWrapperConfig:
-    """Copy a timm config without its classifier: 1000 label names would fill config.json and mean nothing here."""
+    """Return a timm config without its classifier, whose 1000 label names would fill config.json for nothing."""
     if not isinstance(config, (dict, TimmWrapperConfig, type(None))):
         raise ValueError(
             f"vision_config is a {type(config).__name__}; the vision tower must be a timm model: pass a "
             "TimmWrapperConfig, for example TimmWrapperConfig(architecture='resnet50'), or its dict."
         )
     values = config.to_dict() if isinstance(config, TimmWrapperConfig) else dict(config or {})
-    _refuse_more_than_architecture(values)
+    _check_architecture(values)
     # timm's own save_for_hf writes its arguments there; TimmWrapperModel passes num_classes itself.
     model_args = {key: value for key, value in (values.get("model_args") or {}).items() if key != "num_classes"}
     values = {**values, "num_classes": 0, "label_names": [], "model_args": model_args or None}
-    tower = _built("vision_config", TimmWrapperConfig.from_dict, values)
+    tower = _build("vision_config", TimmWrapperConfig.from_dict, values)
     if not tower.do_pooling or model_args.get("features_only"):
         raise ValueError(
             "vision_config must give a pooled output: do_pooling=False and model_args={'features_only': True} do not."
@@ -163,12 +164,12 @@ def _tower_vision_config(config: Any) -> TimmWrapperConfig:
     return tower
 
 
-def _refuse_more_than_architecture(values: dict[str, Any]) -> None:
-    """Refuse a timm config that does more than describe an architecture that timm knows by name."""
+def _check_architecture(values: dict[str, Any]) -> None:
+    """Raise if a timm config does more than describe an architecture that timm knows by name."""
     architecture, model_args = values.get("architecture", ""), values.get("model_args") or {}
     if not isinstance(architecture, str) or (architecture and not TIMM_ARCHITECTURE.fullmatch(architecture)):
         raise ValueError(
-            f"vision_config.architecture={architecture!r} is not allowed; use a name of timm's, such as 'resnet50'."
+            f"vision_config.architecture={architecture!r} is not allowed; use a name from timm, such as 'resnet50'."
         )
     if not isinstance(model_args, dict):
         raise ValueError(f"vision_config.model_args={model_args!r} is not allowed; use a dict.")
@@ -195,7 +196,7 @@ def _tower_text_config(config: Any) -> PreTrainedConfig:
         raise ValueError(f"text_config is a {type(config).__name__}; pass a text encoder's config or its dict.")
     if not isinstance(config, PreTrainedConfig):
         values = {"model_type": "distilbert", **(config or {})}
-        config = _built("text_config", lambda values: AutoConfig.for_model(**values), values)
+        config = _build("text_config", lambda values: AutoConfig.for_model(**values), values)
     if config.is_encoder_decoder:
         raise ValueError(f"text_config is a {type(config).__name__}, an encoder-decoder; pass an encoder's config.")
     if not isinstance(getattr(config, "hidden_size", None), int):
@@ -203,17 +204,17 @@ def _tower_text_config(config: Any) -> PreTrainedConfig:
     return config
 
 
-def _without_place(tower: Any) -> Any:
-    """Take out of which folder a tower was loaded: config.json would tell it to everybody. A Hub id stays."""
+def _without_folder(tower: Any) -> Any:
+    """Return a tower's config without the local folder it came from, which config.json would reveal to everyone."""
     name = tower.name_or_path or ""
     if os.path.isabs(name) or os.path.isdir(name):
-        tower = copy.deepcopy(tower)  # the caller's own is left alone
+        tower = copy.deepcopy(tower)  # the caller's config is left alone
         tower.name_or_path = ""
     return tower
 
 
-def _levels(levels: Any) -> list[int]:
-    """Check `vision_levels`; whether the tower has such stages shows when it is built."""
+def _check_levels(levels: Any) -> list[int]:
+    """Return `vision_levels` sorted; whether the tower has such stages is checked when it is built."""
     levels = [] if levels is None else levels
     is_list = isinstance(levels, (list, tuple))
     if not is_list or any(isinstance(level, bool) or not isinstance(level, int) or level < 0 for level in levels):
@@ -221,8 +222,8 @@ def _levels(levels: Any) -> list[int]:
     return sorted(set(levels))
 
 
-def _built(field: str, build: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> Any:
-    """Build a library config; it raises errors of many kinds for a value of the wrong type."""
+def _build(field: str, build: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> Any:
+    """Build a library's config, and name the field if a value of the wrong type raises one of many errors."""
     try:
         return build(values)
     except Exception as error:

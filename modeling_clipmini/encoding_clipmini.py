@@ -1,4 +1,4 @@
-"""What `encode_image` and `encode_text` share: single inputs and lists, batches, the bar, and eval mode meanwhile."""
+"""The loop that `encode_image` and `encode_text` share: input checks, batches, progress bar, eval mode."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
-BAR_AFTER_S = 2.0  # a bar that flashes by only disturbs
+BAR_AFTER_S = 2.0  # a bar that only flashes by is a distraction
 
 
 @torch.no_grad()
@@ -32,53 +32,50 @@ def encode(
         model: the dual encoder or a half of it.
         inputs: one input, or any iterable of inputs.
         kinds: the types that one input may have.
-        embed: a batch of (position, input) to features (N, D) before normalization.
-        order: inputs for which it is least come first, for which all are held; the result keeps the order given. None
-            takes them as they come, a batch at a time.
+        embed: maps a batch of (index, input) to features (N, D) before normalization.
+        order: sort key; all inputs are then held at once and processed in this order, while the result keeps the order
+            given. None processes them as they come, holding one batch at a time.
         batch_size: inputs per call of `embed`.
-        show_progress_bar: draw one, or not; None draws it where the work takes longer than `BAR_AFTER_S`.
-        convert_to_tensor: give a tensor on the model's device rather than an array.
-        truncate_dim: keep the first so many of the D dimensions; None keeps all.
+        show_progress_bar: as in `encode_image`.
+        convert_to_tensor: as in `encode_image`.
+        truncate_dim: as in `encode_image`.
 
     Returns:
-        (N, truncate_dim) float32, rows of length 1; (truncate_dim,) for one input that is not in a list.
+        (N, truncate_dim) float32, rows of length 1; (truncate_dim,) for one input outside a list.
 
     Raises:
-        ValueError: `batch_size` or `truncate_dim` is out of range, or an input is of no allowed type.
+        ValueError: `batch_size` or `truncate_dim` is out of range, or an input has the wrong type.
     """
     width = model.config.projection_dim
-    kept = width if truncate_dim is None else _check_whole("truncate_dim", truncate_dim, most=width)
+    num_kept = width if truncate_dim is None else _check_whole("truncate_dim", truncate_dim, maximum=width)
     _check_whole("batch_size", batch_size)
     is_single = isinstance(inputs, kinds)
-    numbered: Iterator[tuple[int, Any]] = enumerate(_checked([inputs] if is_single else inputs, kinds))
+    indexed: Iterator[tuple[int, Any]] = enumerate(_check_types([inputs] if is_single else inputs, kinds))
     if order is not None:
-        numbered = iter(sorted(numbered, key=lambda item: order(item[1])))
+        indexed = iter(sorted(indexed, key=lambda item: order(item[1])))
     total = 1 if is_single else len(inputs) if hasattr(inputs, "__len__") else None
     delay = BAR_AFTER_S if show_progress_bar is None else 0
-    positions: list[int] = []
-    embeds = [torch.empty(0, kept)]
+    indices: list[int] = []
+    embeds = [torch.empty(0, num_kept)]
     with eval_mode(model), logging.tqdm(total=total, delay=delay, disable=show_progress_bar is False) as bar:
-        while batch := list(itertools.islice(numbered, batch_size)):
+        while batch := list(itertools.islice(indexed, batch_size)):
             features = embed(batch)
-            embeds.append(F.normalize(features.float()[:, :kept], dim=-1).cpu())
-            positions += [position for position, _ in batch]
+            embeds.append(F.normalize(features.float()[:, :num_kept], dim=-1).cpu())
+            indices += [index for index, _ in batch]
             bar.update(len(batch))
-    result = torch.empty(len(positions), kept)
-    result[positions] = torch.cat(embeds)
+    result = torch.empty(len(indices), num_kept)
+    result[indices] = torch.cat(embeds)
     result = result[0] if is_single else result
     return result.to(model.device) if convert_to_tensor else result.numpy()
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Keep a model in eval mode for a while, and leave the mode of every module as it was found.
+    """Keep a model in eval mode inside a `with` block, then restore the mode of every module.
 
-    Only the modules that train are touched, one by one: `train()` walks over all of them, and would put what somebody
-    has set to eval mode, such as the BatchNorm of a frozen tower, into train mode. Threads that share a model call its
-    `eval()` first: of several that find it in train mode, the first to end would put it back under the others.
-
-    Args:
-        model: any module.
+    Only modules in train mode are touched, one by one: `train()` would switch all of them, even those that somebody
+    has put in eval mode, such as the BatchNorm of a frozen tower. Threads that share a model must call its `eval()`
+    first: if several find it in train mode, the first to finish restores that under the others.
     """
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -90,28 +87,27 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _checked(inputs: Any, kinds: tuple[type, ...]) -> Iterator[Any]:
-    """Give the inputs one by one; what is no input ends it, at once where all of them are there already."""
+def _check_types(inputs: Any, kinds: tuple[type, ...]) -> Iterator[Any]:
+    """Return an iterator over the inputs that raises at one of the wrong type; a list is checked at once."""
     allowed = ", ".join(kind.__name__ for kind in kinds)
     try:
         items = iter(inputs)
     except TypeError:
         kind = type(inputs).__name__
-        raise ValueError(f"An input of type {kind} is not allowed; give {allowed}, or a list of these.") from None
+        raise ValueError(f"An input of type {kind} is not allowed; pass {allowed}, or a list of these.") from None
 
-    def check(number: int, item: Any) -> Any:
-        if not isinstance(item, kinds):
-            raise ValueError(f"Input number {number} is of type {type(item).__name__}; give {allowed}.")
-        return item
+    def check() -> Iterator[Any]:
+        for number, item in enumerate(items, start=1):
+            if not isinstance(item, kinds):
+                raise ValueError(f"Input number {number} is of type {type(item).__name__}; pass {allowed}.")
+            yield item
 
-    if isinstance(inputs, (list, tuple)):
-        items = iter([check(number, item) for number, item in enumerate(inputs, start=1)])
-    return (check(number, item) for number, item in enumerate(items, start=1))
+    return iter(list(check())) if isinstance(inputs, (list, tuple)) else check()
 
 
-def _check_whole(name: str, value: Any, most: int | None = None) -> int:
+def _check_whole(name: str, value: Any, maximum: int | None = None) -> int:
     is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or value < 1 or (most is not None and value > most):
-        end = "at least 1" if most is None else f"from 1 to {most}"
-        raise ValueError(f"{name}={value!r} is not allowed; use a whole number {end}.")
+    if not is_whole or value < 1 or (maximum is not None and value > maximum):
+        allowed = "at least 1" if maximum is None else f"from 1 to {maximum}"
+        raise ValueError(f"{name}={value!r} is not allowed; use a whole number {allowed}.")
     return value

@@ -1,7 +1,7 @@
-"""Open an image from anything that may hold one, or say why not: the one place where images are read.
+"""Open an image from any source, or raise with the reason: all images are read here.
 
-Content decides what an image is, never its name, and only the formats listed here are tried. Whatever comes in,
-reading one image takes at most `MAX_MEMORY`, and raises nothing but `ImageError` for what cannot be used.
+Content decides what an image is, never its name, and only the formats in `FORMATS` are tried. Whatever the source
+holds, reading one image takes at most `MAX_MEMORY`, and an unusable image raises nothing but `ImageError`.
 """
 
 import io
@@ -15,31 +15,29 @@ from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 
-# Named one by one, since some of Pillow's other formats start programs (EPS) or have no signature, so that any file
-# may pass for one. HEIF is there once `pillow_heif` has registered it.
+# Listed one by one: some of Pillow's other formats start programs (EPS), or have no signature, so that any file passes
+# for one. HEIF is available once `pillow_heif` has registered it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "HEIF")
 ADDRESSES = ("http://", "https://")
 
 MAX_PIXELS = 100_000_000
-MAX_BYTES = 320 * 2**20  # of a file, which the formats' own metadata can make any decoder read twice: 100 megapixels
-MAX_SLOW_PIXELS = 5_000_000  # of what Pillow decodes in Python, at a megapixel a second
+MAX_BYTES = 320 * 2**20  # per file: 100 megapixels uncompressed; metadata can make a decoder read a whole file twice
+MAX_SLOW_PIXELS = 5_000_000  # for what Pillow decodes in Python, at a megapixel a second
 MAX_ASPECT_RATIO = 100  # resizing the shorter edge to 224 makes 5 megapixels of 1:100, and a gigapixel of 1:20,000
-MAX_MEMORY = 2**30  # bytes that one image may take, until the processor has made `pixel_values` of it
-# Processors take up to 20 bytes a pixel, so larger images are halved while they are decoded.
-MAX_WHOLE_PIXELS = 50_000_000
-# Bytes that decoding a pixel takes at the most, of formats that Pillow cannot decode row by row: see
-# benchmarks/images.py. Pillow's own image takes 4.
+MAX_MEMORY = 2**30  # bytes per image, from opening it until the processor has made `pixel_values`
+MAX_WHOLE_PIXELS = 50_000_000  # larger images are halved while decoding: processors take up to 20 bytes per pixel
+# Upper bounds on the bytes per pixel that decoding takes, for formats that Pillow cannot decode row by row; measured
+# by benchmarks/images.py. Pillow's own image takes 4.
 BYTES_PER_PIXEL = {"WEBP": 17, "AVIF": 18, "HEIF": 18, "JPEG2000": 25, "TIFF": 5}
-READ_WHOLE = ("WEBP", "AVIF", "HEIF")  # the whole file is in memory too
-TIFF_ROWS, TIFF_TILE_WIDTH, TIFF_TILE_ROWS, TIFF_SAMPLES, TIFF_BITS = 278, 322, 323, 277, 258  # tags
-STRIP_PIXELS = 2**20  # that are converted at once
+READ_WHOLE = ("WEBP", "AVIF", "HEIF")  # formats whose decoders hold the whole file in memory as well
+STRIP_PIXELS = 2**20  # converted at once
 
 MAX_ADDRESS_BYTES = 64 * 2**20
 ADDRESS_TIMEOUT_S = 60.0  # from the request to the last byte
 READ_TIMEOUT_S = 10.0  # without any byte
 
-# What EXIF's orientations want to be turned by (CIPA DC-008, section 4.6.4).
-TURNS = {
+# What makes each EXIF orientation upright (CIPA DC-008, section 4.6.4).
+TRANSPOSE_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -51,17 +49,17 @@ TURNS = {
 
 
 class ImageError(ValueError):
-    """An image cannot be used; of `read_image` the message is the reason in one clause, without a file name.
+    """An image cannot be used. From `read_image`, the message is the reason as one clause, without a file name.
 
     Attributes:
-        is_too_large: whether the reason is a limit of bytes, pixels or memory.
+        is_too_large: whether the reason is a limit on bytes, pixels or memory.
     """
 
     is_too_large = False
 
 
 class ImageTooLargeError(ImageError):
-    """An image is over a limit of bytes, pixels or memory."""
+    """An image exceeds a limit on bytes, pixels or memory."""
 
     is_too_large = True
 
@@ -78,82 +76,77 @@ def read_image(
 
     Args:
         source: an encoded image as bytes; a path or an http(s) address, where allowed; a row of a
-            `datasets.Image(decode=False)` column (`{"bytes": ..., "path": ...}`); or a Pillow image. Of an animation
-            the first frame is read; of a Pillow image the frame it stands at.
-        allow_paths: open a path. Leave this off for what comes from strangers.
-        allow_addresses: fetch an address, within `MAX_ADDRESS_BYTES` and `ADDRESS_TIMEOUT_S`. The same holds.
-        formats: the formats to try, some of `FORMATS`.
-        max_pixels: refuse more, before they are decoded.
+            `datasets.Image(decode=False)` column (`{"bytes": ..., "path": ...}`); or a Pillow image. Of an animated
+            file the first frame is read, of a Pillow image the current frame.
+        allow_paths: open a path. Turn this off for untrusted input.
+        allow_addresses: fetch an address, within `MAX_ADDRESS_BYTES` and `ADDRESS_TIMEOUT_S`. Leave this off for
+            untrusted input.
+        formats: the formats to try, a subset of `FORMATS`.
+        max_pixels: refuse images with more pixels, before decoding them.
 
     Returns:
-        A decoded image of mode "RGB", with no file behind it. One of over `MAX_WHOLE_PIXELS` has half its width and
-        height, and so has a JPEG 2000 image that would take more than `MAX_MEMORY` whole.
+        A decoded image of mode "RGB", with no file behind it. Width and height are halved for an image of over
+        `MAX_WHOLE_PIXELS`, and for a JPEG 2000 image that would otherwise take more than `MAX_MEMORY`.
 
     Raises:
-        ImageError: it is missing, no regular file, empty, no image, truncated or damaged, would take more than
-            `MAX_MEMORY`, has over `max_pixels` pixels, is over `MAX_ASPECT_RATIO` times as long as wide, or has pixels
-            of a kind whose range nothing tells.
-        TypeError: `source` is none of these.
+        ImageError: the image is missing, not a regular file, empty, of another format, truncated or damaged; would
+            take more than `MAX_MEMORY`; has over `max_pixels` pixels; is over `MAX_ASPECT_RATIO` times as long as
+            wide; or has 32-bit pixels, whose range is unknown.
+        TypeError: `source` is none of these types.
     """
-    with _opened(source, allow_paths, allow_addresses, formats, max_pixels) as image:
+    with _open(source, allow_paths, allow_addresses, formats, max_pixels) as image:
         if image is not source:
             _choose_scale(image, MAX_WHOLE_PIXELS, divisor=2)
         return _decode(image, max_pixels)
 
 
-def read_named(source: Any, name: str, **allowed: Any) -> Image.Image:
-    """Read one image of many, so that an error says which.
+def read_named(source: Any, name: str, **options: Any) -> Image.Image:
+    """Read an image as `read_image` does, with its path, address or name in the error message.
 
     Args:
         source: as in `read_image`.
-        name: stands for an image that has neither path nor address.
-        **allowed: as in `read_image`.
+        name: identifies the image if it has neither path nor address.
+        **options: as in `read_image`.
 
     Returns:
-        The image, as `read_image` gives it.
+        The image, as from `read_image`.
 
     Raises:
-        ImageError: it cannot be read; the message is its path, address or name, and the reason.
+        ImageError: the image cannot be read.
     """
     try:
-        return read_image(source, **allowed)
+        return read_image(source, **options)
     except ImageError as error:
-        place = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", source)
-        has_place = isinstance(place, (str, os.PathLike)) and os.fspath(place)
-        raise type(error)(f"{place if has_place else name}: {error}") from error
+        path = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", source)
+        has_path = isinstance(path, (str, os.PathLike)) and os.fspath(path)
+        raise type(error)(f"{path if has_path else name}: {error}") from error
 
 
-def image_size(source: Any, **allowed: Any) -> tuple[int, int]:
-    """Look up an image's width and height without decoding it.
+def image_size(source: Any, **options: Any) -> tuple[int, int]:
+    """Return an image's width and height in pixels, without decoding it and before its orientation is applied.
 
     Args:
         source: as in `read_image`.
-        **allowed: as in `read_image`.
-
-    Returns:
-        Width and height in pixels, before it is turned upright.
+        **options: as in `read_image`.
 
     Raises:
-        ImageError: it cannot be opened, or is over a limit; what only decoding shows is not found.
+        ImageError: the image cannot be opened or exceeds a limit; faults that only decoding reveals are not found.
     """
-    with _opened(source, **allowed) as image:
+    with _open(source, **options) as image:
         width, height = image.size
         return width, height
 
 
 def find_fault(source: Any) -> str | None:
-    """Find out why `read_image` would refuse an image.
+    """Return why `read_image` would refuse an image, or None if it can be read.
 
     JPEGs are decoded at an eighth of their size, which finds truncation just as well in a fraction of the time.
 
     Args:
-        source: as in `read_image`; a path is opened, an address is not.
-
-    Returns:
-        The reason, or None where the image can be read.
+        source: as in `read_image`; paths are opened, addresses are not fetched.
     """
     try:
-        with _opened(source) as image:
+        with _open(source) as image:
             if image is not source:
                 _choose_scale(image, 0, divisor=8)
             _decode(image, MAX_PIXELS)
@@ -162,48 +155,41 @@ def find_fault(source: Any) -> str | None:
     return None
 
 
-def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as people see it: upright, opaque, three 8-bit channels.
+def convert_to_rgb(image: Image.Image, factor: int = 1) -> Image.Image:
+    """Return a copy of an image as people see it: upright, opaque, three 8-bit channels.
 
-    Pillow's own `convert("RGB")` ignores the EXIF orientation, drops alpha (what was transparent shows whatever color
-    lies beneath it, mostly black) and clips 16-bit grays to white.
+    Pillow's own `convert("RGB")` ignores the EXIF orientation, drops alpha (transparent pixels show whatever color
+    lies beneath, mostly black) and clips 16-bit grays to white.
 
     Args:
-        image: any Pillow image, which stays as it is; of an animation the current frame is taken.
+        image: any Pillow image; of an animation the current frame is used.
+        factor: divide width and height by this number, rounding up.
 
     Returns:
-        A new image of mode "RGB": orientation applied, alpha over white, 16-bit scaled to 8.
+        A new image of mode "RGB": orientation applied, alpha over white, 16-bit values scaled to 8.
     """
-    return _convert(image, factor=1)
-
-
-def _convert(image: Image.Image, factor: int) -> Image.Image:
-    """Convert strip by strip, since each step makes a copy; on the way divide width and height by `factor`."""
     image.load()  # a truncated file fails here
-    turn = _find_turn(image)
+    try:
+        transpose = TRANSPOSE_BY_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data raises errors of all kinds, and says nothing against the pixels
+        transpose = None
     result = image
     if image.mode != "RGB" or image.has_transparency_data or factor > 1:
         width, height = image.size
+        # In strips, because every step makes a copy.
         num_rows = max(STRIP_PIXELS // width // factor, 1) * factor
         result = Image.new("RGB", (-(-width // factor), -(-height // factor)))
         for top in range(0, height, num_rows):
             strip = _make_opaque(image.crop((0, top, width, min(top + num_rows, height))))
             result.paste(strip.reduce(factor) if factor > 1 else strip, (0, top // factor))
-    if turn is not None:
-        result = result.transpose(turn)
-        result.info = {}  # it would be turned again
+    if transpose is not None:
+        result = result.transpose(transpose)
+        result.info = {}  # the orientation in it would be applied again
     return result.copy() if result is image else result
 
 
-def _find_turn(image: Image.Image) -> Image.Transpose | None:
-    try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF data raises all kinds of errors, and says nothing against the pixels
-        return None
-
-
 def _make_opaque(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # I;16 and its byte orders, or the 32-bit I that 16-bit PNGs become
+    if image.mode.startswith("I"):  # I;16 in either byte order, or the 32-bit I that Pillow makes of 16-bit PNGs
         image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")  # Pillow truncates
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -212,7 +198,7 @@ def _make_opaque(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(
+def _open(
     source: Any,
     allow_paths: bool = True,
     allow_addresses: bool = False,
@@ -248,37 +234,49 @@ def _opened(
 
 
 def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait forever
+        raise ImageError("is not a file")
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
-            raise ImageError("is not a file")
         return open(path, "rb")
     except FileNotFoundError:
         raise ImageError("does not exist") from None
-    except ImageError:
-        raise
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise ImageError(f"cannot be opened ({getattr(error, 'strerror', None) or error})") from None
 
 
+class _Connector(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens http and https connections and keeps them, so that another thread can shut them down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connections: list[Any] = []
+
+    def do_open(self, http_class: Any, *args: Any, **kwargs: Any) -> Any:
+        def connect(*args: Any, **kwargs: Any) -> Any:
+            self.connections.append(http_class(*args, **kwargs))
+            return self.connections[-1]
+
+        return super().do_open(connect, *args, **kwargs)
+
+
 def _fetch(address: str) -> bytes:
-    """Fetch an address in a thread, since no timeout of a socket ends what arrives byte by byte."""
+    """Fetch an address in a thread, because no socket timeout ends a response that arrives byte by byte."""
+    connector, is_over = _Connector(), threading.Event()
     outcome: list[Any] = []
-    connections: list[Any] = []
-    is_over = threading.Event()
 
     def work() -> None:
         try:
-            outcome.append(_read_address(address, connections, is_over))
-        except Exception as error:  # a malformed address and a broken answer raise nearly anything
+            outcome.append(_read_address(address, connector, is_over))
+        except Exception as error:  # malformed addresses and broken responses raise nearly anything
             outcome.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(ADDRESS_TIMEOUT_S)
     if thread.is_alive():
-        is_over.set()
-        for connection in connections:  # so that the thread does not wait for the rest of a header
-            with suppress(OSError, AttributeError):  # it is not there yet, or has been left to the body
+        is_over.set()  # ends the reading of a body
+        for connection in connector.connections:  # ends the reading of a header
+            with suppress(OSError, AttributeError):  # there is no socket before the header, nor during the body
                 connection.sock.shutdown(socket.SHUT_RDWR)
         raise ImageError(f"did not arrive within {ADDRESS_TIMEOUT_S:g} seconds")
     (result,) = outcome
@@ -289,52 +287,28 @@ def _fetch(address: str) -> bytes:
     return result
 
 
-class _Kept:
-    """Keeps the connections of one of urllib's handlers, so that another thread can end them."""
-
-    connections: list[Any]
-
-    def do_open(self, http_class: Any, *args: Any, **kwargs: Any) -> Any:
-        def connect(*args: Any, **kwargs: Any) -> Any:
-            self.connections.append(http_class(*args, **kwargs))
-            return self.connections[-1]
-
-        return super().do_open(connect, *args, **kwargs)  # type: ignore[misc]
-
-
-class _Http(_Kept, urllib.request.HTTPHandler):
-    pass
-
-
-class _Https(_Kept, urllib.request.HTTPSHandler):
-    pass
-
-
-def _read_address(address: str, connections: list[Any], is_over: threading.Event) -> bytes:
-    """Read an address to its end, or to where it is over the limit or `is_over`; list its connections on the way."""
-    fetcher = urllib.request.OpenerDirector()
+def _read_address(address: str, connector: _Connector, is_over: threading.Event) -> bytes:
+    """Read an address to its end, or until it exceeds the limit or `is_over` is set."""
+    opener = urllib.request.OpenerDirector()  # build_opener() would follow redirects to ftp as well
     for handler in (
+        connector,
         urllib.request.ProxyHandler(),
-        _Http(),
-        _Https(),
         urllib.request.HTTPRedirectHandler(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.UnknownHandler(),  # where a redirect leads to another protocol
+        urllib.request.UnknownHandler(),  # refuses a redirect to another protocol
     ):
-        if isinstance(handler, _Kept):
-            handler.connections = connections
-        fetcher.add_handler(handler)
+        opener.add_handler(handler)
     request = urllib.request.Request(address, headers={"User-Agent": "clipmini"})
     content = bytearray()
-    with fetcher.open(request, timeout=READ_TIMEOUT_S) as response:
+    with opener.open(request, timeout=READ_TIMEOUT_S) as response:
         while len(content) <= MAX_ADDRESS_BYTES and not is_over.is_set() and (part := response.read1(2**16)):
             content += part
     return bytes(content)
 
 
 def _identify(stream: BinaryIO, formats: Sequence[str]) -> Image.Image:
-    """Do `Image.open`'s work for some formats, without its warning, which could only be silenced for all threads."""
+    """Do what `Image.open` does, without its size warning, which can only be silenced for all threads at once."""
     Image.init()
     try:
         prefix = stream.read(16)
@@ -371,24 +345,25 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def _check_memory(image: Image.Image, stream: BinaryIO) -> None:
-    """Refuse what can only be decoded whole and would take too much memory then."""
+    """Refuse images that can only be decoded whole and would then take too much memory or time."""
+    num_pixels = image.width * image.height
     tile = getattr(image, "tile", None)
-    if tile and tile[0][0] in ("ppm", "ppm_plain") and image.width * image.height > MAX_SLOW_PIXELS:
+    if tile and tile[0][0] in ("ppm", "ppm_plain") and num_pixels > MAX_SLOW_PIXELS:
         raise ImageTooLargeError(
-            f"has {image.width * image.height / 1e6:.1f} megapixels, over the limit of {MAX_SLOW_PIXELS / 1e6:g} for "
-            "this kind of PPM; save it as PNG"
+            f"has {num_pixels / 1e6:.1f} megapixels, over the limit of {MAX_SLOW_PIXELS / 1e6:g} for this kind of "
+            "PPM; save it as PNG"
         )
-    if image.format not in BYTES_PER_PIXEL or image.format == "JPEG2000":
+    if image.format not in BYTES_PER_PIXEL or image.format == "JPEG2000":  # which can be halved while decoding
         return
-    needed = image.width * image.height * BYTES_PER_PIXEL[image.format]
+    needed = num_pixels * BYTES_PER_PIXEL[image.format]
     if image.format in READ_WHOLE:
-        place = stream.tell()
+        position = stream.tell()
         needed += stream.seek(0, os.SEEK_END)
-        stream.seek(place)
+        stream.seek(position)
     elif image.format == "TIFF":
         needed += _largest_tiff_part(image)
         if isinstance(stream, io.BytesIO):
-            needed += stream.getbuffer().nbytes  # Pillow hands a copy on
+            needed += stream.getbuffer().nbytes  # Pillow passes a copy to the decoder
     if needed > MAX_MEMORY:
         raise ImageTooLargeError(
             f"would take {needed / 2**30:.1f} GiB of memory as {image.format}, over the limit of "
@@ -396,17 +371,8 @@ def _check_memory(image: Image.Image, stream: BinaryIO) -> None:
         )
 
 
-def _choose_scale(image: Image.Image, most_pixels: int, divisor: int) -> None:
-    """Let an image be decoded at less than its size, where its format can and the limits demand it."""
-    width, height = image.size
-    if image.format in ("JPEG", "MPO") and width * height > most_pixels:
-        image.draft(None, (max(1, width // divisor), max(1, height // divisor)))
-    elif image.format == "JPEG2000" and width * height * BYTES_PER_PIXEL["JPEG2000"] > MAX_MEMORY:
-        image.reduce = 1  # type: ignore[method-assign, assignment]  # the plugin's way of saying: at half its size
-
-
 def _largest_tiff_part(image: Image.Image) -> int:
-    """Compute the bytes of a strip or tile, each of which is unpacked whole; a tile may be larger than its image."""
+    """Return the bytes of a strip or tile. Each is unpacked whole, and a tile may be larger than its image."""
     tags: Any = image.tag_v2  # type: ignore[attr-defined]
 
     def number(tag: int, default: int) -> int:
@@ -414,34 +380,40 @@ def _largest_tiff_part(image: Image.Image) -> int:
         return int(max(value) if isinstance(value, tuple) else value)
 
     try:
-        pixels = image.width * min(number(TIFF_ROWS, image.height), image.height)
-        if TIFF_TILE_WIDTH in tags:
-            pixels = number(TIFF_TILE_WIDTH, 0) * number(TIFF_TILE_ROWS, 0)
-        return pixels * number(TIFF_SAMPLES, 1) * number(TIFF_BITS, 1) // 8
+        num_pixels = image.width * min(number(ExifTags.Base.RowsPerStrip, image.height), image.height)
+        if ExifTags.Base.TileWidth in tags:
+            num_pixels = number(ExifTags.Base.TileWidth, 0) * number(ExifTags.Base.TileLength, 0)
+        bits_per_pixel = number(ExifTags.Base.SamplesPerPixel, 1) * number(ExifTags.Base.BitsPerSample, 1)
+        return num_pixels * bits_per_pixel // 8
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ImageError(_describe(error)) from error
+
+
+def _choose_scale(image: Image.Image, max_pixels: int, divisor: int) -> None:
+    """Have an image decoded at a fraction of its size, where its format can and it is over a limit."""
+    width, height = image.size
+    if image.format in ("JPEG", "MPO") and width * height > max_pixels:
+        image.draft(None, (max(1, width // divisor), max(1, height // divisor)))
+    elif image.format == "JPEG2000" and width * height * BYTES_PER_PIXEL["JPEG2000"] > MAX_MEMORY:
+        image.reduce = 1  # type: ignore[method-assign, assignment]  # for this plugin: one halving
 
 
 def _decode(image: Image.Image, max_pixels: int) -> Image.Image:
     try:
         image.load()
-        _check_size(image, max_pixels)  # again, since an icon tells the size of what is in it only now
-        is_wide = image.mode == "F" or (image.mode == "I" and not _is_16_bit(image))
-        result = None if is_wide else _convert(image, 2 if image.width * image.height > MAX_WHOLE_PIXELS else 1)
+        _check_size(image, max_pixels)  # again: an icon reveals the size of the image inside only now
+        if image.mode == "F" or (image.mode == "I" and not _is_16_bit(image)):
+            raise ImageError(f"has 32-bit pixels (mode {image.mode}), whose range is unknown")
+        return convert_to_rgb(image, 2 if image.width * image.height > MAX_WHOLE_PIXELS else 1)
     except ImageError:
         raise
-    except (
-        Exception
-    ) as error:  # Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error, MemoryError
+    except Exception as error:  # Pillow's plugins raise nearly anything: SyntaxError, struct.error, MemoryError
         if getattr(image, "_reduce", 0):
             raise ImageTooLargeError(
                 "would take over 1 GiB of memory as JPEG2000, and cannot be halved while it is decoded "
                 f"({' '.join(str(error).split())}); save it smaller, or as JPEG"
             ) from error
         raise ImageError(_describe(error)) from error
-    if result is None:
-        raise ImageError(f"has 32-bit pixels (mode {image.mode}), whose range nothing tells")
-    return result
 
 
 def _is_16_bit(image: Image.Image) -> bool:

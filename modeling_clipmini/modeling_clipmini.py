@@ -1,4 +1,7 @@
-"""The dual encoder: a timm image tower and a text tower, each with a projection, meeting in one vector space.
+"""The dual encoder: a timm vision tower and a text tower, each projected into one shared vector space.
+
+To understand CLIP, begin with `ClipMiniModel.forward`, then read `get_image_features` and `get_text_features`. The
+rest loads, freezes and saves.
 
 Shape letters used in the comments:
     B pairs, I images, T captions (I = T = B in training), L tokens of the longest caption,
@@ -8,7 +11,7 @@ Shape letters used in the comments:
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
@@ -54,32 +57,31 @@ AUTO_MAP = {
     "AutoProcessor": "processing_clipmini.ClipMiniProcessor",
 }
 
-
 TOWER_OPTIONS = ("output_hidden_states", "output_attentions", "return_dict")
-# What Trainer and the collators of others send on, which a contrastive model has no use for.
-PASSED_OVER = ("labels", "token_type_ids", "num_items_in_batch")
+# Trainer and other libraries' collators pass these along; a contrastive model has no use for them.
+IGNORED_ARGUMENTS = ("labels", "token_type_ids", "num_items_in_batch")
 
-# Where a model came from besides its name, so that its processor comes from there too. No token: every copy of the
-# model would carry it.
-PLACE_OPTIONS = ("revision", "subfolder", "cache_dir", "local_files_only")
+# Remembered when a model is loaded, so that its processor comes from the same source. The token is not: every copy of
+# the model would carry it.
+SOURCE_OPTIONS = ("revision", "subfolder", "cache_dir", "local_files_only")
 NO_PICKLES = (
-    "Weights are read from safetensors alone, since pickled ones can run code: ask their author for safetensors, or "
-    "convert them with https://huggingface.co/spaces/safetensors/convert."
+    "Only safetensors weights are loaded, because pickled weights can run code. Ask the author for safetensors, or "
+    "convert the weights with https://huggingface.co/spaces/safetensors/convert."
 )
 
 
 @dataclass
 class ClipMiniOutput(ModelOutput):
-    """What the dual encoder returns; fields that do not apply are None.
+    """Output of the dual encoder; fields that do not apply are None.
 
     Attributes:
         loss: scalar contrastive loss, at least 0.
-        logits_per_image: (I, T) scaled cosine similarities; a softmax over a row ranks the captions of an image.
-        logits_per_text: (T, I), its transpose.
+        logits_per_image: (I, T) scaled cosine similarities; a softmax over a row ranks the captions for one image.
+        logits_per_text: (T, I), the transpose.
         text_embeds: (T, D) caption embeddings of length 1.
         image_embeds: (I, D) image embeddings of length 1.
         text_model_output: the text tower's output; its `pooler_output` is the projection before normalization.
-        vision_model_output: the same of the vision tower.
+        vision_model_output: the same for the vision tower.
     """
 
     loss: Tensor | None = None
@@ -91,18 +93,18 @@ class ClipMiniOutput(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Return the fields that are set, nested outputs as tuples too."""
+        """Return the fields that are set, with nested outputs as tuples too."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 @dataclass
 class ClipMiniVisionOutput(ModelOutput):
-    """What the image half alone returns.
+    """Output of the image half alone.
 
     Attributes:
         image_embeds: (I, D) image embeddings of length 1.
-        last_hidden_state: the tower's last features, of the shape that its architecture has.
-        hidden_states: the feature maps of its stages, where asked for.
+        last_hidden_state: the tower's last features; their shape depends on the architecture.
+        hidden_states: the feature maps of the tower's stages, if requested.
     """
 
     image_embeds: Tensor | None = None
@@ -112,13 +114,13 @@ class ClipMiniVisionOutput(ModelOutput):
 
 @dataclass
 class ClipMiniTextOutput(ModelOutput):
-    """What the caption half alone returns.
+    """Output of the caption half alone.
 
     Attributes:
         text_embeds: (T, D) caption embeddings of length 1.
-        last_hidden_state: (T, L, W) the tower's last token states.
-        hidden_states: the same of all its layers, where asked for.
-        attentions: the attention weights of all its layers, where asked for.
+        last_hidden_state: (T, L, W) token states of the tower's last layer.
+        hidden_states: token states of every layer, if requested.
+        attentions: attention weights of every layer, if requested.
     """
 
     text_embeds: Tensor | None = None
@@ -144,11 +146,11 @@ class ClipMiniProjection(nn.Module):
 
 
 class ClipMiniPreTrainedModel(PreTrainedModel):
-    """Weights, saving and the two towers' gradient checkpointing, common to the dual encoder and its halves.
+    """Loading, saving and freezing shared by the dual encoder and its two halves.
 
     Attributes:
-        processor: the model's `ClipMiniProcessor`, read from where the model came from when it is first asked for; it
-            can be set. `encode_image` and `encode_text` use it.
+        processor: the model's `ClipMiniProcessor`, which `encode_image` and `encode_text` use. On first access it is
+            loaded from the model's own source; it can also be set.
     """
 
     config: ClipMiniConfig
@@ -160,54 +162,52 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer must not rescale it by item counts
     _supports_sdpa = True
     _batch_norm_is_frozen = False
-    _place: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+    _source_options: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Load as `PreTrainedModel.from_pretrained` does, but from safetensors alone.
+        """Load as `PreTrainedModel.from_pretrained` does, but only from safetensors.
 
         Raises:
-            ValueError: the weights are pickled, as `pytorch_model.bin` is, or missing.
+            ValueError: the weights are missing or pickled, as in `pytorch_model.bin`.
         """
-        loaded = load_safetensors(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded = _load_safetensors(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._place = {name: kwargs[name] for name in PLACE_OPTIONS if kwargs.get(name) is not None}
+        model._source_options = {name: kwargs[name] for name in SOURCE_OPTIONS if kwargs.get(name) is not None}
         return loaded
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refuse pickles where all ways of loading meet: an index of shards and an adapter can name them too."""
-        for file in checkpoint_files or ():
-            if not str(file).endswith(".safetensors"):
-                raise ValueError(f"{file} is not in safetensors. {NO_PICKLES}")
+        """Refuse pickles at the point that every load passes: a shard index or an adapter can name them too."""
+        _refuse_pickles(checkpoint_files or ())
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Read `processor` when it is first asked for. A property would be read by torch.jit too, which lists them."""
+        """Load `processor` on first access. It is no property, since torch.jit reads every property of a module."""
         if name != "processor":
             return super().__getattr__(name)
         remedy = "set one: model.processor = AutoProcessor.from_pretrained(...)"
         if not self.name_or_path:
             raise AttributeError(f"This model was not loaded from anywhere, so it knows no processor; {remedy}.")
-        place = dict(self._place)
+        options = dict(self._source_options)
         if commit := getattr(self.config, "_commit_hash", None):
-            place["revision"] = commit  # a branch may have moved on
+            options["revision"] = commit  # the branch may have moved on since the model was loaded
         try:
             self.processor = ClipMiniProcessor(
-                AutoImageProcessor.from_pretrained(self.name_or_path, **place),
-                # Given no config it would read one, and ask whether to trust the very code that is running.
-                AutoTokenizer.from_pretrained(self.name_or_path, config=self.config, **place),
+                AutoImageProcessor.from_pretrained(self.name_or_path, **options),
+                # Without a config it would load one, and ask whether to trust the very code that is running.
+                AutoTokenizer.from_pretrained(self.name_or_path, config=self.config, **options),
             )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split()).split(". ")[0]
-            raise AttributeError(f"{self.name_or_path} gives no processor ({reason}); {remedy}.") from error
+            raise AttributeError(f"{self.name_or_path} has no usable processor ({reason}); {remedy}.") from error
         return self.processor
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize our own heads; the towers bring their own `_init_weights`.
+        """Initialize the projections; the towers bring their own `_init_weights`.
 
-        `init` leaves alone what a checkpoint has filled. Linear layers start with standard deviation 1/sqrt(fan in),
-        as CLIP's projections do.
+        `init` skips whatever a checkpoint has filled. Linear layers start with standard deviation 1/sqrt(fan in), like
+        CLIP's projections.
         """
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
@@ -217,24 +217,24 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
-    def _tower_options(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Pick from further arguments of a call what towers take; without this their errors name methods of theirs."""
+    def _select_tower_options(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments that a tower takes; refuse unknown ones here, where the message can name this model."""
         for name, value in arguments.items():
-            if name not in (*TOWER_OPTIONS, *PASSED_OVER) and value is not None:  # peft sends all that it knows of
-                own = [own for own in inspect.signature(self.forward).parameters if own != "kwargs"]
-                raise TypeError(
-                    f"{type(self).__name__} takes no argument {name!r}; it takes {', '.join((*own, *TOWER_OPTIONS))}."
-                )
+            # peft passes every argument that it knows, mostly as None.
+            if name not in (*TOWER_OPTIONS, *IGNORED_ARGUMENTS) and value is not None:
+                parameters = [*inspect.signature(self.forward).parameters, *TOWER_OPTIONS]
+                known = ", ".join(parameter for parameter in parameters if parameter != "kwargs")
+                raise TypeError(f"{type(self).__name__} takes no argument {name!r}; it takes {known}.")
         return {name: value for name, value in arguments.items() if name in TOWER_OPTIONS}
 
-    def _projection(self, input_dim: int) -> nn.Module:
+    def _make_projection(self, input_dim: int) -> nn.Module:
         config = self.config
         if config.projection == "linear":
             return nn.Linear(input_dim, config.projection_dim, bias=False)
         return ClipMiniProjection(input_dim, config.projection_dim, config.projection_dropout)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Reach both towers: transformers sets flags on its own layers, timm has a switch of its own."""
+        """Set it in both towers: transformers sets flags on its own layers, timm has a switch of its own."""
         if hasattr(self, "text_model"):
             super()._set_gradient_checkpointing(enable, *args, **kwargs)
         vision_model: Any = getattr(self, "vision_model", None)
@@ -244,16 +244,16 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
                 vision_model.gradient_checkpointing = enable  # where transformers looks
             elif enable:
                 logger.warning(
-                    f"timm's {self.config.vision_config.architecture} has no gradient checkpointing: the vision tower "
-                    "keeps all its activations."
+                    f"timm's {self.config.vision_config.architecture} does not support gradient checkpointing: the "
+                    "vision tower keeps all its activations."
                 )
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as `PreTrainedModel` does, with all Auto classes in `auto_map`.
+        """Save as `PreTrainedModel` does, with every Auto class in `auto_map`.
 
-        transformers notes one Auto class per class. The zero-shot pipeline asks for another, which a half cannot be.
+        transformers records one Auto class per model. The zero-shot pipeline needs another, which a half cannot be.
         """
-        if self._auto_class is not None:  # is_remote_code() is younger than transformers 5.0
+        if self._auto_class is not None:  # is_remote_code() does not exist in transformers 5.0
             auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
             if not (hasattr(self, "vision_model") and hasattr(self, "text_model")):
                 del auto_map["AutoModelForZeroShotImageClassification"]
@@ -261,24 +261,24 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def freeze_batch_norm(self) -> None:
-        """Keep the BatchNorm statistics of the pretrained towers from now on; scale and shift go on learning.
+        """Stop updating the BatchNorm statistics of the pretrained towers; scale and shift still learn.
 
-        The statistics of a small batch, or of a chunk of one, are noise next to those that the tower was trained with.
+        The statistics of a small batch, or of a chunk of one, are noise next to those of the tower's own training.
         """
         self._batch_norm_is_frozen = True
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Set train or eval mode; what is frozen stays in eval mode.
+        """Set train or eval mode, but keep in eval mode whatever is frozen.
 
-        Otherwise a frozen tower would still drop units and, worse, move its BatchNorm statistics. Trainer calls this
-        at every step, so the rule has to live here.
+        Otherwise a frozen tower would still apply dropout and, worse, update its BatchNorm statistics. Trainer calls
+        `train()` at every step, so the rule has to live here.
         """
         super().train(mode)
         if not mode:
             return self
         for module in _frozen_modules(self):
-            module.training = False  # not `eval()`, which of the model itself would come back here
+            module.training = False  # not `eval()`: on the model itself that would call this method again
         if self._batch_norm_is_frozen:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
@@ -287,7 +287,7 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
 
 
 def _frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """List the modules that have parameters of which none is trained, with all that is in them."""
+    """Yield the modules whose parameters are all frozen, together with all their submodules."""
     parameters = list(module.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         yield from module.modules()
@@ -296,20 +296,17 @@ def _frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
             yield from _frozen_modules(child)
 
 
-def load_safetensors(load: Callable[..., Any], name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a `from_pretrained` so that it reads no pickled weights.
+def _refuse_pickles(files: Iterable[str]) -> None:
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"{file} is not a safetensors file. {NO_PICKLES}")
 
-    Args:
-        load: the method.
-        name_or_path: what to load.
-        *args: passed on.
-        **kwargs: passed on.
 
-    Returns:
-        What it returns.
+def _load_safetensors(load: Callable[..., Any], name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call `load`, a `from_pretrained` method, in such a way that it reads no pickled weights.
 
     Raises:
-        ValueError: the weights are pickled or missing, or pickled ones are asked for.
+        ValueError: the weights are missing or pickled, or pickled ones are asked for.
     """
     if kwargs.get("use_safetensors") is False:
         raise ValueError(f"use_safetensors=False is not allowed. {NO_PICKLES}")
@@ -317,9 +314,9 @@ def load_safetensors(load: Callable[..., Any], name_or_path: Any, *args: Any, **
     try:
         return load(name_or_path, *args, **kwargs)
     except OSError as error:
-        if SAFE_WEIGHTS_NAME not in str(error) or error.__cause__ is not None:  # which a broken connection is
+        if SAFE_WEIGHTS_NAME not in str(error) or error.__cause__ is not None:  # a broken connection has a cause
             raise
-        # Of an id on the Hub transformers says the same where there is no network.
+        # For a Hub id transformers raises the same error when there is no network.
         doubt = "" if os.path.isdir(name_or_path) else ", or the Hub cannot be reached"
         raise ValueError(f"{name_or_path} has no {SAFE_WEIGHTS_NAME}{doubt}. {NO_PICKLES}") from error
 
@@ -332,7 +329,7 @@ def normalize(features: Tensor) -> Tensor:
 class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
     """The image half: timm model, pooled output, projection."""
 
-    # The one opener, for what has a model but not its package: the handler of Inference Endpoints is a lone file.
+    # handler.py, which Inference Endpoints load as a lone file, has a model but cannot import its package.
     read_image = staticmethod(read_image)
     image_size = staticmethod(image_size)
 
@@ -341,49 +338,50 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         self.vision_model = TimmWrapperModel(config.vision_config)
         timm_model = self.vision_model.timm_model
         _refuse_shared_weights(timm_model, config)
-        if next(timm_model.parameters()).device.type != "meta":  # it is, where weights are to be loaded
-            # timm knows how to start its own models; transformers' one rule for all layers leaves some of them dead.
+        if next(timm_model.parameters()).device.type != "meta":  # on the meta device weights are about to be loaded
+            # transformers initializes all layers by one rule, which leaves some timm models dead; timm knows better.
             tower = config.vision_config
             fresh = timm.create_model(tower.architecture, num_classes=0, **(tower.model_args or {}))
             timm_model.load_state_dict(fresh.state_dict())
         if config.vision_embed_dim is None:
-            # Not num_features: after a head with a convolution of its own (MobileNetV3, GhostNet) that is too narrow.
+            # Not num_features: some heads (MobileNetV3, GhostNet) end in a wider convolution of their own.
             config.vision_embed_dim = timm_model.head_hidden_size + sum(_level_widths(timm_model, config))
         self.vision_dropout = nn.Dropout(config.vision_dropout)
-        self.visual_projection = self._projection(config.vision_embed_dim)
+        self.visual_projection = self._make_projection(config.vision_embed_dim)
 
     def freeze_vision_tower(self) -> None:
-        """Train nothing in the image tower (its projection stays trainable); it keeps to eval mode from now on."""
+        """Freeze the vision tower and keep it in eval mode; its projection stays trainable."""
         self.vision_model.requires_grad_(False)
         self.train(self.training)
 
     def pool_images(self, pixel_values: Tensor) -> Tensor:
-        """Run the vision tower alone: (I, 3, height, width) to (I, V), what `pooled_image` takes."""
-        features: Tensor = self._run_vision_tower(pixel_values)["pooler_output"]
-        return features
+        """Run only the vision tower: (I, 3, height, width) to (I, V), which `pooled_image` takes."""
+        pooled: Tensor = self._run_vision_tower(pixel_values)["pooler_output"]
+        return pooled
 
     def _run_vision_tower(
         self, pixel_values: Tensor | None, output_hidden_states: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Run the tower; `pooler_output` is (I, V), where wanted with the averages of `vision_levels` beside its own.
+        """Run the vision tower; `pooler_output` is (I, V) and includes the averaged maps of `vision_levels`, if any.
 
-        These parts are scaled to root mean square 1 each, since feature maps differ in size a hundredfold. Joining
-        stages goes back to hypercolumns (Hariharan et al. 2015, https://arxiv.org/abs/1411.5752).
+        Each part is then scaled to root mean square 1, since feature maps differ in size a hundredfold. Joining stages
+        goes back to hypercolumns (Hariharan et al. 2015, https://arxiv.org/abs/1411.5752).
         """
         levels = self.config.vision_levels
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        # timm gives every stage for True, and those of a list.
-        wanted = output_hidden_states or levels or None
-        outputs = self.vision_model(pixel_values=pixel_values, output_hidden_states=wanted, **kwargs)
-        features, maps = outputs.pooler_output.flatten(1), outputs.hidden_states
+        # timm returns all stages for True, and only the listed ones for a list.
+        outputs = self.vision_model(
+            pixel_values=pixel_values, output_hidden_states=output_hidden_states or levels or None, **kwargs
+        )
+        pooled, maps = outputs.pooler_output.flatten(1), outputs.hidden_states
         if levels:
-            chosen = [maps[level] for level in levels] if output_hidden_states else maps
-            parts = [features, *(stage.flatten(2).mean(dim=2) for stage in chosen)]
-            features = torch.cat([F.normalize(part, dim=1) * part.shape[1] ** 0.5 for part in parts], dim=1)
+            level_maps = [maps[level] for level in levels] if output_hidden_states else maps
+            parts = [pooled, *(level_map.flatten(2).mean(dim=2) for level_map in level_maps)]
+            pooled = torch.cat([F.normalize(part, dim=1) * part.shape[1] ** 0.5 for part in parts], dim=1)  # (I, V)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=features,
+            pooler_output=pooled,
             hidden_states=maps if output_hidden_states else None,
         )
 
@@ -395,9 +393,9 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
 
         Args:
             pixel_values: (I, 3, height, width), normalized as the processor does.
-            pooled_image: (I, V) pooled outputs of the vision tower that were computed earlier; the tower is skipped.
+            pooled_image: (I, V) outputs of `pool_images`, computed earlier; the tower is skipped.
             **kwargs: `output_hidden_states` and `return_dict`. `labels`, `token_type_ids` and `num_items_in_batch`,
-                which Trainer and the collators of others send, are passed over.
+                which Trainer and other libraries' collators pass along, are ignored.
 
         Returns:
             The tower's output; its `pooler_output` is the projection, (I, D), not yet of length 1.
@@ -405,16 +403,14 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         Raises:
             TypeError: there is no such argument.
         """
-        outputs = BaseModelOutputWithPooling(pooler_output=pooled_image)
-        options = self._tower_options(kwargs)
+        options = self._select_tower_options(kwargs)
+        options.pop("output_attentions", None)  # timm models have none
         if pooled_image is None:
-            options.pop("output_attentions", None)  # timm models give none
             outputs = self._run_vision_tower(pixel_values, **options)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.visual_projection(self.vision_dropout(outputs.pooler_output)),
-            hidden_states=outputs.hidden_states,
-        )
+        else:
+            outputs = BaseModelOutputWithPooling(pooler_output=pooled_image)
+        outputs.pooler_output = self.visual_projection(self.vision_dropout(outputs.pooler_output))  # (I, V) to (I, D)
+        return outputs
 
     def encode_image(
         self,
@@ -424,31 +420,31 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         convert_to_tensor: bool = False,
         truncate_dim: int | None = None,
     ) -> np.ndarray | Tensor:
-        """Embed images as they are, with the model's own processor.
+        """Embed raw images with the model's own processor.
 
         Args:
-            images: a Pillow image, a path or an http(s) address, or any iterable of these, which is read a batch at a
-                time, as `read_image` does: upright, what is transparent white, within limits.
-            batch_size: images per forward.
-            show_progress_bar: draw one, or not; None draws it for what takes over two seconds.
-            convert_to_tensor: give a tensor on the model's device rather than an array.
-            truncate_dim: keep the first so many dimensions, for models trained with such widths (Matryoshka).
+            images: a Pillow image, a path or an http(s) address, or any iterable of these, which is consumed one batch
+                at a time. Images are read as `read_image` does: upright, alpha over white, within its limits.
+            batch_size: images per forward pass.
+            show_progress_bar: whether to draw one; None draws it once the work has taken two seconds.
+            convert_to_tensor: return a tensor on the model's device instead of an array.
+            truncate_dim: keep only the first dimensions, for models trained with `matryoshka_dims`.
 
         Returns:
-            (I, D) or (I, truncate_dim) float32, rows of length 1; one row alone for one image that is not in a list.
+            (I, D) or (I, truncate_dim) float32, rows of length 1; a single row for one image outside a list.
 
         Raises:
             ValueError: an image cannot be read (the message names it), or an argument is out of range.
         """
 
-        def prepare(position: int, source: Any) -> Tensor:
-            image = read_named(source, f"image number {position + 1}", allow_addresses=True)
+        def prepare(index: int, source: Any) -> Tensor:  # a function, so that one decoded image is held at a time
+            image = read_named(source, f"image number {index + 1}", allow_addresses=True)
             pixel_values: Tensor = self.processor(images=[image])["pixel_values"]
             return pixel_values
 
         def embed(batch: list[tuple[int, Any]]) -> Tensor:
-            pixel_values = torch.cat([prepare(position, source) for position, source in batch])
-            # Convolutions run a quarter to a half faster so.
+            pixel_values = torch.cat([prepare(index, source) for index, source in batch])
+            # Channels last: convolutions run a quarter to a half faster.
             pixel_values = pixel_values.to(self.device, self.dtype, memory_format=torch.channels_last)
             return self.get_image_features(pixel_values, return_dict=True).pooler_output
 
@@ -462,17 +458,17 @@ def _refuse_shared_weights(timm_model: Any, config: ClipMiniConfig) -> None:
         if (first := names.setdefault(id(parameter), name)) != name:
             raise ValueError(
                 f"timm's {config.vision_config.architecture} cannot be the vision tower: its {first} and {name} are "
-                "one weight, and safetensors holds none under two names. Use another architecture."
+                "one weight, and safetensors stores no weight under two names. Use another architecture."
             )
 
 
 def _level_widths(timm_model: Any, config: ClipMiniConfig) -> list[int]:
-    """Look up how wide the feature maps of `vision_levels` are."""
+    """Return the number of channels of each stage in `vision_levels`."""
     if not config.vision_levels:
         return []
     name = config.vision_config.architecture
     if not hasattr(timm_model, "forward_intermediates"):
-        raise ValueError(f"vision_levels cannot be used: timm's {name} gives no feature maps; leave it out.")
+        raise ValueError(f"vision_levels cannot be used: timm's {name} returns no feature maps; leave it out.")
     widths = [stage["num_chs"] for stage in timm_model.feature_info]
     if config.vision_levels[-1] >= len(widths):
         raise ValueError(
@@ -487,8 +483,8 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
     def _add_text_tower(self) -> None:
         self.text_model = AutoModel.from_config(self.config.text_config)
         if hasattr(self.text_model, "pooler"):
-            self.text_model.pooler = None  # BERT's; pooling is ours, and unused it would never receive a gradient
-        self.text_projection = self._projection(self.config.text_config.hidden_size)
+            self.text_model.pooler = None  # BERT's would stay unused, since we pool ourselves, and get no gradient
+        self.text_projection = self._make_projection(self.config.text_config.hidden_size)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the text tower's word embeddings."""
@@ -499,28 +495,33 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def freeze_text_tower(self) -> None:
-        """Train nothing in the text tower (its projection stays trainable); it keeps to eval mode from now on."""
+        """Freeze the text tower and keep it in eval mode; its projection stays trainable."""
         self.text_model.requires_grad_(False)
         self.train(self.training)
 
-    def _pool_text(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Reduce (T, L, W) token states to (T, W): the first token, or the mean over tokens that are not padding.
+    def pool_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run only the text tower and pool its tokens: (T, L) to (T, W), which `pooled_text` takes."""
+        pooled: Tensor = self._run_text_tower(input_ids, attention_mask)["pooler_output"]
+        return pooled
 
-        DistilBERT has no pooler of its own. The mask matters: without it a caption's embedding would change with the
-        length of its neighbors in the batch.
-        """
-        if self.config.text_pooling == "cls":
-            return hidden[:, 0]
-        if attention_mask is None:
-            return hidden.mean(dim=1)
-        mask = attention_mask[:, :, None].to(hidden.dtype)  # (T, L, 1)
-        return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    def _run_text_tower(
+        self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Run the text tower; `pooler_output` is (T, W)."""
+        input_ids, attention_mask = self._cut_to_positions(input_ids, attention_mask)
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self._pool_text(outputs.last_hidden_state, attention_mask),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.get("attentions"),
+        )
 
     def _cut_to_positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Cut captions to the positions that the tower has; their closing token stays the last.
+        """Cut captions to the number of positions that the tower has, and keep their closing token as the last.
 
-        The processor has done so already; transformers' zero-shot pipeline pads its labels but does not cut them, and
-        one long label would crash the tower.
+        The processor has done so already. transformers' zero-shot pipeline, however, pads its labels without cutting
+        them, and one long label would crash the tower.
         """
         positions = self.config.max_text_tokens
         if positions is None or input_ids.shape[1] <= positions:
@@ -528,16 +529,24 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         logger.warning_once(f"A text of {input_ids.shape[1]} tokens was cut to the {positions} that the model reads.")
         if attention_mask is None:
             return torch.cat([input_ids[:, : positions - 1], input_ids[:, -1:]], dim=1), None
-        # Padding stands behind.
-        last = (attention_mask.sum(dim=1, keepdim=True) - 1).clamp(min=positions - 1)
-        closing = input_ids.gather(1, last)  # of a caption that fits, what stands in that place anyway
+        # Padding comes last, so the mask's sum tells where the closing token is. A caption that fits has none to move:
+        # it keeps the token that is in the last position anyway.
+        last = (attention_mask.sum(dim=1, keepdim=True) - 1).clamp(min=positions - 1)  # (T, 1)
+        closing = input_ids.gather(1, last)
         return torch.cat([input_ids[:, : positions - 1], closing], dim=1), attention_mask[:, :positions]
 
-    def pool_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Run the text tower alone and pool its tokens: (T, L) to (T, W), what `pooled_text` takes."""
-        input_ids, attention_mask = self._cut_to_positions(input_ids, attention_mask)
-        hidden = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return self._pool_text(hidden, attention_mask)
+    def _pool_text(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Reduce (T, L, W) token states to (T, W): the first token, or the mean over tokens that are not padding.
+
+        DistilBERT has no pooler of its own. The mask matters: without it a caption's embedding would depend on the
+        length of the other captions in the batch.
+        """
+        if self.config.text_pooling == "cls":
+            return hidden[:, 0]
+        if attention_mask is None:
+            return hidden.mean(dim=1)
+        mask = attention_mask[:, :, None].to(hidden.dtype)  # (T, L, 1)
+        return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
     @can_return_tuple
     def get_text_features(
@@ -550,9 +559,9 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         """Embed captions, before normalization.
 
         Args:
-            input_ids: (T, L) token ids; past the tower's last position they are cut.
+            input_ids: (T, L) token ids; captions longer than the tower can read are cut.
             attention_mask: (T, L), 1 for tokens and 0 for padding; None means no padding.
-            pooled_text: (T, W) pooled outputs of the text tower that were computed earlier; the tower is skipped.
+            pooled_text: (T, W) outputs of `pool_texts`, computed earlier; the tower is skipped.
             **kwargs: `output_hidden_states`, `output_attentions` and `return_dict`; others as in
                 `get_image_features`.
 
@@ -562,19 +571,13 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         Raises:
             TypeError: there is no such argument.
         """
-        options = self._tower_options(kwargs)
+        options = self._select_tower_options(kwargs)
         if pooled_text is None and input_ids is not None:
-            input_ids, attention_mask = self._cut_to_positions(input_ids, attention_mask)
-            outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **options)
-            pooled_text = self._pool_text(outputs.last_hidden_state, attention_mask)  # (T, W)
+            outputs = self._run_text_tower(input_ids, attention_mask, **options)
         else:
-            outputs = BaseModelOutputWithPooling()
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.text_projection(pooled_text),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.get("attentions"),
-        )
+            outputs = BaseModelOutputWithPooling(pooler_output=pooled_text)
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)  # (T, W) to (T, D)
+        return outputs
 
     def encode_text(
         self,
@@ -584,42 +587,38 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         convert_to_tensor: bool = False,
         truncate_dim: int | None = None,
     ) -> np.ndarray | Tensor:
-        """Embed captions as they are, with the model's own processor.
+        """Embed raw captions with the model's own processor.
 
         Args:
-            texts: a string or any iterable of strings, cut to what the model reads. Long ones go first, together, so
-                that little is padding; the result keeps the order given.
-            batch_size: captions per forward.
-            show_progress_bar: draw one, or not; None draws it for what takes over two seconds.
-            convert_to_tensor: give a tensor on the model's device rather than an array.
-            truncate_dim: keep the first so many dimensions, for models trained with such widths (Matryoshka).
+            texts: a string or any iterable of strings; what is longer than the model can read is cut. Captions of
+                similar length are batched together, the longest first, to save padding; the result keeps the order
+                given.
+            batch_size: captions per forward pass.
+            show_progress_bar: as in `encode_image`.
+            convert_to_tensor: as in `encode_image`.
+            truncate_dim: as in `encode_image`.
 
         Returns:
-            (T, D) or (T, truncate_dim) float32, rows of length 1; one row alone for a string that is not in a list.
+            (T, D) or (T, truncate_dim) float32, rows of length 1; a single row for one string outside a list.
 
         Raises:
-            ValueError: something is no string, or an argument is out of range.
+            ValueError: an input is not a string, or an argument is out of range.
         """
 
         def embed(batch: list[tuple[int, Any]]) -> Tensor:
             inputs = self.processor(text=[text for _, text in batch]).to(self.device)
             return self.get_text_features(**inputs, return_dict=True).pooler_output
 
+        def order(text: str) -> int:
+            return -len(text)
+
         return encode(
-            self,
-            texts,
-            (str,),
-            embed,
-            lambda text: -len(text),
-            batch_size,
-            show_progress_bar,
-            convert_to_tensor,
-            truncate_dim,
+            self, texts, (str,), embed, order, batch_size, show_progress_bar, convert_to_tensor, truncate_dim
         )
 
 
 class ClipMiniVisionModel(ClipMiniVisionHalf):
-    """The image half alone; loads from a whole checkpoint and reads none of the text tower's weights."""
+    """The image half alone. It loads from a whole checkpoint without reading the text tower's weights."""
 
     main_input_name = "pixel_values"
     input_modalities = ["image"]  # noqa: RUF012
@@ -632,7 +631,7 @@ class ClipMiniVisionModel(ClipMiniVisionHalf):
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> ClipMiniVisionOutput:
-        """Embed `pixel_values` (I, 3, height, width); `image_embeds` of the output is (I, D), of length 1."""
+        """Embed `pixel_values`, (I, 3, height, width), as `image_embeds`, (I, D) of length 1."""
         outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
         return ClipMiniVisionOutput(
             image_embeds=normalize(outputs.pooler_output),
@@ -642,7 +641,7 @@ class ClipMiniVisionModel(ClipMiniVisionHalf):
 
 
 class ClipMiniTextModel(ClipMiniTextHalf):
-    """The caption half alone; loads from a whole checkpoint and reads none of the vision tower's weights."""
+    """The caption half alone. It loads from a whole checkpoint without reading the vision tower's weights."""
 
     main_input_name = "input_ids"
     input_modalities = ["text"]  # noqa: RUF012
@@ -655,7 +654,7 @@ class ClipMiniTextModel(ClipMiniTextHalf):
 
     @can_return_tuple
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> ClipMiniTextOutput:
-        """Embed captions, (T, L) token ids; `text_embeds` of the output is (T, D), of length 1."""
+        """Embed the captions in `input_ids`, (T, L), as `text_embeds`, (T, D) of length 1."""
         outputs = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
         return ClipMiniTextOutput(
             text_embeds=normalize(outputs.pooler_output),
@@ -674,7 +673,7 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
         super().__init__(config)
         self._add_vision_tower()
         self._add_text_tower()
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))  # its logarithm, as in CLIP
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))  # the logarithm, as in CLIP
         has_bias = config.loss == "sigmoid"
         self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value)) if has_bias else None
         self.post_init()
@@ -687,11 +686,11 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
                 init.constant_(self.logit_bias, self.config.logit_bias_init_value)
 
     def get_logit_scale(self) -> Tensor:
-        """Return the logit scale itself, the inverse temperature: a scalar in (0, logit_scale_max]."""
+        """Return the logit scale itself, which is the inverse temperature: a scalar in (0, logit_scale_max]."""
         log_max = math.log(self.config.logit_scale_max)
         if not self.training:
             return self.logit_scale.clamp(max=log_max).exp()
-        # Clip the parameter itself, as CLIP does: past the limit `clamp` alone has no gradient to return by.
+        # Clip the parameter itself, as CLIP does: past the limit, `clamp` would pass no gradient to bring it back.
         with torch.no_grad():
             self.logit_scale.clamp_(max=log_max)
         return self.logit_scale.exp()
@@ -715,28 +714,28 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
             input_ids: (T, L) token ids, or None for images alone.
             pixel_values: (I, 3, height, width), normalized as the processor does, or None for captions alone.
             attention_mask: (T, L), 1 for tokens and 0 for padding.
-            image_ids: (B,) integers saying which image each pair is of; pairs that share an id are positives of each
-                other in the loss. None: each pair is its own.
-            return_loss: give the loss where there are as many images as captions, row i of both being pair i. True by
-                default, since Trainer looks at the default to know that the model has one.
-            return_logits: compare images and captions. Without it there are embeddings alone: of a large batch the
-                (I, T) logits would take more memory than all else.
-            pooled_image: (I, V) pooled outputs of the vision tower in place of `pixel_values`.
-            pooled_text: (T, W) pooled outputs of the text tower in place of `input_ids`.
+            image_ids: (B,) integers that say which image each pair shows; pairs with the same id are positives of each
+                other in the loss. None means that every pair shows an image of its own.
+            return_loss: compute the loss if there are as many images as captions, row i of both being pair i. True by
+                default, because Trainer infers from the default whether a model has a loss.
+            return_logits: compare images and captions. If False, only embeddings are returned: for a large batch the
+                (I, T) logits would take more memory than everything else.
+            pooled_image: (I, V) outputs of `pool_images`, in place of `pixel_values`.
+            pooled_text: (T, W) outputs of `pool_texts`, in place of `input_ids`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. `labels`, `token_type_ids` and
-                `num_items_in_batch`, which Trainer and the collators of others send, are passed over.
+                `num_items_in_batch`, which Trainer and other libraries' collators pass along, are ignored.
 
         Returns:
-            ClipMiniOutput; with one side only, that side's embeddings and no logits.
+            ClipMiniOutput; given only images or only captions, their embeddings without logits.
 
         Raises:
             TypeError: there is no such argument.
-            ValueError: neither side is given, or `image_ids` does not name one image per pair.
+            ValueError: there are neither images nor captions, or `image_ids` is not one id per pair.
         """
         has_image = pixel_values is not None or pooled_image is not None
         has_text = input_ids is not None or pooled_text is not None
         if not has_image and not has_text:
-            raise ValueError("There is nothing to embed: give pixel_values, input_ids or both.")
+            raise ValueError("There is nothing to embed: pass pixel_values, input_ids or both.")
         vision_output = text_output = images = texts = logits = loss = None
         if has_image:
             vision_output = self.get_image_features(pixel_values, pooled_image, return_dict=True, **kwargs)
@@ -772,7 +771,7 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
         text_kwargs: dict[str, Any] | None = None,
         **config: Any,
     ) -> "ClipMiniModel":
-        """Join two pretrained towers; the projections and the temperature are new and want training.
+        """Join two pretrained towers; the projections and the temperature are new and must be trained.
 
         Args:
             vision_model_name_or_path: a timm model: Hub id ("timm/resnet50.a1_in1k") or local folder.
@@ -782,7 +781,7 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
             **config: fields of [`ClipMiniConfig`]: `projection_dim`, `loss`, ...
 
         Returns:
-            The model, in eval mode, with every pretrained weight kept, in float32.
+            The model, in eval mode and float32, with every pretrained weight unchanged.
 
         Raises:
             ValueError: the vision tower is not a timm model, a checkpoint lacks weights of its tower, or the config
@@ -804,7 +803,7 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
             "vision_model": _load_tower(TimmWrapperModel, vision_model_name_or_path, vision_kwargs),
             "text_model": _load_tower(AutoModel, text_model_name_or_path, text_kwargs),
         }
-        # Put in whole, after construction: `post_init` initializes what it finds during it.
+        # Set after construction, since `post_init` would have initialized them anew.
         for name, tower in towers.items():
             setattr(model, name, tower)
         if hasattr(model.text_model, "pooler"):
@@ -813,24 +812,23 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
 
 
 def _load_tower(auto_class: Any, path: str, options: dict[str, Any]) -> nn.Module:
-    """Load a pretrained tower in float32, from safetensors, and see that the checkpoint held all of it."""
+    """Load a pretrained tower in float32 from safetensors, and check that the checkpoint holds all its weights."""
     options = {"dtype": torch.float32, **options, "output_loading_info": True}
-    # The classes of towers have no guard of their own against an index that names pickles.
-    place = {name: options[name] for name in (*PLACE_OPTIONS, "token") if options.get(name) is not None}
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **place)
-    for shard in get_checkpoint_shard_files(path, index, **place)[0] if index else ():
-        if not shard.endswith(".safetensors"):
-            raise ValueError(f"{shard} is not in safetensors. {NO_PICKLES}")
+    # A shard index can name pickles, and the tower classes, unlike ours, do not check it.
+    source = {name: options[name] for name in (*SOURCE_OPTIONS, "token") if options.get(name) is not None}
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **source)
+    if index:
+        _refuse_pickles(get_checkpoint_shard_files(path, index, **source)[0])
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a classifier left over is as it should be, and what is missing is an error below
+    logging.set_verbosity_error()  # unused weights of a classifier are expected, and missing ones raise below
     try:
-        tower, info = load_safetensors(auto_class.from_pretrained, path, **options)
+        tower, info = _load_safetensors(auto_class.from_pretrained, path, **options)
     finally:
         logging.set_verbosity(verbosity)
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # pooling is ours
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # we pool ourselves
     if missing:
         raise ValueError(
-            f"{path!r} lacks weights of its own model, among them {missing[0]!r}; they would be "
-            "random. Is it the right checkpoint?"
+            f"{path!r} lacks weights of its own model, among them {missing[0]!r}; they would be random. "
+            "Is it the right checkpoint?"
         )
     return tower

@@ -13,22 +13,19 @@ from .configuration_clipmini import ClipMiniConfig
 from .images_clipmini import convert_to_rgb
 
 DEFAULT_MAX_TOKENS = 512  # for text towers without a table of positions
-TIMM_INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # to Pillow's
+PILLOW_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # by timm's names
 
 
 def image_processor_for(vision_config: TimmWrapperConfig) -> CLIPImageProcessor:
-    """Express a timm tower's evaluation transform as a stock image processor, which needs no remote code.
+    """Return a stock image processor, which needs no remote code, for a timm tower's evaluation transform.
 
-    timm resizes the shorter edge to floor(size / crop_pct) and cuts the center ("center"), or resizes both edges
-    ("squash"). Pixels agree with `timm.data.create_transform` but for one thing: where an odd number of pixels has to
-    go, stock processors leave the extra one always on the same side, torchvision on alternating ones.
+    timm either resizes the shorter edge to floor(size / crop_pct) and cuts the center ("center"), or resizes both
+    edges ("squash"). Pixels agree with `timm.data.create_transform` with one exception: where an odd number of pixels
+    is cut off, stock processors leave the extra one always on the same side, torchvision on alternating sides.
 
     Args:
-        vision_config: its `pretrained_cfg` says size, crop, interpolation, mean and std; where it has none, timm's
-            default for the architecture holds.
-
-    Returns:
-        The image processor.
+        vision_config: its `pretrained_cfg` sets size, crop, interpolation, mean and std; without one, timm's default
+            for the architecture is used.
 
     Raises:
         ValueError: the tower's crop or interpolation has no stock equivalent.
@@ -43,9 +40,9 @@ def image_processor_for(vision_config: TimmWrapperConfig) -> CLIPImageProcessor:
         raise ValueError(
             f"timm crop_mode={crop_mode!r} is not supported; set pretrained_cfg['crop_mode'] to 'center'."
         )
-    if data["interpolation"] not in TIMM_INTERPOLATIONS:
+    if data["interpolation"] not in PILLOW_FILTERS:
         raise ValueError(
-            f"timm interpolation={data['interpolation']!r} is not supported; use {', '.join(TIMM_INTERPOLATIONS)}."
+            f"timm interpolation={data['interpolation']!r} is not supported; use {', '.join(PILLOW_FILTERS)}."
         )
     _, height, width = data["input_size"]
     scaled = {"height": math.floor(height / data["crop_pct"]), "width": math.floor(width / data["crop_pct"])}
@@ -57,14 +54,14 @@ def image_processor_for(vision_config: TimmWrapperConfig) -> CLIPImageProcessor:
     return CLIPImageProcessor(
         size={"shortest_edge": scaled["height"]} if crop_mode == "center" else scaled,
         crop_size={"height": height, "width": width},
-        resample=TIMM_INTERPOLATIONS[data["interpolation"]],
+        resample=PILLOW_FILTERS[data["interpolation"]],
         image_mean=list(data["mean"]),
         image_std=list(data["std"]),
     )
 
 
 class ClipMiniProcessorKwargs(ProcessingKwargs, total=False):
-    """What a call may say; captions are padded to the longest and cut to `model_max_length` unless it does."""
+    """Defaults of a call: captions are padded to the longest one and cut to `model_max_length`."""
 
     _defaults = {  # type: ignore[misc]  # noqa: RUF012 - transformers' API
         "text_kwargs": {"padding": True, "truncation": True},
@@ -76,7 +73,7 @@ class ClipMiniProcessor(ProcessorMixin):
     """A stock image processor and the text tower's tokenizer behind one call.
 
     Args:
-        image_processor: a stock image processor, made by [`image_processor_for`] from the timm tower's data config.
+        image_processor: a stock image processor, as from [`image_processor_for`].
         tokenizer: the text tower's tokenizer; its `model_max_length` must be set, since captions are cut to it.
     """
 
@@ -87,17 +84,14 @@ class ClipMiniProcessor(ProcessorMixin):
 
     @classmethod
     def from_towers(cls, config: ClipMiniConfig, tokenizer: PreTrainedTokenizerBase) -> "ClipMiniProcessor":
-        """Make the processor that fits a model: pixels as the timm tower was trained on, captions cut to fit.
+        """Create the processor of a model: the timm tower's own image transform, captions cut to fit the text tower.
 
         Args:
             config: the model's config.
-            tokenizer: the tokenizer that came with the text tower.
-
-        Returns:
-            The processor. The tokenizer is changed in place: it gives `input_ids` and `attention_mask` alone, and its
-            `model_max_length` is no more than the text tower has positions for.
+            tokenizer: the text tower's tokenizer. It is modified: it returns only `input_ids` and `attention_mask`,
+                and its `model_max_length` is lowered to the positions that the text tower has.
         """
-        # Unset it is 1e30, and one long label would crash the tower.
+        # If unset it is 1e30, and one long label would crash the tower.
         longest = config.max_text_tokens or DEFAULT_MAX_TOKENS
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
@@ -113,7 +107,7 @@ class ClipMiniProcessor(ProcessorMixin):
                 `model_max_length`, and tensors are returned.
 
         Returns:
-            `pixel_values` (I, 3, height, width) and / or `input_ids`, `attention_mask` (T, L).
+            `pixel_values` (I, 3, height, width), and `input_ids` and `attention_mask` (T, L), for what was passed.
         """
         if isinstance(images, Image.Image):
             images = convert_to_rgb(images)
@@ -122,6 +116,6 @@ class ClipMiniProcessor(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> list[str]:
-        """Save `processor_config.json`, the tokenizer, and for older clients `preprocessor_config.json`."""
-        files = self.image_processor.save_pretrained(save_directory)  # first: the rest may be pushed once it is saved
+        """Save `processor_config.json`, the tokenizer, and `preprocessor_config.json` for older clients."""
+        files = self.image_processor.save_pretrained(save_directory)  # first, since the call below may push the folder
         return [*files, *super().save_pretrained(save_directory, *args, **kwargs)]

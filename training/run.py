@@ -32,8 +32,8 @@ from clipmini.files import (
     RESULTS_FILE,
     STAGE_FILE,
     RunRecord,
+    atomic_write,
     versions,
-    written_beside,
 )
 from clipmini.inference.encode import load_model
 from clipmini.publishing.folder import save_model_folder
@@ -158,7 +158,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         save_model_folder(model, processor, model_dir, card, made_of=_folders_of_origin(recipe), record=record)
         draw_curves({name or "training": run.log_history for name, run in runs.items()}, output_dir / CURVES_FILE)
         # Last, since a run without results counts as interrupted.
-        with written_beside(output_dir / RESULTS_FILE) as file:
+        with atomic_write(output_dir / RESULTS_FILE) as file:
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if args.push_to_hub:
             _push_model(model_dir, args)
@@ -277,7 +277,7 @@ def _run_stage(trainer: ClipMiniTrainer, folder: Path, record: RunRecord, *, is_
     if is_one_of_many:
         if args.process_index == 0:
             save_model_folder(run.model, run.processor, folder / MODEL_FOLDER, record=record)
-            with written_beside(folder / STAGE_FILE) as file:
+            with atomic_write(folder / STAGE_FILE) as file:
                 file.write_text(json.dumps({"log_history": history, "train_s": run.train_s}), encoding="utf-8")
         trainer.accelerator.wait_for_everyone()
         # Loaded again, so that a run that is interrupted here continues from the same as one that is not.
@@ -360,7 +360,7 @@ def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], over
             for checkpoint in _checkpoints(folder):
                 shutil.rmtree(checkpoint)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with written_beside(output_dir / RECIPE_FILE) as file:
+    with atomic_write(output_dir / RECIPE_FILE) as file:
         file.write_text(_recipe_text(recipe), encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 import modeling_clipmini
-from clipmini.files import RunRecord, written_beside
+from clipmini.files import RunRecord, atomic_write
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 HANDLER = Path(modeling_clipmini.__file__).parent / "handler.py"  # Inference Endpoints look for it beside the model
@@ -67,7 +67,7 @@ def save_model_folder(
         made_of: folders of the towers, or of the model that it goes on from; what their NOTICE files say stays.
         record: of the run that the folder belongs to; is told the files.
     """
-    with written_beside(folder) as beside:
+    with atomic_write(folder) as beside:
         model.save_pretrained(beside, state_dict=state_dict)
         processor.save_pretrained(beside)
         shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors writes for its owner alone

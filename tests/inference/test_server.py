@@ -167,7 +167,7 @@ MALFORMED = [
     (b'{"inputs": "a",}', 400, "not JSON"),
     (b'{"inputs": "\xff"}', 400, "not JSON"),
     (b'{"inputs": {"image": ""}, "parameters": {"candidate_labels": ["\\ud800"]}}', 422, "UTF-8"),
-    (b'{"inputs": NaN}', 422, "nan is no image"),
+    (b'{"inputs": NaN}', 422, "nan is not an image"),
     (b'{"inputs": ' + b"[" * 100_000, 400, "not JSON"),
     (b'{"inputs": ' + b"9" * 5000 + b"}", 400, "not JSON"),
     (b'{"parameters": []}', 422, "no inputs"),

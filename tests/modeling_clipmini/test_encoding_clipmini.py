@@ -146,7 +146,7 @@ def test_images_that_come_one_by_one_are_held_a_batch_at_a_time(model, images):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "L", "P"])
-def test_a_path_is_as_good_as_a_image(mode, model, tmp_path):
+def test_a_path_is_as_good_as_an_image(mode, model, tmp_path):
     image = Image.new(mode, (60, 60), {"RGBA": (255, 0, 0, 0), "LA": (0, 0), "I;16": 30000}.get(mode, 200))
     image.save(tmp_path / "image.png")
     expected = model.encode_image(image)
@@ -190,9 +190,9 @@ def test_a_broken_image_is_named(model, images, tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model.encode_text(5), "type int is not allowed; give str, or a list"),
-        (lambda model: model.encode_text(["a", None]), "number 2 is of type NoneType; give str"),
-        (lambda model: model.encode_image([b"bytes"]), "number 1 is of type bytes; give str, PathLike, Image"),
+        (lambda model: model.encode_text(5), "type int is not allowed; pass str, or a list"),
+        (lambda model: model.encode_text(["a", None]), "number 2 is of type NoneType; pass str"),
+        (lambda model: model.encode_image([b"bytes"]), "number 1 is of type bytes; pass str, PathLike, Image"),
         (lambda model: model.encode_text("a", batch_size=0), "batch_size=0 is not allowed; .* at least 1"),
         (lambda model: model.encode_text("a", truncate_dim=17), "truncate_dim=17 .* from 1 to 16"),
         (lambda model: model.encode_image([], truncate_dim=2.0), "truncate_dim=2.0 .* whole number"),
@@ -227,7 +227,7 @@ def test_a_model_from_nowhere_says_how_to_set_a_processor(tiny_model, tiny_proce
     assert tiny_model.encode_text("a cat").shape == (16,)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_folder / name, tmp_path / name)
-    with pytest.raises(AttributeError, match=r"gives no processor .*model\.processor = AutoProcessor"):
+    with pytest.raises(AttributeError, match=r"has no usable processor .*model\.processor = AutoProcessor"):
         ClipMiniModel.from_pretrained(tmp_path).encode_text("a cat")
 
 

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from modeling_clipmini import ClipMiniTextModel, ClipMiniVisionModel
 
 CALLS = {
     "eval": lambda model: model.eval(),
@@ -76,7 +79,7 @@ def test_encoding_leaves_every_mode_as_it_was(model):
     before = modes(model)
     statistics = norms[0].running_mean.clone()
     model.encode_text("a dog")
-    model.encode_image(_image())
+    model.encode_image(Image.new("RGB", (40, 30), "red"))
     assert modes(model) == before
     assert torch.equal(norms[0].running_mean, statistics)
     with pytest.raises(ValueError, match="does not exist"):
@@ -91,16 +94,8 @@ def test_encoding_a_model_in_eval_mode_switches_nothing(model, monkeypatch):
 
 
 def test_frozen_halves(tiny_config):
-    from modeling_clipmini import ClipMiniTextModel, ClipMiniVisionModel
-
     for half in (ClipMiniVisionModel, ClipMiniTextModel):
         one = half(tiny_config()).requires_grad_(False)
         one.train()
         one.eval()
         assert not one.training
-
-
-def _image():
-    from PIL import Image
-
-    return Image.new("RGB", (40, 30), "red")

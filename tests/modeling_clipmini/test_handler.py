@@ -69,7 +69,7 @@ FORMS = {
 
 class TestZeroShot:
     @pytest.mark.parametrize("form", FORMS)
-    def test_every_form_of_a_image_gets_the_scores_of_the_pipeline(self, handler, classify, form):
+    def test_every_form_of_an_image_gets_the_scores_of_the_pipeline(self, handler, classify, form):
         request = {**FORMS[form](make_image()), "parameters": {"candidate_labels": LABELS}}
         before = json.dumps(request, default=str)
         assert_same(handler(request), classify(make_image(), candidate_labels=LABELS))
@@ -221,7 +221,7 @@ class TestFeatures:
             {"inputs": in_base64(make_image()), "task": "image-feature-extraction"},
         ],
     )
-    def test_of_a_image(self, handler, request_):
+    def test_of_an_image(self, handler, request_):
         expected = encode_images(handler.model, handler.processor, [make_image()])[0]
         assert handler(request_) == pytest.approx(expected.tolist(), abs=1e-5)
         assert handler({**request_, "inputs": [request_["inputs"]]})[0] == pytest.approx(expected.tolist(), abs=1e-5)
@@ -264,9 +264,9 @@ REFUSED = [
     (zero_shot([GOOD] * 33), 422, "33 images"),
     (zero_shot([]), 422, "0 images"),
     (zero_shot(None), 422, "no inputs"),
-    (zero_shot(3), 422, "3 is no image"),
-    (zero_shot({"url": "x"}), 422, "None is no image"),
-    (zero_shot({"image": {"image": "x"}}), 422, "is no image"),
+    (zero_shot(3), 422, "3 is not an image"),
+    (zero_shot({"url": "x"}), 422, "None is not an image"),
+    (zero_shot({"image": {"image": "x"}}), 422, "is not an image"),
     (zero_shot(b""), 422, "is empty (zero bytes)"),
     (
         zero_shot(encoded(make_image(), "TIFF")),

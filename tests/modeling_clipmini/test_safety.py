@@ -147,7 +147,7 @@ def pickled_folder(tiny_folder, tmp_path):
 @pytest.mark.parametrize("loader", [ClipMiniModel, ClipMiniVisionModel, ClipMiniTextModel, AutoModel])
 @pytest.mark.parametrize("options", [{}, {"weights_only": False}, {"use_safetensors": False}])
 def test_pickled_weights_are_refused(loader, options, pickled_folder, tmp_path):
-    with pytest.raises(ValueError, match="from safetensors alone, since pickled ones can run code: ask their author"):
+    with pytest.raises(ValueError, match="Only safetensors weights are loaded, because pickled weights can run code"):
         loader.from_pretrained(pickled_folder, **options)
     assert not (tmp_path / "mark").exists()
 
@@ -159,13 +159,13 @@ def test_pickled_weights_by_other_ways_are_refused(pickled_folder, tiny_folder, 
     names = ClipMiniModel(config).state_dict()
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, weights.name)}
     (pickled_folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not in safetensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a safetensors file"):
         ClipMiniModel.from_pretrained(pickled_folder, dtype=torch.float32)
     (pickled_folder / "model.safetensors.index.json").unlink()
     weights.rename(pickled_folder / "adapter_model.bin")
     values = json.loads((pickled_folder / "config.json").read_text())
     (pickled_folder / "config.json").write_text(json.dumps({**values, "transformers_weights": "adapter_model.bin"}))
-    with pytest.raises(ValueError, match=r"adapter_model\.bin is not in safetensors"):
+    with pytest.raises(ValueError, match=r"adapter_model\.bin is not a safetensors file"):
         ClipMiniModel.from_pretrained(pickled_folder, dtype=torch.float32)
     assert not (tmp_path / "mark").exists()
 
@@ -179,7 +179,9 @@ def test_pickled_weights_of_a_hub_id_are_refused(pickled_folder, tmp_path):
     for name in ("model.safetensors", "model.safetensors.index.json"):
         (repository / ".no_exist" / commit).mkdir(parents=True, exist_ok=True)
         (repository / ".no_exist" / commit / name).touch()
-    with pytest.raises(ValueError, match=r"org/pickled has no model\.safetensors, or .*\. Weights are read"):
+    with pytest.raises(
+        ValueError, match=r"org/pickled has no model\.safetensors, or .*\. Only safetensors weights are loaded"
+    ):
         ClipMiniModel.from_pretrained("org/pickled", cache_dir=tmp_path / "cache")
 
 
@@ -189,11 +191,11 @@ def test_pickled_towers_are_refused(tiny_model, tmp_path):
     tiny_model.text_model.save_pretrained(text)
     (text / "model.safetensors").unlink()
     (text / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
-    with pytest.raises(ValueError, match=r"text has no model\.safetensors\. Weights are read from safetensors alone"):
+    with pytest.raises(ValueError, match=r"text has no model\.safetensors\. Only safetensors weights are loaded"):
         ClipMiniModel.from_vision_text_pretrained(str(vision), str(text))
     index = {"metadata": {}, "weight_map": {"embeddings.word_embeddings.weight": "pytorch_model.bin"}}
     (text / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not in safetensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a safetensors file"):
         ClipMiniModel.from_vision_text_pretrained(str(vision), str(text))
     assert not (tmp_path / "mark").exists()
 

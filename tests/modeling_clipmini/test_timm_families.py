@@ -30,7 +30,7 @@ SMALLEST = """
 DEEP = ("deepseek_vit_412m", "gemma4_vit_167m", "qwen3_vit_88m")  # whose first two blocks will do
 
 # What cannot be a vision tower, and why; all else must work.
-REFUSED = {"coat": "are one weight, and safetensors holds none under two names"}
+REFUSED = {"coat": "are one weight, and safetensors stores no weight under two names"}
 # What can, if its images are prepared otherwise than its authors did; the message is the processor's.
 PREPARED_OTHERWISE = {"deepseek_vit": ("crop_mode='border' is not supported; .* to 'center'", {"crop_mode": "center"})}
 
