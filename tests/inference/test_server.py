@@ -347,6 +347,3 @@ class TestCommand:
         result = CliRunner().invoke(cli.app, ["serve", str(tiny_folder)])
         assert result.exit_code == 2
         assert result.stderr == "error: serve needs uvicorn, which is not installed: pip install 'clipmini[serve]'.\n"
-
-    def test_help_has_an_example(self):
-        assert "Example: clipmini serve " in CliRunner().invoke(cli.app, ["serve", "--help"]).stdout
