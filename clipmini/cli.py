@@ -168,7 +168,9 @@ def evaluate(
             "Default: the train split of DATA."
         ),
     ] = None,
-    check_leaks: Annotated[bool, _flag("--check-leaks/--no-check-leaks", "Look for test data in train data.")] = True,
+    check_leaks: Annotated[
+        bool, _flag("--check-leaks/--no-check-leaks", "Look for test data among the training data.")
+    ] = True,
     overrides: Overrides = None,
     overwrite: Annotated[bool, _flag("--overwrite", "Replace the report in the folder.")] = False,
     strict: Strict = False,
@@ -318,7 +320,7 @@ def serve(
 def push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model folder that training saved.")],
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The Hub repository, created if missing.")],
-    private: Annotated[bool, _flag("--private", "Make the repository private.")] = False,
+    private: Annotated[bool, _flag("--private", "Create the repository as private.")] = False,
     revision: Annotated[str | None, typer.Option(help="The branch, created if missing. Default: main.")] = None,
     message: Annotated[str | None, typer.Option(help="The commit message.")] = None,
     examples: Annotated[

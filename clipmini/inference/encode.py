@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -52,14 +51,12 @@ def load_model(
     elif str(name_or_path).count("/") != 1 or str(name_or_path).startswith((".", "/")):
         raise ValueError(f"{name_or_path} does not exist. Name a model folder, or a Hub id like org/name.")
     refuse_code(name_or_path)
-    # Libraries raise nearly anything for a JSON file with a value of the wrong type.
-    expected = Exception if path.exists() else (OSError, RuntimeError, ValueError, SafetensorError)
     part = "model"
     try:
         loaded: Any = ClipMiniModel.from_pretrained(name_or_path, output_loading_info=True)
         part = "processor"
         processor = ClipMiniProcessor.from_pretrained(name_or_path)
-    except expected as error:
+    except Exception as error:  # libraries raise nearly anything for a JSON file with a value of the wrong type
         damaged = f"is incomplete or damaged (its {part})"
         problem = damaged if path.exists() else "is neither a folder here nor available from the Hub"
         raise ValueError(f"{name_or_path} {problem}: {first_sentence(error)}.") from error
