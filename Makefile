@@ -1,13 +1,13 @@
-# Everything here works on a fresh machine that has Python >= 3.11 and make: the targets set up .venv themselves.
+# Everything here works on a fresh machine with Python >= 3.11 and make: the targets set up .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# One environment for every target; made again when the dependencies change.
+# One environment for all targets, updated when the dependencies change.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmini needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
@@ -16,37 +16,37 @@ help:  ## list the targets
 	touch $@
 
 .PHONY: demo
-demo: .venv/.installed  ## train on the shipped photographs, measure, search, draw: under 3 minutes on 2 cores
+demo: .venv/.installed  ## train on the included photographs, measure, search and draw: under 3 minutes on 2 cores
 	$(BIN)/clipmini train demo --overwrite
 	$(BIN)/python examples/demo.py
 
 .PHONY: test
-test: .venv/.installed  ## the fast tests
+test: .venv/.installed  ## run the fast tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .PHONY: test-all
-test-all: .venv/.installed  ## every test, the slow ones too
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps clip-benchmark  # a peer to agree with
+test-all: .venv/.installed  ## run all tests, including the slow ones
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps clip-benchmark  # a peer to compare with
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not gpu and not versions'
 
 .PHONY: test-versions
-test-versions: .venv/.installed  ## a saved folder under seven versions of transformers, installed apart
+test-versions: .venv/.installed  ## load a saved folder under seven versions of transformers, each in its own environment
 	$(BIN)/python -m pytest -m versions tests/versions
 
 .PHONY: check
-check: .venv/.installed  ## ruff and mypy
+check: .venv/.installed  ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 .PHONY: fix
-fix: .venv/.installed  ## format, and repair what ruff can
+fix: .venv/.installed  ## format the code and fix what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 FLICKR8K ?= ../shared/data/flickr8k
 .PHONY: bench
-bench: .venv/.installed  ## the figures of benchmarks/README.md: hours; FLICKR8K=FOLDER with its parquet files
+bench: .venv/.installed  ## measure the figures of benchmarks/README.md, in hours; FLICKR8K=FOLDER with its parquet files
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/images.py
 	$(BIN)/python benchmarks/ranking.py
@@ -54,9 +54,9 @@ bench: .venv/.installed  ## the figures of benchmarks/README.md: hours; FLICKR8K
 	$(BIN)/python benchmarks/recipes.py --source $(FLICKR8K)
 
 .PHONY: build
-build: .venv/.installed  ## the wheel and the source archive, in dist/
+build: .venv/.installed  ## build the wheel and the source archive in dist/
 	$(BIN)/python -m build
 
 .PHONY: clean
-clean:  ## remove the environment and everything built or trained here
+clean:  ## remove the environment and all that was built or trained here
 	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-if find_spec("clipmini.training") is None:  # the folder of a checkout stands before what is installed
+if find_spec("clipmini.training") is None:  # Python has found the checkout before the installed package
     raise ImportError(
         "This clipmini is the folder of a checkout that is not installed, and lacks clipmini.training: run "
         "`pip install -e .` in the checkout, or start Python elsewhere."
@@ -13,13 +13,13 @@ _METRICS = Path(__file__).parent / "evaluation" / "metrics"
 
 
 def metric(name: str) -> str:
-    """Find a metric of clipmini for the `evaluate` library.
+    """Return the folder of one of clipmini's metrics, for the `evaluate` library.
 
     Args:
         name: "image_text_retrieval" or "zero_shot_accuracy".
 
     Returns:
-        The folder that `evaluate.load` takes, whatever the current folder is.
+        An absolute path, which `evaluate.load` takes in any working directory.
 
     Raises:
         ValueError: there is no such metric.
@@ -29,5 +29,5 @@ def metric(name: str) -> str:
     """
     known = sorted(path.name for path in _METRICS.iterdir() if (path / f"{path.name}.py").is_file())
     if name not in known:
-        raise ValueError(f"There is no metric {name!r}; there are {', '.join(known)}.")
+        raise ValueError(f"There is no metric {name!r}; use one of {', '.join(known)}.")
     return str(_METRICS / name)

@@ -1,7 +1,7 @@
-"""The `clipmini` command: one thin function per verb.
+"""The `clipmini` command: one thin function for each verb.
 
 Results go to stdout, everything else (warnings, progress, errors) to stderr. Exit codes: 0 success, 1 a bug, 2 bad
-input, 130 interrupted. What is slow to import is imported by the verb that needs it, so that `--help` is instant.
+input, 130 interrupted. Each verb imports what is slow to import by itself, so that `--help` is instant.
 """
 
 import re
@@ -26,11 +26,16 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command; the console script's entry point."""
+    """Run the command; the entry point of the console script."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names need not be text, nor terminals UTF-8
     app(prog_name="clipmini")
+
+
+def _flag(name: str, help: str, **options: Any) -> Any:
+    """Return a typer option without a value, and without the "<bool>" that typer's help would show for one."""
+    return typer.Option(name, help=help, metavar="", **options)
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -39,27 +44,36 @@ def _print_version(is_wanted: bool) -> None:
         raise typer.Exit
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first input that cannot be used.")]
+AsJson = Annotated[bool, _flag("--json", "Print the results as JSON, with nothing else on stdout.")]
+Strict = Annotated[bool, _flag("--strict", "Stop at the first image or caption that cannot be used.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a Hub id.")]
+AnyModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder or Hub id, of clipmini, transformers (CLIP, SigLIP) or sentence-transformers; or "
+        "open_clip:NAME/PRETRAINED.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe or the data. May be repeated."),
+]
 Template = Annotated[
     str | None,
     typer.Option(
-        "--template",
-        help="The caption made of a label, which stands in place of {}; or a list: imagenet, simple, a file.",
-        show_default="a photo of a {}.",
+        help='The caption of a label, with {} where the label goes; or a list of captions: "imagenet", "simple" or a '
+        'YAML file. Default: "a photo of a {}."',
     ),
 ]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a Hub id.")]
 
 
 @app.callback()
 def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+    version: Annotated[bool, _flag("--version", "Print the version.", callback=_print_version, is_eager=True)] = False,
+    debug: Annotated[bool, _flag("--debug", "Print the traceback of every error.")] = False,
 ) -> None:
-    """Train your own small CLIP, and use it to search and classify images with words."""
+    """Train your own small CLIP, measure it, and search and classify images with words."""
 
 
 @app.command(
@@ -68,17 +82,17 @@ def options(
 )
 def train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, such as demo, or a YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable. Or --KEY VALUE."),
-    ] = None,
-    stage: Annotated[str | None, typer.Option("--stage", help="Run this stage of the recipe alone.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help='A recipe: a name, such as "demo", or a YAML file.')],
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Run only this stage of the recipe.")] = None,
+    overwrite: Annotated[bool, _flag("--overwrite", "Replace the run in the output folder.")] = False,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model by a recipe, and measure it before and after."""
+    """Train a model by a recipe, and measure retrieval before and after.
+
+    Each key of the recipe is an option too: --seed 7 is the same as --set seed=7.
+    """
     from clipmini.training.recipes import load_recipe
     from clipmini.training.run import train as run_recipe
 
@@ -87,10 +101,10 @@ def train(
         loaded = load_recipe(recipe, [*changes, *(["data.strict=true"] if strict else [])])
         result = run_recipe(loaded, overwrite=overwrite, stage=stage)
     if loaded.training.process_index > 0:
-        return  # one of several processes tells
+        return  # of several processes, the first prints
     if as_json:
-        places = {"model_dir": str(result.model_dir), "output_dir": str(result.output_dir)}
-        print_json({**result.results, **places})
+        folders = {"model_dir": str(result.model_dir), "output_dir": str(result.output_dir)}
+        print_json({**result.results, **folders})
         return
     for name, split in result.results["splits"].items():
         typer.echo(f"{name}: {split['num_images']} images, {split['num_captions']} captions; recall in percent")
@@ -102,20 +116,20 @@ def train(
 
 @app.command(epilog="Example: clipmini teach openai/clip-vit-base-patch32 flickr8k --out teacher.parquet")
 def teach(
-    model: ModelName,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe whose pairs the teacher embeds.")],
-    out: Annotated[Path, typer.Option("--out", help="The parquet file to write.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
-    ] = None,
+    model: AnyModelName,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="The name or YAML file of the recipe whose pairs are embedded.")
+    ],
+    out: Annotated[Path, typer.Option(help="The parquet file to write.")],
+    overrides: Overrides = None,
     logit_scale: Annotated[
         float | None,
-        typer.Option("--logit-scale", help="Scale its similarities by this; by default by what it was trained with."),
+        typer.Option(help="Factor on the teacher's similarities. Default: the one it learned."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overwrite: Annotated[bool, _flag("--overwrite", "Replace the file.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Embed a recipe's training pairs with a larger image-text model, for `train --teacher FILE` to learn from."""
+    """Embed the training pairs of a recipe with a larger model, as the teacher of `train --teacher FILE`."""
     from clipmini.data.images import Skipped
     from clipmini.inference.teacher import embed_with_teacher
     from clipmini.training.recipes import load_recipe
@@ -128,164 +142,44 @@ def teach(
     if as_json:
         print_json({"file": str(out), "num_images": len(pairs)})
     else:
-        typer.echo(f"{len(pairs)} images and their captions are in {out}")
+        typer.echo(f"The embeddings of {len(pairs)} images and their captions are in {out}")
 
 
-@app.command(epilog='Example: clipmini search runs/demo/model ~/Images "a red fish near coral" --out result.png')
-def search(
-    model: ModelName,
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Images, in sub-folders too.")],
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What the image should show, in words.")],
-    top: Annotated[int, typer.Option("--top", help="How many images to give.")] = 9,
-    out: Annotated[Path | None, typer.Option("--out", help="Draw the results as an image, such as x.png.")] = None,
-    strict: Strict = False,
-    as_json: AsJson = False,
-) -> None:
-    """Find the images of a folder that fit a description."""
-    from clipmini.data.images import Skipped
-    from clipmini.inference.encode import load_model
-    from clipmini.inference.search import check_search, draw_results, search_folder
-
-    skipped = Skipped(strict)
-    with working():
-        check_search(query, top, out)
-        hits = search_folder(*load_model(model), folder, query, top, skipped)
-    if as_json:
-        found = [{"path": str(hit.path), "score": hit.score} for hit in hits]
-        print_json({"query": query, "hits": found, **skipped_as_json(skipped)})
-    else:
-        table = Table("rank", "score", "image")
-        for number, hit in enumerate(hits, start=1):
-            table.add_row(str(number), f"{hit.score:.3f}", visible(hit.path))
-        print_table(table)
-    skipped.log_summary()
-    if out is not None:
-        draw_results({query: hits}, out)
-        typer.echo(f"drawn in {out}", err=True)
-
-
-@app.command(epilog='Example: clipmini classify runs/demo/model photo.jpg --labels "cat,dog"')
-def classify(
-    model: ModelName,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files.")],
-    labels: Annotated[str, typer.Option("--labels", help="What they may show, with commas between.")],
-    template: Template = None,
-    strict: Strict = False,
-    as_json: AsJson = False,
-) -> None:
-    """Say which of some labels fits each image best; no training on them is needed."""
-    from clipmini.data.images import Skipped
-    from clipmini.inference.encode import load_model
-    from clipmini.inference.zero_shot import DEFAULT_TEMPLATE, classify_files, fill_template, load_templates
-
-    template = template or DEFAULT_TEMPLATE
-    names = [label.strip() for label in labels.split(",")]
-    skipped = Skipped(strict)
-    with working():
-        templates = load_templates(template)
-        fill_template(names, templates[0])  # before anything is loaded
-        results = classify_files(*load_model(model), images, names, templates, skipped)
-    if as_json:
-        found = [{"path": str(path), "scores": [vars(item) for item in scores]} for path, scores in results]
-        print_json({"template": template, "results": found, **skipped_as_json(skipped)})
-    else:
-        table = Table("image", "label", "score")
-        for path, scores in results:
-            for index, item in enumerate(scores):
-                table.add_row("" if index else visible(path), visible(item.label), f"{item.score:.1%}")
-            table.add_section()
-        print_table(table)
-    skipped.log_summary()
-
-
-@app.command(epilog="Example: clipmini push runs/demo/model my-name/my-clip --dry-run")
-def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's, as training saved it.")],
-    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository; it is made if need be.")],
-    private: Annotated[bool, typer.Option("--private", help="Let only the owner see it.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="The branch; it is made if need be.")] = None,
-    message: Annotated[str | None, typer.Option("--message", help="The commit's message.")] = None,
-    examples: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--example",
-            metavar="IMAGE=LABEL,LABEL",
-            help="An image that may be published, for the Hub's widget; repeatable.",
-        ),
-    ] = None,
-    allow_code_drift: Annotated[
-        bool, typer.Option("--allow-code-drift", help="Take a folder whose code is not this clipmini's.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and upload nothing.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Upload a trained model to the Hub, card and results with it, in one commit."""
-    from clipmini.publishing.push import prepare_push, read_example
-    from clipmini.publishing.push import push as upload
-
-    with working():
-        images = [read_example(example) for example in examples or []]
-        prepared = prepare_push(folder, repo_id, revision=revision, allow_code_drift=allow_code_drift, examples=images)
-        pushed = None
-        if not dry_run:
-            pushed = upload(prepared, private=private or None, revision=revision, message=message)
-    if as_json:
-        files = [{"path": file.path, "size": file.size} for file in prepared.files]
-        done = {} if pushed is None else {"commit": pushed.commit.oid, "is_new": pushed.is_new, "url": pushed.url}
-        print_json({"repo_id": repo_id, "files": files, **done})
-        return
-    table = Table("file", "bytes")
-    for file in prepared.files:
-        table.add_row(visible(file.path), f"{file.size:,}")
-    print_table(table)
-    if pushed is None:
-        typer.echo("Nothing was uploaded: this was a dry run.")
-    else:
-        typer.echo(f"{'The model is' if pushed.is_new else 'All of it was there already'}: {pushed.url}")
-
-
-@app.command(epilog="Example: clipmini evaluate runs/demo/model demo")
+@app.command(epilog="Example: clipmini evaluate runs/demo/model demo --baseline openai/clip-vit-base-patch32")
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A model folder or Hub id of clipmini, transformers (CLIP, SigLIP) or sentence-transformers; or "
-            "open_clip:NAME/PRETRAINED.",
-        ),
-    ],
+    model: AnyModelName,
     data: Annotated[
         str,
         typer.Argument(
             metavar="DATA",
-            help="Pairs: a folder, a table, a Hub id, or a recipe, whose data is taken. For zero-shot and probe, "
-            "labeled images: a folder with a sub-folder for each class, or a Hub id.",
+            help="For retrieval, image-caption pairs: a folder, a table, a Hub id, or a recipe with data. For "
+            "zero-shot and probe, labeled images: a folder with one subfolder per class, or a Hub id.",
         ),
     ],
-    task: Annotated[str, typer.Option("--task", help="retrieval, zero-shot or probe.")] = "retrieval",
-    split: Annotated[str | None, typer.Option("--split", help="Default: test, else validation, else train.")] = None,
-    baseline: Annotated[str | None, typer.Option("--baseline", help="Another model, to compare with.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the report; by default beside the model, or in runs.")
-    ] = None,
+    task: Annotated[str, typer.Option(help="What to measure: retrieval, zero-shot or probe.")] = "retrieval",
+    split: Annotated[str | None, typer.Option(help="Default: test, else validation, else train.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Report folder. Default: beside the model's, or in runs.")] = None,
     template: Template = None,
     train_data: Annotated[
         str | None,
         typer.Option(
-            "--train-data",
-            help="What the model was trained on, to look for leaks; a recipe, if columns must be named. "
-            "Default: DATA's train.",
+            help="The data that the model was trained on, to look for leaks; a recipe if its columns must be named. "
+            "Default: the train split of DATA."
         ),
     ] = None,
-    check_leaks: Annotated[bool, typer.Option(help="Look for what stands in the training data too.")] = True,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the data; repeatable.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report in the folder.")] = False,
+    check_leaks: Annotated[
+        bool, _flag("--check-leaks/--no-check-leaks", "Look for test data among the training data.")
+    ] = True,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, _flag("--overwrite", "Replace the report in the folder.")] = False,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model, with intervals, and write a report: results.json, results.md, model-index.yaml, report.html."""
+    """Measure a model, with confidence intervals, and write a report.
+
+    The report is a folder with report.html, results.json, results.md and model-index.yaml.
+    """
     from clipmini.data.images import Skipped
     from clipmini.evaluation.report import evaluate as run_evaluation
     from clipmini.evaluation.results import check_folder
@@ -323,14 +217,81 @@ def evaluate(
     typer.echo(f"The report is in {folder / 'report.html'}")
 
 
+@app.command(epilog='Example: clipmini search runs/demo/model ~/Pictures "a red fish near coral" --out result.png')
+def search(
+    model: ModelName,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The images to search, including subfolders.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What the images should show, in words.")],
+    top: Annotated[int, typer.Option(help="How many images to find.")] = 9,
+    out: Annotated[Path | None, typer.Option(help="Also draw the results: a .png, .jpg, .webp or .pdf file.")] = None,
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the images of a folder that best match a description."""
+    from clipmini.data.images import Skipped
+    from clipmini.inference.encode import load_model
+    from clipmini.inference.search import check_search, draw_results, search_folder
+
+    skipped = Skipped(strict)
+    with working():
+        check_search(query, top, out)
+        hits = search_folder(*load_model(model), folder, query, top, skipped)
+    if as_json:
+        found = [{"path": str(hit.path), "score": hit.score} for hit in hits]
+        print_json({"query": query, "hits": found, **skipped_as_json(skipped)})
+    else:
+        table = Table("rank", "score", "image")
+        for number, hit in enumerate(hits, start=1):
+            table.add_row(str(number), f"{hit.score:.3f}", visible(hit.path))
+        print_table(table)
+    skipped.log_summary()
+    if out is not None:
+        draw_results({query: hits}, out)
+        typer.echo(f"The results are drawn in {out}", err=True)
+
+
+@app.command(epilog='Example: clipmini classify runs/demo/model photo.jpg --labels "cat,dog"')
+def classify(
+    model: ModelName,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="The image files to classify.")],
+    labels: Annotated[str, typer.Option(help="What the images may show, separated by commas.")],
+    template: Template = None,
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score how well each label fits each image, without training on the labels."""
+    from clipmini.data.images import Skipped
+    from clipmini.inference.encode import load_model
+    from clipmini.inference.zero_shot import DEFAULT_TEMPLATE, classify_files, fill_template, load_templates
+
+    template = template or DEFAULT_TEMPLATE
+    names = [label.strip() for label in labels.split(",")]
+    skipped = Skipped(strict)
+    with working():
+        templates = load_templates(template)
+        fill_template(names, templates[0])  # checks the labels before anything is loaded
+        results = classify_files(*load_model(model), images, names, templates, skipped)
+    if as_json:
+        found = [{"path": str(path), "scores": [vars(item) for item in scores]} for path, scores in results]
+        print_json({"template": template, "results": found, **skipped_as_json(skipped)})
+    else:
+        table = Table("image", "label", "score")
+        for path, scores in results:
+            for index, item in enumerate(scores):
+                table.add_row("" if index else visible(path), visible(item.label), f"{item.score:.1%}")
+            table.add_section()
+        print_table(table)
+    skipped.log_summary()
+
+
 @app.command(epilog="Example: clipmini serve runs/demo/model --port 8000")
 def serve(
     model: ModelName,
-    host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any that is free.")] = 8000,
-    num_workers: Annotated[int, typer.Option("--workers", help="Requests that the model works on at once.")] = 2,
-    max_body_mib: Annotated[int, typer.Option("--max-body-mib", help="Largest request taken, in MiB.")] = 16,
-    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds an answer may take.")] = 60.0,
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at; 0 for any free one.")] = 8000,
+    num_workers: Annotated[int, typer.Option("--workers", help="How many requests the model works on at once.")] = 2,
+    max_body_mib: Annotated[int, typer.Option(help="The largest request accepted, in MiB.")] = 16,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Longest time for an answer, in seconds.")] = 60.0,
 ) -> None:
     """Answer Hugging Face's clients over HTTP: zero-shot image classification and feature extraction."""
     try:
@@ -349,14 +310,60 @@ def serve(
         )
         sock = bind(host, port)
         server = create_app(RequestHandler(*load_model(model)), limits)
-    sock.listen()  # from here on clients may come
+    sock.listen()  # clients may connect from here on
     address = f"[{host}]" if ":" in host else host
     typer.echo(f"Serving {model} at http://{address}:{sock.getsockname()[1]} until Ctrl-C")
     run(server, sock)
 
 
+@app.command(epilog="Example: clipmini push runs/demo/model my-name/my-clip --dry-run")
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model folder that training saved.")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The Hub repository, created if missing.")],
+    private: Annotated[bool, _flag("--private", "Create the repository as private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch, created if missing. Default: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="The commit message.")] = None,
+    examples: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--example",
+            metavar="IMAGE=LABEL,LABEL",
+            help="An image to publish for the Hub's widget, with labels to choose from. May be repeated.",
+        ),
+    ] = None,
+    allow_code_drift: Annotated[
+        bool, _flag("--allow-code-drift", "Accept a folder whose code differs from the installed clipmini.")
+    ] = False,
+    dry_run: Annotated[bool, _flag("--dry-run", "List the files without uploading them.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a trained model to the Hub in one commit, with its model card and results."""
+    from clipmini.publishing.push import prepare_push, read_example
+    from clipmini.publishing.push import push as upload
+
+    with working():
+        images = [read_example(example) for example in examples or []]
+        prepared = prepare_push(folder, repo_id, revision=revision, allow_code_drift=allow_code_drift, examples=images)
+        pushed = None
+        if not dry_run:
+            pushed = upload(prepared, private=private or None, revision=revision, message=message)
+    if as_json:
+        files = [{"path": file.path, "size": file.size} for file in prepared.files]
+        commit = {} if pushed is None else {"commit": pushed.commit.oid, "is_new": pushed.is_new, "url": pushed.url}
+        print_json({"repo_id": repo_id, "files": files, **commit})
+        return
+    table = Table("file", "bytes")
+    for file in prepared.files:
+        table.add_row(visible(file.path), f"{file.size:,}")
+    print_table(table)
+    if pushed is None:
+        typer.echo("Nothing was uploaded: this was a dry run.")
+    else:
+        typer.echo(f"{'The model is at' if pushed.is_new else 'The Hub already has all of it'}: {pushed.url}")
+
+
 def _report_folder(model: str, data: str, task: str, split: str | None) -> Path:
-    """Name a folder for each model, data, task and split, beside a model that is a folder here."""
+    """Return a folder for each model, data, task and split: next to the model if it is a folder, else in runs."""
     parts = ["evaluation", *([] if task == "retrieval" else [task]), Path(data).stem, *filter(None, [split])]
     name = re.sub(r"[^\w.-]+", "-", "-".join(parts))
     path = Path(model)
@@ -366,7 +373,7 @@ def _report_folder(model: str, data: str, task: str, split: str | None) -> Path:
 
 
 def _folder_to_search(source: str) -> str:
-    """Name the folder that was trained on where it holds images, as one with only tables does not."""
+    """Return the folder that was trained on, or the word FOLDER if it holds no images but only tables."""
     from clipmini.data.images import find_images
 
     try:

@@ -1,4 +1,4 @@
-"""What all verbs of the `clipmini` command share: results on stdout, all else on stderr, errors in a sentence."""
+"""What the verbs of `clipmini` share: results on stdout, all else on stderr, errors as one sentence."""
 
 import contextlib
 import json
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WIDE = 10_000  # columns where no terminal is: a table in a file or a pipe need not fold
+WIDE = 10_000  # columns of a table in a file or a pipe, where no row needs to wrap
 
 
 class Commands(TyperGroup):
-    """The verbs, with one way for all to log and to fail."""
+    """The group of verbs, which all log and fail in the same way."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a verb; turn bad input into one sentence and exit code 2. Any other exception is a bug and shows."""
+        """Run a verb; report bad input in one sentence with exit code 2. Any other error is a bug and is raised."""
         try:
             with _logging_to_stderr():
                 return super().invoke(ctx)
@@ -47,14 +47,14 @@ class Commands(TyperGroup):
 
 
 def print_table(table: Table) -> None:
-    """Print a table as wide as the terminal, or where there is none unfolded."""
+    """Print a table as wide as the terminal, or without wrapping if stdout is no terminal."""
     width = None if sys.stdout.isatty() else WIDE
     # Brackets and colons in a file name are neither markup nor emoji.
     Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def visible(text: str | Path) -> str:
-    """Escape what would move the cursor or break a table, as file names may."""
+    """Escape characters that would move the cursor or break a table, since file names may contain them."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in str(text)
@@ -62,68 +62,65 @@ def visible(text: str | Path) -> str:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print JSON."""
+    """Print a value as JSON."""
     typer.echo(json.dumps(value, indent=2))
 
 
 def skipped_as_json(skipped: "Skipped") -> dict[str, Any]:
-    """Give what was left out under the keys that every verb uses."""
+    """Return what was left out, under the keys that every verb uses."""
     items = [{"path": name, "reason": reason} for name, reason in skipped.items]
     return {"num_skipped": skipped.count, "skipped": items}
 
 
 def as_overrides(arguments: list[str]) -> list[str]:
-    """Read `--key value` and `--key=value`, for the options that are keys of a recipe.
+    """Parse options that are keys of a recipe, given as `--key value` or `--key=value`.
 
     Args:
-        arguments: what the command did not know.
+        arguments: those that the command does not know.
 
     Returns:
         "key=value" strings.
 
     Raises:
-        ValueError: an argument is no option, or has no value.
+        ValueError: an argument is not an option, or an option has no value.
     """
     rest = iter(arguments)
     overrides = []
     for argument in rest:
         name, separator, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not name:
-            raise ValueError(f"{argument!r} is not expected here; a recipe's key is changed by --key value.")
+            raise ValueError(f"{argument!r} is not expected here; to change a key of the recipe, use --key value.")
         if not separator:
             value = next(rest, None) or ""
             if not value:
-                raise ValueError(f"{argument} needs a value.")
+                raise ValueError(f"{argument} needs a value; write {argument} VALUE.")
         overrides.append(f"{name}={value}")
     return overrides
 
 
 def _as_sentence(error: Exception) -> str | None:
-    """Say in one line what was wrong with the input, or nothing where the error is not the user's."""
-    if hasattr(error, "format_message"):  # a usage error: the class lives in click or in typer, by typer's version
-        return f"{error.format_message().rstrip('.')}. See `{_command_path(error)} --help`."
+    """Return one line on what is wrong with the input, or None if the error is not the user's."""
+    if hasattr(error, "format_message"):  # a usage error, of click or of typer, depending on typer's version
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "clipmini"
+        return f"{error.format_message().rstrip('.')}. See `{command} --help`."
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     if isinstance(error, (ValueError, OSError)):
         message = str(error)
-        if "\nOriginal Traceback " in message:  # torch's wrapping of what a data worker raised
+        if "\nOriginal Traceback " in message:  # torch wraps what a data worker raised
             message = message.rpartition(f"{type(error).__name__}: ")[2]
         return " ".join(message.split()) or type(error).__name__
     return None
 
 
-def _command_path(error: Any) -> str:
-    context = getattr(error, "ctx", None)
-    return context.command_path if context else "clipmini"
-
-
 @contextlib.contextmanager
 def working() -> Iterator[None]:
-    """Keep stdout for the results while a verb works, and the bars for what takes time: training and embedding."""
+    """Keep stdout free for results while a verb works, and show progress bars only for training and embedding."""
     from transformers import dynamic_module_utils
     from transformers.utils import logging as transformers_logging
 
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never ask whether to run a model's code: refuse
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # refuse to run a model's code rather than ask
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     transformers_logging.disable_progress_bar()  # of loading and saving weights
@@ -133,7 +130,7 @@ def working() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging_to_stderr() -> Iterator[None]:
-    """Show what is logged, and Python's warnings, as short lines."""
+    """Show log records and Python's warnings as short lines."""
 
     def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
         logger.warning("%s", " ".join(str(message).split()))
@@ -149,7 +146,7 @@ def _logging_to_stderr() -> Iterator[None]:
 
 
 class _LineHandler(logging.Handler):
-    """Write "warning: ..." to stderr, above a progress bar if there is one."""
+    """Write "warning: ..." to stderr, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Ask the model that `clipmini train demo` made for held-out images, in words; the second half of `make demo`."""
+"""Search held-out images with the model that `clipmini train demo` trained; the second half of `make demo`."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from clipmini.inference.search import draw_results, embed_folder, rank
 
 RUN = Path("runs/demo")
 HELD_OUT = Path(__file__).parent / "photos" / "test"
-# Drummers, carved faces and scissors are in no training image: the model goes by what its towers knew before.
+# No training image shows drummers, carved faces or scissors; the model relies on what its towers knew before.
 QUERIES = ("people making music", "faces carved into a mountain", "a tool to cut paper")
 
 
 def main() -> None:
-    """Embed the held-out images once, rank them for each query, draw the results."""
-    logging.disable_progress_bar()  # of loading weights, which takes no time
+    """Embed the held-out images once, rank them for each query and draw the results."""
+    logging.disable_progress_bar()  # for loading the weights, which takes no time
     model, processor = load_model(RUN / "model")
     paths, embeddings = embed_folder(model, processor, HELD_OUT)
     query_embeds = encode_texts(model, processor, QUERIES)

@@ -26,7 +26,7 @@ def images(tmp_path):
 def test_help_imports_nothing_slow():
     program = (
         "import sys; from typer.testing import CliRunner; from clipmini.cli import app\n"
-        "for verb in ([], ['train'], ['search'], ['classify'], ['serve'], ['push']):\n"
+        "for verb in ([], ['train'], ['evaluate'], ['search'], ['classify'], ['serve'], ['push']):\n"
         "    assert CliRunner().invoke(app, [*verb, '--help']).exit_code == 0\n"
         "assert CliRunner().invoke(app, ['--version']).exit_code == 0\n"
         "slow = {'torch', 'transformers', 'timm', 'datasets', 'matplotlib', 'numpy', 'PIL', 'uvicorn'}\n"

@@ -18,7 +18,7 @@ def run(pushable_folder):
     return invoke
 
 
-def test_a_dry_run_lists_files_and_sizes_and_asks_nothing(run, hub, pushable_folder):
+def test_a_dry_run_lists_files_and_sizes_without_the_network(run, hub, pushable_folder):
     result = run("--dry-run", "--json")
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
@@ -36,7 +36,7 @@ def test_push_then_push_again(run, hub):
     assert (answer["is_new"], answer["url"]) == (True, f"{hub.url}/org/clipmini")
     assert answer["commit"] == hub.models["org/clipmini"].at("main").sha
     assert hub.models["org/clipmini"].titles()[0] == "Mine"
-    assert "was there already" in run().stdout
+    assert "already has all of it" in run().stdout
     assert f"{hub.url}/org/clipmini/tree/v2" in run("--revision", "v2").stdout
 
 

@@ -1,25 +1,25 @@
-"""Search images with words: an exact scan over a folder, and an image of what was found."""
+"""Search images with words: compare a query with every image of a folder, and draw what was found."""
 
 import bisect
 import logging
 import math
-import os
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import get_font_names
+from matplotlib.font_manager import FontProperties, get_font_names
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
 from torch import Tensor
 
 from clipmini.data.images import Skipped, find_images
+from clipmini.files import written_beside
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.images_clipmini import ImageError, read_image
 
@@ -28,28 +28,31 @@ from .encode import check_text, encode_files, encode_texts
 logger = logging.getLogger(__name__)
 
 DRAWING_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
-MAX_DRAWN = 100  # images per query; more cannot be told apart
+MAX_DRAWN = 100  # images per query; more could not be told apart
 MAX_TITLE_LINES = 3
 
 # Inches, and dots per inch.
 CELL_WIDTH, IMAGE_HEIGHT, CAPTION_HEIGHT, GAP, MARGIN, TITLE_LINE = 2.2, 1.75, 0.42, 0.12, 0.2, 0.27
 DPI, MAX_EDGE_DOTS = 150, 30_000
-TITLE = {"fontsize": 14, "weight": "bold"}
-SCORE = {"fontsize": 10, "weight": "bold"}
-NAME = {"fontsize": 7.5, "color": "#666666"}
 MIN_COLUMNS = 2  # of page width, so that a title above a single image has room
 
-# DejaVu comes with matplotlib; the rest, where installed, draw what it lacks.
-FONTS = (
+# DejaVu comes with matplotlib; the other fonts, where installed, have the characters that it lacks.
+FONT_CANDIDATES = (
     "DejaVu Sans",
     *("Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Devanagari", "Noto Emoji"),
     *("Arial Unicode MS", "Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "Nirmala UI", "Segoe UI Emoji"),
 )
+FONTS = sorted(set(FONT_CANDIDATES) & set(get_font_names()), key=FONT_CANDIDATES.index)
+# A dollar sign in a query or a file name starts no formula.
+TEXT: dict[str, Any] = {"family": FONTS, "parse_math": False, "usetex": False, "va": "top"}
+TITLE = TEXT | {"fontsize": 14, "weight": "bold"}
+SCORE = TEXT | {"fontsize": 10, "weight": "bold"}
+NAME = TEXT | {"fontsize": 7.5, "color": "#666666"}
 
 
 @dataclass(frozen=True)
 class Hit:
-    """An image found, and its cosine similarity with the query, in [-1, 1]."""
+    """An image that was found, and its cosine similarity to the query, in [-1, 1]."""
 
     path: Path
     score: float
@@ -63,21 +66,24 @@ def search_folder(
     top: int = 9,
     skipped: Skipped | None = None,
 ) -> list[Hit]:
-    """Find the images of a folder that fit a query best. For several queries, embed the folder once and `rank`.
+    """Find the images of a folder that best match a query.
+
+    For several queries, embed the folder once with `embed_folder` and call `rank` for each query.
 
     Args:
         model: in eval mode.
-        processor: the one that came with the model.
-        folder: where to look, sub-folders included.
+        processor: the model's processor.
+        folder: where to look, including subfolders.
         query: what the image should show, in words.
-        top: how many to give; fewer where the folder holds fewer.
-        skipped: is told of images that cannot be read; given none, a summary is logged at the end.
+        top: number of images to return; fewer if the folder holds fewer.
+        skipped: collects the images that cannot be read; if None, a summary of them is logged at the end.
 
     Returns:
         The hits, best first.
 
     Raises:
-        ValueError: query or `top` is not allowed, the folder has no image that can be read, or `skipped` is strict.
+        ValueError: `query` or `top` is not allowed, the folder has no readable image, or an image cannot be read and
+            `skipped` is strict.
     """
     check_search(query, top)
     paths, embeds = embed_folder(model, processor, folder, skipped)
@@ -91,38 +97,24 @@ def embed_folder(
     skipped: Skipped | None = None,
     batch_size: int = 16,
 ) -> tuple[list[Path], Tensor]:
-    """Embed the images of a folder, with one batch at most in memory.
-
-    Args:
-        model: in eval mode.
-        processor: the one that came with the model.
-        folder: where to look, sub-folders included.
-        skipped: is told of images that cannot be read; given none, a summary is logged at the end.
-        batch_size: images per forward.
-
-    Returns:
-        The paths that could be read, sorted, and their (I, D) embeddings, each of length 1.
-
-    Raises:
-        ValueError: the folder has no image that can be read, or `skipped` is strict and one cannot.
-    """
+    """Embed the images of a folder and its subfolders: `encode_files` of what `find_images` finds, in sorted order."""
     return encode_files(model, processor, find_images(folder), skipped, batch_size)
 
 
 def rank(paths: Sequence[Path], embeddings: Tensor, query_embed: Tensor, top: int = 9) -> list[Hit]:
-    """Sort images by their similarity with a query, by comparing with every one.
+    """Sort images by their similarity to a query, comparing it with every image.
 
     Args:
         paths: I images.
-        embeddings: (I, D), each of length 1.
+        embeddings: (I, D), rows of length 1.
         query_embed: (D,), of length 1.
-        top: how many to give.
+        top: number of images to return.
 
     Returns:
-        The best `top`, best first, ties in the order of `paths`.
+        The `top` best hits, best first; equal scores in the order of `paths`.
 
     Raises:
-        ValueError: `top` is below 1, or a similarity is not a number.
+        ValueError: `top` is below 1, or a similarity is not finite.
     """
     _check_top(top)
     scores = embeddings @ query_embed  # (I,)
@@ -133,15 +125,15 @@ def rank(paths: Sequence[Path], embeddings: Tensor, query_embed: Tensor, top: in
 
 
 def check_search(query: str, top: int = 9, out: str | Path | None = None) -> None:
-    """Find what is wrong with a search before anything slow is done for it.
+    """Check the arguments of a search before anything slow is done for it.
 
     Args:
         query: what the image should show.
-        top: how many images are wanted.
-        out: where they are to be drawn, if at all.
+        top: number of images wanted.
+        out: file to draw them in, if any.
 
     Raises:
-        ValueError: the query is blank or not UTF-8, `top` is below 1, or the drawing's suffix is not supported.
+        ValueError: the query is blank or not UTF-8, `top` is below 1, or `out` cannot be written as a drawing.
     """
     if not query.strip():
         raise ValueError("The query is empty; say in words what the image should show.")
@@ -159,146 +151,119 @@ def _check_top(top: int) -> None:
 def _check_drawing(out: str | Path) -> None:
     if Path(out).suffix.lower() not in DRAWING_SUFFIXES:
         raise ValueError(f"A drawing cannot be written to {out}; end its name in {', '.join(DRAWING_SUFFIXES)}.")
+    if Path(out).expanduser().is_dir():
+        raise ValueError(f"A drawing cannot be written to {out}, which is a folder; name a file.")
 
 
 def draw_results(query_hits: Mapping[str, Sequence[Hit]], out: str | Path, columns: int | None = None) -> None:
     """Draw each query above its best images, with scores and file names.
 
     Args:
-        query_hits: hits per query, best first; at most `MAX_DRAWN` of each are drawn, and a warning says so.
-        out: the file to write, whole or not at all; its folder is made.
-        columns: images per row; by default a row per query, or for a single query a grid as wide as high.
+        query_hits: hits of each query, best first; of each at most `MAX_DRAWN` are drawn, with a warning.
+        out: the file to write, whole or not at all; its folder is created.
+        columns: images per row; by default a row per query, or for a single query a square grid.
 
     Raises:
-        ValueError: the suffix is not supported, there is nothing to draw, or an image can no longer be read.
+        ValueError: `out` cannot be such a file, there is nothing to draw, or an image can no longer be read.
     """
-    drawn = {query: list(hits)[:MAX_DRAWN] for query, hits in query_hits.items() if hits}
     _check_drawing(out)
+    drawn = {query: list(hits)[:MAX_DRAWN] for query, hits in query_hits.items() if hits}
     if not drawn:
         raise ValueError("There are no results to draw.")
     most = max(map(len, query_hits.values()))
     if most > MAX_DRAWN:
         logger.warning("only the best %d of %d images are drawn", MAX_DRAWN, most)
-    most = min(most, MAX_DRAWN)
+        most = MAX_DRAWN
     columns = min(most, columns or (math.ceil(math.sqrt(most)) if len(drawn) == 1 else most))
+    out = Path(out).expanduser()
     with warnings.catch_warnings():
-        # Where no installed font has a character, a box stands for it.
+        # A character that no installed font has is drawn as a box.
         warnings.filterwarnings("ignore", message=r"(?s).*[Gg]lyph .*")
-        _draw_page(drawn, columns).save(Path(out).expanduser())
+        figure = _draw_page(drawn, columns)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(out) as temporary_path:
+            figure.savefig(temporary_path, format=out.suffix[1:].lower(), dpi=figure.dpi)
 
 
-def _draw_page(query_hits: Mapping[str, Sequence[Hit]], columns: int) -> "_Page":
-    page = _Page(max(columns, MIN_COLUMNS) * (CELL_WIDTH + GAP) - GAP + 2 * MARGIN)
-    titles = {query: page.wrap(query) for query in query_hits}
+def _draw_page(query_hits: Mapping[str, Sequence[Hit]], columns: int) -> Figure:
+    width = max(columns, MIN_COLUMNS) * (CELL_WIDTH + GAP) - GAP + 2 * MARGIN
+    titles = {query: _wrap_title(query, width - 2 * MARGIN) for query in query_hits}
     row_height = IMAGE_HEIGHT + CAPTION_HEIGHT + GAP
     heights = {
         query: (len(titles[query]) + 0.6) * TITLE_LINE + math.ceil(len(hits) / columns) * row_height
         for query, hits in query_hits.items()
     }
-    page.set_height(sum(heights.values()) + 2 * MARGIN - GAP)
+    height = sum(heights.values()) + 2 * MARGIN - GAP
+    # A huge page gets fewer dots per inch.
+    figure = Figure((width, height), dpi=min(DPI, MAX_EDGE_DOTS / max(width, height)), facecolor="white")
+    # Coordinates are inches from the top left corner.
+    page = figure.add_axes((0, 0, 1, 1), autoscale_on=False, xlim=(0, width), ylim=(height, 0))
+    page.set_axis_off()
     top = MARGIN
     for query, hits in query_hits.items():
         for number, line in enumerate(titles[query]):
-            page.write(line, MARGIN, top + number * TITLE_LINE, ha="left", **TITLE)
+            page.text(MARGIN, top + number * TITLE_LINE, line, **TITLE)
         first_row = top + (len(titles[query]) + 0.3) * TITLE_LINE
         for index, hit in enumerate(hits):
             row, column = divmod(index, columns)
-            page.draw_hit(hit, MARGIN + column * (CELL_WIDTH + GAP), first_row + row * row_height)
+            _draw_hit(page, hit, MARGIN + column * (CELL_WIDTH + GAP), first_row + row * row_height)
         top += heights[query]
-    return page
+    return figure
 
 
-class _Page:
-    """A figure whose places are inches from its top left corner."""
+def _draw_hit(page: Axes, hit: Hit, left: float, top: float) -> None:
+    """Draw an image as large as fits its cell, undistorted, above its score and file name."""
+    try:
+        image = read_image(hit.path)
+    except ImageError as error:
+        raise ValueError(f"{hit.path} {error}, and cannot be drawn.") from None
+    image.thumbnail((math.ceil(CELL_WIDTH * DPI), math.ceil(IMAGE_HEIGHT * DPI)))
+    page.add_patch(Rectangle((left, top), CELL_WIDTH, IMAGE_HEIGHT, facecolor="#f3f3f3", edgecolor="none", zorder=-1))
+    inches_per_pixel = min(CELL_WIDTH / image.width, IMAGE_HEIGHT / image.height)
+    half_width, half_height = image.width * inches_per_pixel / 2, image.height * inches_per_pixel / 2
+    x, y = left + CELL_WIDTH / 2, top + IMAGE_HEIGHT / 2
+    extent = (x - half_width, x + half_width, y + half_height, y - half_height)
+    page.imshow(image, extent=extent, aspect="auto", interpolation="antialiased")
+    bottom = top + IMAGE_HEIGHT
+    page.text(x, bottom + 0.05, f"{hit.score:.3f}", ha="center", **SCORE)
+    page.text(x, bottom + 0.23, _shorten_name(hit.path.name), ha="center", **NAME)
 
-    def __init__(self, width: float) -> None:
-        self.width, self.height = width, 1.0
-        self.figure = Figure(figsize=(width, 1.0), dpi=DPI, facecolor="white")
-        self.canvas = FigureCanvasAgg(self.figure)
-        installed = set(get_font_names())
-        # A dollar sign in a query or a file name begins no formula.
-        self.font: dict[str, Any] = {
-            "family": [name for name in FONTS if name in installed],
-            "parse_math": False,
-            "usetex": False,
-        }
 
-    def set_height(self, height: float) -> None:
-        """Make the page as high as its contents; of a huge one the resolution gives way."""
-        self.height = height
-        self.figure.set_size_inches(self.width, height)
-        self.figure.set_dpi(min(DPI, MAX_EDGE_DOTS / max(self.width, height)))
+def _wrap_title(title: str, width: float) -> list[str]:
+    """Break a title into at most `MAX_TITLE_LINES` lines that are no wider than `width` inches."""
+    title = _printable(title)
 
-    def fits(self, text: str, width: float, **style: Any) -> bool:
-        """Tell whether a line of text is no wider than `width`."""
-        extent = Text(0, 0, text, figure=self.figure, **self.font, **style).get_window_extent(
-            self.canvas.get_renderer()
-        )
-        return extent.width <= width * self.figure.dpi
+    def lines_of(limit: int) -> list[str]:
+        return textwrap.wrap(title, limit, max_lines=MAX_TITLE_LINES, placeholder="…")
 
-    def wrap(self, title: str) -> list[str]:
-        """Break a title into lines that fit the page."""
-        title = _printable(title)
+    limits = range(2, max(3, min(len(title), 1000) + 1))
+    return lines_of(_largest(limits, lambda limit: all(_measure(line, TITLE) <= width for line in lines_of(limit))))
 
-        def lines_of(limit: int) -> list[str]:
-            return textwrap.wrap(title, limit, max_lines=MAX_TITLE_LINES, placeholder="…")
 
-        def is_too_wide(limit: int) -> bool:
-            return not all(self.fits(line, self.width - 2 * MARGIN, **TITLE) for line in lines_of(limit))
+def _shorten_name(name: str) -> str:
+    """Cut the middle out of a file name that is wider than a cell, since its ends tell more."""
+    name = _printable(name)
+    if _measure(name, NAME) <= CELL_WIDTH:
+        return name
 
-        limits = range(2, max(3, min(len(title), 1000) + 1))
-        return lines_of(limits[max(0, bisect.bisect_left(limits, True, key=is_too_wide) - 1)])
+    def cut(half: int) -> str:
+        return f"{name[:half]}…{name[-half:]}"
 
-    def shorten(self, name: str) -> str:
-        """Cut out the middle of a file name that is wider than a cell: its ends say more."""
-        name = _printable(name)
-        if self.fits(name, CELL_WIDTH, **NAME):
-            return name
+    return cut(_largest(range(1, max(2, len(name) // 2)), lambda half: _measure(cut(half), NAME) <= CELL_WIDTH))
 
-        def cut(half: int) -> str:
-            return f"{name[:half]}…{name[-half:]}"
 
-        halves = range(1, max(2, len(name) // 2))
-        widest = bisect.bisect_left(halves, True, key=lambda half: not self.fits(cut(half), CELL_WIDTH, **NAME))
-        return cut(halves[max(0, widest - 1)])
+def _largest(limits: range, fits: Callable[[int], bool]) -> int:
+    """Return the largest limit that fits, or the smallest of all if none does."""
+    return limits[max(0, bisect.bisect_left(limits, True, key=lambda limit: not fits(limit)) - 1)]
 
-    def write(self, text: str, left: float, top: float, **style: Any) -> None:
-        """Write one line."""
-        self.figure.text(left / self.width, 1 - top / self.height, text, va="top", **self.font, **style)
 
-    def draw_hit(self, hit: Hit, left: float, top: float) -> None:
-        """Draw an image as large as its cell lets it be, undistorted, over its score and file name."""
-        try:
-            image = read_image(hit.path)
-        except ImageError as error:
-            raise ValueError(f"{hit.path} {error}, and cannot be drawn.") from None
-        image.thumbnail((math.ceil(CELL_WIDTH * DPI), math.ceil(IMAGE_HEIGHT * DPI)))
-        box = (
-            left / self.width,
-            1 - (top + IMAGE_HEIGHT) / self.height,
-            CELL_WIDTH / self.width,
-            IMAGE_HEIGHT / self.height,
-        )
-        self.figure.add_artist(Rectangle(box[:2], box[2], box[3], facecolor="#f3f3f3", edgecolor="none", zorder=-1))
-        axes = self.figure.add_axes(box)
-        axes.imshow(image, interpolation="antialiased")
-        axes.set_axis_off()
-        center, below = left + CELL_WIDTH / 2, top + IMAGE_HEIGHT
-        self.write(f"{hit.score:.3f}", center, below + 0.05, ha="center", **SCORE)
-        self.write(self.shorten(hit.path.name), center, below + 0.23, ha="center", **NAME)
-
-    def save(self, out: Path) -> None:
-        """Write the file beside its place, then move it there."""
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = out.with_name(f".{out.name}.{os.getpid()}")
-        try:
-            self.figure.savefig(beside, format=out.suffix[1:].lower(), dpi=self.figure.dpi)
-            os.replace(beside, out)
-        finally:
-            beside.unlink(missing_ok=True)
+def _measure(text: str, style: Mapping[str, Any]) -> float:
+    """Return the width of one line of text, in inches."""
+    font = FontProperties(family=FONTS, size=style["fontsize"], weight=style.get("weight"))
+    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
 
 
 def _printable(text: str) -> str:
-    """Put a single space for white space, and a question mark for what is no character, as in some file names."""
+    """Replace each run of white space by a space, and what is no character, as in some file names, by "?"."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())
     return "".join("?" if unicodedata.category(character) == "Cc" else character for character in text)

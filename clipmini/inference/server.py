@@ -1,7 +1,7 @@
-"""Serve a model over HTTP to Hugging Face's clients, with a limit on all that they can make large, many or slow.
+"""Serve a model over HTTP to Hugging Face's clients, with limits on the size, number and time of their requests.
 
-A request waits for its turn before its body is read, so that what waits takes next to no memory; then it holds one of
-`max_active` places until its answer is there. The model works in threads, and the event loop only moves bytes.
+A request waits for one of `max_active` slots before its body is read, so that waiting requests take almost no memory,
+and keeps its slot until it is answered. The model runs in worker threads; the event loop only moves bytes.
 """
 
 import asyncio
@@ -23,25 +23,25 @@ from starlette.routing import Route
 
 from modeling_clipmini.handler import RequestError
 
-MAX_COMMAS = 1_000_000  # in JSON: 16 MiB of "[]," would become 400 MiB of lists
-SHUTDOWN_S = 10  # that clients have for their answers; what the model is at is finished, as threads cannot be stopped
+MAX_COMMAS = 1_000_000  # in a JSON body: 16 MiB of "[]," would become 400 MiB of lists
+SHUTDOWN_S = 10  # for open requests to be answered; a thread cannot be stopped, so the model finishes its work anyway
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on.
+    """Limits of a server.
 
     Args:
-        max_body_bytes: of a request; an image in base64 takes 4/3 of its bytes. More gets status 413.
-        max_active: requests whose bodies are in memory at the same time, those being uploaded included.
-        max_waiting: requests that wait for that; further ones get status 503.
-        num_workers: threads that work with the model; each has its share of torch's threads.
-        wait_timeout_s: seconds that a request may wait before it gets status 503.
-        upload_timeout_s: seconds that a body may take to arrive before status 408.
-        compute_timeout_s: seconds from there to the answer before status 504.
+        max_body_bytes: bytes in the body of a request, else status 413; base64 makes an image a third larger.
+        max_active: requests whose bodies are in memory at the same time, including those still being uploaded.
+        max_waiting: requests that wait to become active; any further one gets status 503.
+        num_workers: threads that run the model; they divide torch's threads among them.
+        wait_timeout_s: seconds that a request may wait to become active, else status 503.
+        upload_timeout_s: seconds that a body may take to arrive, else status 408.
+        compute_timeout_s: seconds from the arrival of the body to the answer, else status 504.
 
     Raises:
-        ValueError: one is not positive.
+        ValueError: a limit is not positive.
     """
 
     max_body_bytes: int = 16 * 2**20
@@ -60,15 +60,15 @@ class Limits:
 
 
 def create_app(handler: Callable[[Any], Any], limits: Limits | None = None) -> Starlette:
-    """Make the ASGI app of a model.
+    """Create the ASGI app of a model.
 
-    POST a request to `/`; the paths `/models/NAME` and `/pipeline/TASK` that clients know from the Hub lead to the
-    same model, the latter with its task. A body is JSON, or an image as it is with the parameters in the query. GET
-    `/health` says that the server lives, even when it is busy. Every error is JSON, `{"error": ...}`, but for what is
-    no HTTP at all.
+    Requests are POSTed to `/`, or to the paths that clients know from the Hub: `/models/NAME` and `/pipeline/TASK`,
+    which also sets the task. A body is JSON, or the bytes of an image with the parameters in the query string. GET
+    `/health` answers even while the server is busy. Every error is JSON, `{"error": ...}`, except for requests that
+    are not valid HTTP.
 
     Args:
-        handler: answers one request, in a thread; a `RequestError` of it goes to the client.
+        handler: answers one request, in a worker thread; its `RequestError`s are sent to the client.
         limits: by default `Limits()`.
 
     Returns:
@@ -82,31 +82,31 @@ def create_app(handler: Callable[[Any], Any], limits: Limits | None = None) -> S
             *(Route(path, service.infer, methods=["POST"]) for path in paths),
         ],
         exception_handlers={
-            RequestError: _tell_request_error,
-            HTTPException: _tell_http_error,
-            ClientDisconnect: _tell_nobody,
-            Exception: _tell_bug,
+            RequestError: _answer_request_error,
+            HTTPException: _answer_http_error,
+            ClientDisconnect: _answer_nobody,
+            Exception: _answer_bug,
         },
         lifespan=service.lifespan,
     )
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address to listen at; before a model is loaded, so that one in use is known at once.
+    """Bind a socket; before the model is loaded, so that an address in use is reported at once.
 
     Args:
         host: a name or address of this machine.
-        port: 0 for any that is free.
+        port: 0 for any free port.
 
     Returns:
         The bound socket, not listening yet.
 
     Raises:
-        ValueError: it cannot be had.
+        ValueError: the address cannot be bound.
     """
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a restart has to wait for a minute
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a restart fails for a minute
         sock.bind((host, port))
     except OSError as error:
         sock.close()
@@ -115,13 +115,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def make_server(app: Starlette) -> uvicorn.Server:
-    """Set uvicorn up for an app: JSON and the log of errors, nothing else.
+    """Create a uvicorn server that logs errors alone.
 
     Args:
-        app: as `create_app` makes it.
+        app: from `create_app`.
 
     Returns:
-        The server. Once it is told to stop it answers what is under way, for at most `SHUTDOWN_S` seconds.
+        The server. When told to stop, it goes on answering open requests for at most `SHUTDOWN_S` seconds.
     """
     config = uvicorn.Config(
         app,
@@ -140,21 +140,21 @@ def run(app: Starlette, sock: socket.socket) -> None:
     """Serve until Ctrl-C.
 
     Args:
-        app: as `create_app` makes it.
-        sock: as `bind` gives it.
+        app: from `create_app`.
+        sock: from `bind`.
     """
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down in order, and then passes the signal on
+    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after an orderly shutdown
         make_server(app).run(sockets=[sock])
 
 
 class _Service:
-    """One model's requests, on their way from the socket to the handler and back."""
+    """The route functions of one model, with the state that its requests share."""
 
     def __init__(self, handler: Callable[[Any], Any], limits: Limits) -> None:
         self.handler, self.limits = handler, limits
-        self.places = asyncio.Semaphore(limits.max_active)
+        self.slots = asyncio.Semaphore(limits.max_active)
         self.num_waiting = 0
-        # Two workers with all threads each would take turns on the same cores.
+        # Workers with all of torch's threads each would compete for the same cores.
         num_threads = max(1, torch.get_num_threads() // limits.num_workers)
         self.workers = ThreadPoolExecutor(
             limits.num_workers, "inference", initializer=torch.set_num_threads, initargs=(num_threads,)
@@ -169,49 +169,50 @@ class _Service:
         return JSONResponse({"status": "ok", "waiting": self.num_waiting})
 
     async def infer(self, request: Request) -> Response:
-        await self._take_place()
+        await self._acquire_slot()
         try:
             body = [await self._read_body(request)]
             work = self.workers.submit(self._answer, request, body)
         except BaseException:
-            self.places.release()
+            self.slots.release()
             raise
         answer = asyncio.wrap_future(work)
-        answer.add_done_callback(self._give_place_back)
+        answer.add_done_callback(self._release_slot)
+        limit = self.limits.compute_timeout_s
         try:
-            async with asyncio.timeout(self.limits.compute_timeout_s):
+            async with asyncio.timeout(limit):
                 content = await asyncio.shield(answer)
         except TimeoutError:
-            # A thread cannot be stopped, and holds its place to the end. What has not begun gives it back, and so must
-            # not keep its body in the workers' queue.
+            # A thread cannot be stopped, so running work keeps its slot to the end. Work that has not begun is
+            # canceled, which releases the slot; its body must not stay in the workers' queue.
             if work.cancel():
                 body.clear()
-            raise _timeout(504, "The answer took", self.limits.compute_timeout_s) from None
+            raise HTTPException(504, f"The answer took more than {limit:g} seconds.") from None
         finally:
-            del answer, work  # an error in them holds this frame, which holds them, and what the request took
+            del answer, work  # an exception in them refers to this frame, which would keep them and the body alive
         return Response(content, media_type="application/json")
 
-    async def _take_place(self) -> None:
-        """Wait for a place among the active requests."""
+    async def _acquire_slot(self) -> None:
+        """Wait for a slot among the active requests."""
         busy = HTTPException(503, "The server is busy; try again later.", {"Retry-After": "1"})
-        if self.places.locked() and self.num_waiting >= self.limits.max_waiting:
+        if self.slots.locked() and self.num_waiting >= self.limits.max_waiting:
             raise busy
         self.num_waiting += 1
         try:
             async with asyncio.timeout(self.limits.wait_timeout_s):
-                await self.places.acquire()
+                await self.slots.acquire()
         except TimeoutError:
             raise busy from None
         finally:
             self.num_waiting -= 1
 
-    def _give_place_back(self, answer: "asyncio.Future[bytes]") -> None:
-        self.places.release()
+    def _release_slot(self, answer: "asyncio.Future[bytes]") -> None:
+        self.slots.release()
         if not answer.cancelled():
-            answer.exception()  # has been seen, even where nobody waits for it any more
+            answer.exception()  # mark it as retrieved, or asyncio would log it where the request has timed out
 
     async def _read_body(self, request: Request) -> bytes:
-        limit = self.limits.max_body_bytes
+        limit, timeout_s = self.limits.max_body_bytes, self.limits.upload_timeout_s
         encoding = request.headers.get("content-encoding", "identity")
         if encoding != "identity":
             raise RequestError(f"The content encoding {encoding[:20]!r} is not supported; send it plain.", 415)
@@ -219,32 +220,33 @@ class _Service:
             raise _too_large(limit)
         body = bytearray()
         try:
-            async with asyncio.timeout(self.limits.upload_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 async for chunk in request.stream():
                     body += chunk
-                    if len(body) > limit:  # uvicorn reads on and drops the rest, so that the client gets to the answer
+                    if len(body) > limit:  # uvicorn reads and drops the rest, so that the client receives the answer
                         raise _too_large(limit)
         except TimeoutError:
-            raise _timeout(408, "The body took", self.limits.upload_timeout_s, {"Connection": "close"}) from None
+            message = f"The body took more than {timeout_s:g} seconds."
+            raise HTTPException(408, message, {"Connection": "close"}) from None
         return bytes(body)
 
     def _answer(self, request: Request, body: list[bytes]) -> bytes:
-        """Answer a request, in a worker's thread; its body is taken out of the list, so that nobody else keeps it."""
+        """Answer a request, in a worker thread; the body is popped from its list so that nothing else keeps it."""
         return json.dumps(self.handler(_read_request(request, body.pop())), allow_nan=False).encode()
 
 
 def _read_request(request: Request, body: bytes) -> Any:
-    """Read what a client sent: JSON, or an image as it is. Parameters in the body come before those in the URL."""
+    """Parse a body, JSON or the bytes of an image; parameters in the body override those in the URL."""
     parameters: dict[str, Any] = {**request.path_params}
-    parameters.pop("name", None)  # there is one model
+    parameters.pop("name", None)  # of the model, and there is only one
     for name, value in request.query_params.multi_items():
-        if name == "candidate_labels":  # repeated, or one string with commas between
+        if name == "candidate_labels":  # given several times, or once as a comma-separated string
             labels = request.query_params.getlist(name)
             parameters[name] = labels if len(labels) > 1 else value
         else:
             is_number = value.isascii() and value.isdecimal() and len(value) < 10
             parameters[name] = int(value) if is_number else {"true": True, "false": False}.get(value, value)
-    # By contents first: curl calls everything a form, and no image begins with a brace.
+    # The content decides, since curl declares every body a form, and no image starts with a brace.
     if body[:100].lstrip()[:1] != b"{" and "json" not in request.headers.get("content-type", ""):
         return {**parameters, "inputs": body}
     if body.count(b",") > MAX_COMMAS:
@@ -260,25 +262,21 @@ def _too_large(limit: int) -> RequestError:
     return RequestError(f"The body is over the limit of {limit} bytes; send a smaller image.", 413)
 
 
-def _timeout(status: int, what: str, seconds: float, headers: dict[str, str] | None = None) -> HTTPException:
-    return HTTPException(status, f"{what} more than {seconds:g} seconds.", headers)
-
-
-async def _tell_request_error(request: Request, error: Exception) -> Response:
+async def _answer_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    error.__traceback__ = None  # its frames hold the body and the image, and may hold the error
+    error.__traceback__ = None  # its frames hold the body and the image, and may hold the error in a cycle
     return JSONResponse({"error": str(error)}, error.status)
 
 
-async def _tell_http_error(request: Request, error: Exception) -> Response:
+async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
-async def _tell_nobody(request: Request, error: Exception) -> Response:
+async def _answer_nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=400)
 
 
-async def _tell_bug(request: Request, error: Exception) -> Response:
-    """The traceback goes to the log, by uvicorn, and not to the client."""
+async def _answer_bug(request: Request, error: Exception) -> Response:
+    """Hide the error from the client; uvicorn logs its traceback."""
     return JSONResponse({"error": "The server failed; its log says why."}, 500)

@@ -34,7 +34,7 @@ def images(toy_pairs, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_trains_and_what_it_leaves_loads(tiny_folder, images, tmp_path):
+def test_it_trains_a_model_that_loads_and_can_be_pushed(tiny_folder, images, tmp_path):
     code = f"""
 import runpy
 sys.argv[0] = {str(SCRIPT)!r}

@@ -1,4 +1,4 @@
-"""Damaged model folders and unreadable images: each is named, in one sentence."""
+"""Damaged model folders and unreadable images: one sentence names each."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from modeling_clipmini.images_clipmini import ImageError, read_named
 
 @pytest.fixture
 def damage(tiny_folder, tmp_path):
-    """Copy the tiny model, with other contents in one of its JSON files."""
+    """Copy the tiny model and change one of its JSON files."""
     folder = tmp_path / "damaged"
     shutil.copytree(tiny_folder, folder)
 
@@ -56,13 +56,13 @@ class TestLoadModel:
             load_model(damage(name, []))
         assert caught.value.__cause__ is not None
 
-    def test_config_of_endless_depth(self, damage):
+    def test_deeply_nested_config(self, damage):
         folder = damage("config.json", {})
         (folder / "config.json").write_text("[" * 200_000)
         with pytest.raises(ValueError, match=r"config\.json is not a JSON object"):
             load_model(folder)
 
-    def test_an_error_without_words(self, tiny_folder, monkeypatch):
+    def test_error_without_a_message(self, tiny_folder, monkeypatch):
         def fail(*_, **__):
             raise KeyError
 
@@ -71,7 +71,7 @@ class TestLoadModel:
             load_model(tiny_folder)
 
 
-class TestNames:
+class TestErrorsNameTheImage:
     def test_path(self, tmp_path):
         (tmp_path / "7.png").write_bytes(b"")
         for source in (tmp_path / "7.png", str(tmp_path / "7.png"), {"bytes": b"", "path": str(tmp_path / "7.png")}):
@@ -80,15 +80,15 @@ class TestNames:
             assert str(caught.value) == f"{tmp_path / '7.png'}: is empty (zero bytes)"
 
     @pytest.mark.parametrize("source", [b"", {"bytes": b"", "path": None}])
-    def test_no_path(self, source):
+    def test_number_where_there_is_no_path(self, source):
         with pytest.raises(ImageError) as caught:
             read_named(source, "image 8")
         assert str(caught.value) == "image 8: is empty (zero bytes)"
 
-    def test_a_good_image(self):
+    def test_readable_image(self):
         assert read_named(Image.new("RGB", (4, 3), "red"), "x").getpixel((0, 0)) == (255, 0, 0)
 
-    def test_while_encoding(self, tiny_model, tiny_processor, tmp_path):
+    def test_when_encoding(self, tiny_model, tiny_processor, tmp_path):
         good = Image.new("RGB", (4, 3))
         with pytest.raises(ImageError, match=r"none\.png: does not exist$"):
             encode_images(tiny_model, tiny_processor, [good, tmp_path / "none.png"])

@@ -1,4 +1,4 @@
-"""Ranking by hand-made embeddings, folders with broken images, and the drawing of results."""
+"""Ranking of hand-made embeddings, folders with broken images, and drawings of results."""
 
 import itertools
 import logging
@@ -18,7 +18,7 @@ COLORS = ["red", "green", "blue", "white", "black"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five plain images of different shapes, one of them in a sub-folder."""
+    """Five plain images of different shapes, one of them in a subfolder."""
     root = tmp_path / "images"
     (root / "more").mkdir(parents=True)
     for index, color in enumerate(COLORS):
@@ -28,16 +28,16 @@ def folder(tmp_path):
 
 
 class TestRank:
-    def test_by_hand(self):
+    def test_order_and_scores(self):
         embeddings = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.6, 0.8]])
         hits = rank(["a", "b", "c"], embeddings, torch.tensor([1.0, 0.0]), top=3)
         assert [(hit.path, round(hit.score, 6)) for hit in hits] == [("b", 1.0), ("c", 0.6), ("a", 0.0)]
 
-    def test_top_cuts(self):
+    def test_top_limits_the_hits(self):
         embeddings = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.6, 0.8]])
         assert [hit.path for hit in rank(["a", "b", "c"], embeddings, torch.tensor([1.0, 0.0]), top=2)] == ["b", "c"]
 
-    def test_more_than_there_are(self):
+    def test_top_above_the_number_of_images(self):
         assert len(rank(["a", "b"], torch.eye(2), torch.tensor([1.0, 0.0]), top=9)) == 2
 
     def test_ties_keep_the_order_of_paths(self):
@@ -46,7 +46,7 @@ class TestRank:
         hits = rank(names, embeddings, torch.tensor([0.0, 1.0]), top=200)
         assert [hit.path for hit in hits] == names[150:] + names[:150]
 
-    def test_no_number(self):
+    def test_scores_that_are_not_finite(self):
         with pytest.raises(ValueError, match="no numbers"):
             rank(["a"], torch.tensor([[float("nan"), 0.0]]), torch.tensor([1.0, 0.0]))
 
@@ -57,7 +57,7 @@ class TestRank:
 
 
 class TestSearchFolder:
-    def test_equals_comparing_by_hand(self, tiny_model, tiny_processor, folder):
+    def test_equals_a_matrix_product(self, tiny_model, tiny_processor, folder):
         paths = [*sorted(folder.glob("*.png")), folder / "more" / "white.png"]
         scores = encode_images(tiny_model, tiny_processor, paths) @ encode_texts(tiny_model, tiny_processor, ["a"])[0]
         expected = sorted(zip(scores.tolist(), paths, strict=True), key=lambda item: -item[0])[:3]
@@ -66,7 +66,7 @@ class TestSearchFolder:
         assert [hit.score for hit in hits] == pytest.approx([score for score, _ in expected], abs=1e-6)
         assert -1 <= hits[-1].score <= hits[0].score <= 1
 
-    def test_broken_images_are_left_out_and_counted(self, tiny_model, tiny_processor, folder, caplog):
+    def test_broken_images_are_left_out_and_listed(self, tiny_model, tiny_processor, folder):
         (folder / "a.jpg").write_bytes(b"no image")
         (folder / "empty.png").write_bytes(b"")
         skipped = Skipped()
@@ -74,22 +74,22 @@ class TestSearchFolder:
         assert [path.name for path in paths] == ["black.png", "blue.png", "green.png", "white.png", "red.png"]
         assert embeds.shape == (5, 16)
         assert [name.rsplit("/", 1)[-1] for name, _ in skipped.items] == ["a.jpg", "empty.png"]
-        # Row i still belongs to path i.
+        # Row i is still the embedding of path i.
         for path, embed in zip(paths, embeds, strict=True):
             torch.testing.assert_close(encode_images(tiny_model, tiny_processor, [path])[0], embed)
 
-    def test_summary_where_no_one_else_counts(self, tiny_model, tiny_processor, folder, caplog):
+    def test_a_summary_is_logged_without_skipped(self, tiny_model, tiny_processor, folder, caplog):
         (folder / "a.jpg").write_bytes(b"no image")
         with caplog.at_level(logging.WARNING):
             search_folder(tiny_model, tiny_processor, folder, "a")
         assert caplog.messages[-1] == "1 input skipped"
 
-    def test_strict_stops(self, tiny_model, tiny_processor, folder):
+    def test_strict_raises(self, tiny_model, tiny_processor, folder):
         (folder / "bad.jpg").write_bytes(b"no image")
         with pytest.raises(ValueError, match=r"bad\.jpg"):
             search_folder(tiny_model, tiny_processor, folder, "a", skipped=Skipped(strict=True))
 
-    def test_nothing_but_broken_images(self, tiny_model, tiny_processor, tmp_path):
+    def test_only_broken_images(self, tiny_model, tiny_processor, tmp_path):
         (tmp_path / "bad.jpg").write_bytes(b"no image")
         with pytest.raises(ValueError, match=r"No image can be read: .*bad\.jpg is not an image"):
             search_folder(tiny_model, tiny_processor, tmp_path, "a")
@@ -98,11 +98,11 @@ class TestSearchFolder:
         ("query", "top", "message"),
         [(" \n", 9, "query is empty"), ("a", 0, "top=0 "), ("a \udcff fish", 9, "not text in UTF-8")],
     )
-    def test_bad_requests(self, tiny_model, tiny_processor, tmp_path, query, top, message):
+    def test_bad_arguments(self, tiny_model, tiny_processor, tmp_path, query, top, message):
         with pytest.raises(ValueError, match=message):
             search_folder(tiny_model, tiny_processor, tmp_path / "missing", query, top)
 
-    def test_one_batch_at_most_is_read_ahead(self, tiny_model, tiny_processor, folder, monkeypatch):
+    def test_at_most_one_batch_is_read_ahead(self, tiny_model, tiny_processor, folder, monkeypatch):
         num_read, num_embedded, ahead = itertools.count(1), 0, []
         read, embed = encode.read_image, tiny_model.get_image_features
 
@@ -152,7 +152,7 @@ class TestDrawResults:
         paths = itertools.cycle([folder / "red.png", folder / "green.png", folder / "blue.png"])
         return [Hit(path, 0.5 - 0.1 * index) for index, path in zip(range(num_hits), paths, strict=False)]
 
-    def test_images_keep_their_shape(self, tmp_path):
+    def test_images_keep_their_aspect_ratio(self, tmp_path):
         Image.new("RGB", (400, 100), (255, 0, 0)).save(tmp_path / "wide.png")
         Image.new("RGB", (100, 400), (0, 0, 255)).save(tmp_path / "high.png")
         draw_results({"a": [Hit(tmp_path / "wide.png", 1.0), Hit(tmp_path / "high.png", 0.5)]}, tmp_path / "out.png")
@@ -184,7 +184,7 @@ class TestDrawResults:
             runs = np.diff(is_red.any(axis=axis).astype(int))
             assert (runs == 1).sum() == (runs == -1).sum() == expected
 
-    def test_odd_texts_and_names(self, folder, tmp_path, recwarn):
+    def test_unusual_characters(self, tmp_path, recwarn):
         odd = tmp_path / "日本 🐟 $x_1^ \\frac{.png"
         undecodable = tmp_path / b"bad\xff.png".decode("utf-8", "surrogateescape")
         for path in (odd, undecodable):
@@ -224,7 +224,12 @@ class TestDrawResults:
             draw_results({"a": self.hits(folder)}, tmp_path / name)
         assert not (tmp_path / name).exists()
 
-    def test_a_failure_leaves_the_old_file_alone(self, folder, tmp_path):
+    def test_a_folder_is_not_replaced(self, folder, tmp_path):
+        (tmp_path / "out.png").mkdir()
+        with pytest.raises(ValueError, match="is a folder"):
+            draw_results({"a": self.hits(folder)}, tmp_path / "out.png")
+
+    def test_a_failure_keeps_the_old_file(self, folder, tmp_path):
         out = tmp_path / "out.png"
         out.write_text("old")
         with pytest.raises(ValueError, match=r"gone\.png does not exist"):
@@ -236,18 +241,18 @@ class TestDrawResults:
         with pytest.raises(ValueError, match="no results"):
             draw_results({}, tmp_path / "out.png")
 
-    def test_a_huge_page_gives_up_resolution(self, folder, tmp_path, monkeypatch):
+    def test_a_huge_page_gets_a_lower_resolution(self, folder, tmp_path, monkeypatch):
         monkeypatch.setattr(search, "MAX_EDGE_DOTS", 600)
         draw_results({"a": self.hits(folder, 9)}, tmp_path / "out.png")
         assert max(size_of(tmp_path / "out.png")) <= 600
 
-    def test_at_most_so_many_are_drawn(self, folder, tmp_path, monkeypatch):
+    def test_no_more_than_the_maximum_is_drawn(self, folder, tmp_path, monkeypatch):
         monkeypatch.setattr(search, "MAX_DRAWN", 4)
         draw_results({"a": self.hits(folder, 4)}, tmp_path / "four.png")
         draw_results({"a": self.hits(folder, 9)}, tmp_path / "nine.png")
         assert (pixels(tmp_path / "four.png") == pixels(tmp_path / "nine.png")).all()
 
-    def test_what_is_not_drawn_is_said_once(self, folder, tmp_path, monkeypatch, caplog):
+    def test_one_warning_for_hits_that_are_not_drawn(self, folder, tmp_path, monkeypatch, caplog):
         monkeypatch.setattr(search, "MAX_DRAWN", 2)
         draw_results({"a": self.hits(folder, 2)}, tmp_path / "out.png")
         assert not caplog.messages
@@ -257,5 +262,5 @@ class TestDrawResults:
         assert caplog.messages == ["only the best 2 of 5 images are drawn"]
 
 
-def test_check_search_passes_what_is_right():
+def test_check_search_accepts_good_arguments():
     check_search("a fish", 1, "x.PNG")

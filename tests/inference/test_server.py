@@ -1,4 +1,4 @@
-"""The server over real sockets: what clients send, what they send wrongly, and too much of it."""
+"""The server over real sockets: good requests, malformed ones, and too many or too large ones."""
 
 import contextlib
 import gzip
@@ -31,7 +31,7 @@ LABELS = ["a red square", "a blue disc", "nothing at all"]
 
 @contextlib.contextmanager
 def serving(handler, **limits):
-    """Serve from a thread; give the address, and the server."""
+    """Serve from a thread; yield the address and the server."""
     sock = bind("127.0.0.1", 0)
     sock.listen()
     running = make_server(create_app(handler, Limits(**limits)))
@@ -46,7 +46,7 @@ def serving(handler, **limits):
 
 
 def ask(address, body, path="/", method="POST", timeout=30, **options):
-    """Send one request; give status, JSON and headers of the answer."""
+    """Send one request; return status, JSON and headers of the response."""
     connection = http.client.HTTPConnection(*address, timeout=timeout)
     with contextlib.closing(connection):
         connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body).encode(), **options)
@@ -62,7 +62,7 @@ def connect_until_refused(address):
 
 
 class Gate:
-    """A handler that answers when it is let."""
+    """A handler that answers once `open` is set."""
 
     def __init__(self):
         self.entered, self.open = threading.Semaphore(0), threading.Event()
@@ -102,7 +102,7 @@ def address(handler):
 
 @pytest.fixture
 def url(address, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # to reach this machine
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # so that the client reaches this machine
     return "http://{}:{}".format(*address)
 
 
@@ -124,7 +124,7 @@ class TestInferenceClient:
         vectors = client.feature_extraction(["a fish", "a dog"], normalize=True, dimensions=5, truncate=True)
         assert vectors.shape == (2, 5)
 
-    def test_is_told_what_was_wrong(self, url):
+    def test_gets_the_error_message(self, url):
         client = InferenceClient(model=url)
         with pytest.raises(HfHubHTTPError, match="given twice") as caught:
             client.zero_shot_image_classification(png(), ["a", "a"])
@@ -132,15 +132,15 @@ class TestInferenceClient:
 
 
 class TestRequests:
-    def test_a_image_as_it_is(self, handler, address):
+    def test_bytes_of_an_image(self, handler, address):
         status, answer, _ = ask(address, png(), "/?candidate_labels=a%20fish,dog&hypothesis_template=%7B%7D")
         parameters = {"candidate_labels": ["a fish", "dog"], "hypothesis_template": "{}"}
         assert (status, answer) == (200, handler({"inputs": png(), "parameters": parameters}))
         repeated = "/?candidate_labels=a%20fish&candidate_labels=dog&hypothesis_template=%7B%7D"
-        options = {"headers": {"Content-Type": "application/x-www-form-urlencoded"}}  # what curl says
+        options = {"headers": {"Content-Type": "application/x-www-form-urlencoded"}}  # as curl sends
         assert ask(address, png(), repeated, **options)[1] == answer
 
-    def test_features_by_query(self, address):
+    def test_features_with_parameters_in_the_query(self, address):
         whole = ask(address, png(), "/?task=feature-extraction&normalize=false")[1]
         assert ask(address, png(), "/pipeline/feature-extraction?normalize=false&truncate_dim=3")[1] == whole[:3]
 
@@ -185,7 +185,7 @@ class TestErrors:
         assert words in answer["error"]
 
     @pytest.mark.parametrize("body", [b"", b"[]", b"3"])
-    def test_what_is_called_json_must_be_it(self, address, body):
+    def test_a_body_declared_as_json_must_be_json(self, address, body):
         status, answer, _ = ask(address, body, headers={"Content-Type": "application/json"})
         assert status in (400, 422)
         assert "JSON" in answer["error"]
@@ -202,18 +202,18 @@ class TestErrors:
         assert ask(address, b"", "/health")[0] == 405
         assert ask(address, {"inputs": "a"}, "/pipeline/text-generation")[0] == 422
 
-    def test_bombs(self, address):
+    def test_decompression_bombs(self, address):
         file = io.BytesIO()
         Image.new("1", (7100, 7100)).save(file, "PNG")
         assert ask(address, file.getvalue(), "/?candidate_labels=a,b")[0] == 413
 
-    def test_lists_of_lists(self, address, monkeypatch):
+    def test_many_commas(self, address, monkeypatch):
         monkeypatch.setattr(server, "MAX_COMMAS", 3)
         assert ask(address, {"inputs": ["a", "b", "c", "d"]})[0] == 200
         status, answer, _ = ask(address, {"inputs": [[], [], [], [], []]})
         assert (status, "commas" in answer["error"]) == (413, True)
 
-    def test_a_bug_is_not_told(self):
+    def test_a_bug_is_not_revealed(self):
         def fail(data):
             if data["inputs"] == "nan":
                 return [float("nan")]
@@ -254,12 +254,12 @@ class TestLimits:
         with serving(gate, upload_timeout_s=0.3, max_active=1) as (address, _):
             with socket.create_connection(address, timeout=30) as slow:
                 slow.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-                answer = slow.makefile("rb").read()  # to the end: the server hangs up
+                answer = slow.makefile("rb").read()  # until the server closes the connection
             assert answer.startswith(b"HTTP/1.1 408 ")
             assert b'{"error":"The body took more than 0.3 seconds."}' in answer
             assert ask(address, {"inputs": "a"})[0] == 200
 
-    def test_clients_that_leave(self, gate):
+    def test_clients_that_disconnect(self, gate):
         gate.open.set()
         with serving(gate, max_active=1) as (address, _):
             for _ in range(3):
@@ -293,13 +293,13 @@ class TestLimits:
         with serving(gate, **limits) as (address, _):
             status, answer, _ = ask(address, {"inputs": "first"})
             assert (status, answer) == (504, {"error": "The answer took more than 0.3 seconds."})
-            assert ask(address, {"inputs": "never begun"})[0] == 504  # its place is free again, the first one's is not
+            assert ask(address, {"inputs": "never begun"})[0] == 504  # its slot is free again, the first one's is not
             assert ask(address, b"", "/health", "GET")[0] == 200
             gate.open.set()
             assert ask(address, {"inputs": "third"})[:2] == (200, ["third"])
             assert gate.entered._value == 2
 
-    def test_a_stopped_server_answers_what_is_under_way(self, gate):
+    def test_a_stopping_server_answers_open_requests(self, gate):
         with serving(gate) as (address, running), ThreadPoolExecutor(1) as pool:
             answer = pool.submit(ask, address, {"inputs": "last"})
             gate.wait_entered()
@@ -347,6 +347,3 @@ class TestCommand:
         result = CliRunner().invoke(cli.app, ["serve", str(tiny_folder)])
         assert result.exit_code == 2
         assert result.stderr == "error: serve needs uvicorn, which is not installed: pip install 'clipmini[serve]'.\n"
-
-    def test_help_has_an_example(self):
-        assert "Example: clipmini serve " in CliRunner().invoke(cli.app, ["serve", "--help"]).stdout

@@ -17,9 +17,9 @@ PROGRAM = """
 import { readFileSync } from "node:fs";
 import { InferenceClient } from "@huggingface/inference";
 
-const [url, image, labels] = process.argv.slice(2);
+const [url, path, labels] = process.argv.slice(2);
 const client = new InferenceClient().endpoint(url);
-const image = new Blob([readFileSync(image)], { type: "image/png" });
+const image = new Blob([readFileSync(path)], { type: "image/png" });
 const parameters = { candidate_labels: JSON.parse(labels), hypothesis_template: "a photo of {}" };
 const answers = {
   blob: await client.zeroShotImageClassification({ inputs: image, parameters }),
@@ -42,7 +42,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """The client, fetched from npm, and a program that imports it."""
+    """Install the client from npm, next to a program that imports it."""
     folder = tmp_path_factory.mktemp("npm")
     (folder / "package.json").write_text('{"private": true}')
     subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", PACKAGE], cwd=folder, check=True)
@@ -50,7 +50,7 @@ def program(tmp_path_factory):
     return folder / "program.mjs"
 
 
-def test_the_client_gets_what_the_model_says(program, tiny_folder, tmp_path):
+def test_the_client_gets_the_answers_of_the_handler(program, tiny_folder, tmp_path):
     image = tmp_path / "image.png"
     Image.linear_gradient("L").resize((90, 60)).convert("RGB").save(image)
     with serve_command(tiny_folder) as (url, _):

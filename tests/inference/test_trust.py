@@ -1,4 +1,4 @@
-"""A model's folder is data: no command runs code that it brings, starts a process, connects, or asks to."""
+"""A model's folder is data: no command runs its code, starts a process, opens a connection, or asks to."""
 
 import json
 import shutil
@@ -21,17 +21,17 @@ class EvilImages(CLIPImageProcessor): pass
 
 
 def change(file, **changes):
-    """Set keys, dotted by double underscores, of a JSON file."""
+    """Set keys of a JSON file; two underscores lead into a nested dict."""
 
     def apply(folder):
         path = folder / file
         values = json.loads(path.read_text()) if path.exists() else {}
         for key, value in changes.items():
             *parents, last = key.split("__")
-            home = values
+            target = values
             for parent in parents:
-                home = home[parent]
-            home[last] = value
+                target = target[parent]
+            target[last] = value
         path.write_text(json.dumps(values))
 
     return apply
@@ -41,7 +41,7 @@ def modules(kind, path=""):
     return lambda folder: (folder / "modules.json").write_text(json.dumps([{"type": kind, "path": path}]))
 
 
-# What is done to a model's folder, and the file and the key that the message names.
+# How a model's folder is changed, and the file, key and value that the message names.
 KINDS = {
     "pickle for timm": (
         change("config.json", vision_config__model_args={"checkpoint_path": "evil.pth"}),
@@ -118,7 +118,7 @@ def hook(event, arguments):
         events.append([event, str(arguments)[:200]])
 from typer.testing import CliRunner
 from clipmini.cli import app
-import clipmini.training.run, clipmini.inference.teacher, clipmini.publishing.push  # what is late to import, is now
+import clipmini.training.run, clipmini.inference.teacher, clipmini.publishing.push  # imported late by the commands
 import clipmini.evaluation.report, clipmini.inference.server, sentence_transformers, uvicorn
 sys.addaudithook(hook)
 answers = {}
@@ -144,7 +144,7 @@ def photos(toy_pairs, tmp_path_factory):
 
 
 def make_bad(kind, good, folder):
-    """Copy a model's folder, with code in it that leaves a mark, and something that names the code."""
+    """Copy a model's folder, with code in it that creates a file when run, and something that names the code."""
     shutil.copytree(good, folder)
     (folder / "evil.py").write_text(EVIL.format(mark=str(folder.with_suffix(".mark"))))
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
@@ -154,17 +154,17 @@ def make_bad(kind, good, folder):
 
 @pytest.fixture(scope="module")
 def answers(tiny_folder, photos, tmp_path_factory):
-    """What every command says to every kind, all in one process that watches itself."""
+    """Run every command on every kind of folder, in one process that records what it starts and connects to."""
     root = tmp_path_factory.mktemp("bad")
     job = {}
     for kind in KINDS:
         folder = make_bad(kind, tiny_folder, root / kind)
-        places = {"BAD": folder, "GOOD": tiny_folder, "PHOTOS": photos, "OUT": root / "out"}
+        paths = {"BAD": folder, "GOOD": tiny_folder, "PHOTOS": photos, "OUT": root / "out"}
         for name, arguments in COMMANDS.items():
             words = []
             for word in arguments:
-                for key, place in places.items():
-                    word = word.replace(key, str(place))
+                for key, path in paths.items():
+                    word = word.replace(key, str(path))
                 words.append(word)
             job[f"{kind}: {name}"] = {"folder": str(folder), "command": words}
     (root / "job.json").write_text(json.dumps(job))
@@ -176,7 +176,7 @@ def answers(tiny_folder, photos, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_command_refuses_it_by_name_and_runs_nothing(kind, answers):
+def test_every_command_names_what_it_refuses_and_runs_nothing(kind, answers):
     for name in COMMANDS:
         answer = answers[f"{kind}: {name}"]
         assert answer["code"] == 2, (name, answer["text"][-1500:])
@@ -224,7 +224,7 @@ def test_usual_keys_pass(content, tmp_path):
 @pytest.mark.parametrize(
     "content", [[1], {"model_type": "timm_wrapper", "architecture": "nothing"}, {"model_type": 5}]
 )
-def test_a_broken_model_of_others_is_no_bug_of_ours(content, tmp_path):
+def test_a_broken_model_of_another_library_is_a_value_error(content, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"The model {tmp_path} cannot be loaded: "):
         load_encoder(tmp_path)
@@ -250,7 +250,7 @@ OF_OTHER_LIBRARIES = [
 
 
 @pytest.mark.parametrize(("file", "content", "words"), OF_OTHER_LIBRARIES)
-def test_what_other_libraries_would_read(file, content, words, tmp_path):
+def test_files_of_other_libraries(file, content, words, tmp_path):
     stock = "sentence_transformers.models."
     listed = [{"type": f"{stock}Transformer", "path": ""}, {"type": f"{stock}Dense", "path": "1_Dense"}]
     (tmp_path / "modules.json").write_text(json.dumps(listed))
@@ -263,7 +263,7 @@ def test_what_other_libraries_would_read(file, content, words, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "5", "null", "\xff"])
-def test_a_broken_file_is_left_to_the_library(text, tmp_path):
+def test_a_broken_file_is_left_to_its_library(text, tmp_path):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     (tmp_path / "modules.json").write_text(text, encoding="latin-1")
     refuse_code(tmp_path)
@@ -281,7 +281,7 @@ def test_a_model_in_the_cache_is_checked_without_the_hub(tiny_folder, tmp_path, 
         refuse_code("org/tiny")
 
 
-def test_towers_of_a_preset_are_checked_too(tiny_model, tiny_processor, tmp_path):
+def test_the_towers_of_a_preset_are_checked_too(tiny_model, tiny_processor, tmp_path):
     from clipmini.training.build import ModelPreset, build_model
 
     vision, text = tmp_path / "vision", tmp_path / "text"

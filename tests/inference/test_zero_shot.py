@@ -1,4 +1,4 @@
-"""Zero-shot scores: exact by hand, and equal to transformers' pipeline."""
+"""Zero-shot scores: exact small cases, and equal to transformers' pipeline."""
 
 import math
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def paths(tmp_path):
     return files
 
 
-def test_by_hand(monkeypatch):
+def test_exact_scores(monkeypatch):
     # Cosines 0.6 and 0.8 at a scale of 10 differ by 2: the odds are e^2.
     monkeypatch.setattr(zero_shot, "encode_images", lambda *_: torch.tensor([[0.6, 0.8], [1.0, 0.0]]))
     monkeypatch.setattr(zero_shot, "encode_texts", lambda *_: torch.eye(2))
@@ -70,7 +70,7 @@ def test_one_label_is_certain(tiny_model, tiny_processor, paths):
     assert classify(tiny_model, tiny_processor, paths[:1], ["cat"]) == [[LabelScore("cat", 1.0)]]
 
 
-def test_the_model_stays_out_of_the_graph(tiny_model, tiny_processor, paths):
+def test_no_gradients_are_computed(tiny_model, tiny_processor, paths):
     classify(tiny_model, tiny_processor, paths, LABELS)
     assert all(parameter.grad is None for parameter in tiny_model.parameters())
 
@@ -80,7 +80,7 @@ def test_an_unreadable_image_is_an_error(tiny_model, tiny_processor, tmp_path):
         classify(tiny_model, tiny_processor, [tmp_path / "none.png"], LABELS)
 
 
-def test_files_are_left_out_and_counted(tiny_model, tiny_processor, paths):
+def test_unreadable_files_are_left_out_and_listed(tiny_model, tiny_processor, paths):
     bad = paths[0].with_name("bad.png")
     bad.write_bytes(b"")
     skipped = Skipped()
@@ -92,7 +92,7 @@ def test_files_are_left_out_and_counted(tiny_model, tiny_processor, paths):
         assert [item.score for item in row] == pytest.approx([item.score for item in wanted], abs=1e-6)
 
 
-def test_files_strict(tiny_model, tiny_processor, paths, tmp_path):
+def test_strict_raises(tiny_model, tiny_processor, paths, tmp_path):
     with pytest.raises(ValueError, match=r"none\.png: does not exist"):
         classify_files(
             tiny_model, tiny_processor, [*paths, tmp_path / "none.png"], LABELS, skipped=Skipped(strict=True)
@@ -119,7 +119,7 @@ def test_bad_labels_and_templates(tiny_model, tiny_processor, paths, labels, tem
         classify_files(tiny_model, tiny_processor, paths, labels, template)
 
 
-def test_other_braces_stay(tiny_model):
+def test_other_braces_stay():
     assert fill_template(["c{a}t", "d{}g"], "{x} {}!") == ["{x} c{a}t!", "{x} d{}g!"]
 
 
@@ -129,7 +129,7 @@ def test_damaged_weights(tiny_model, tiny_processor, paths):
         classify(tiny_model, tiny_processor, paths, LABELS)
 
 
-def test_labels_are_embedded_as_the_mean_direction_of_their_captions():
+def test_a_label_is_the_mean_direction_of_its_captions():
     vectors = {"a x": [1.0, 0.0], "a y": [0.0, 1.0], "the x": [0.6, 0.8], "the y": [0.0, 1.0]}
     embeds = embed_labels(
         lambda captions: torch.tensor([vectors[text] for text in captions]), ["x", "y"], ["a {}", "the {}"]
@@ -137,7 +137,7 @@ def test_labels_are_embedded_as_the_mean_direction_of_their_captions():
     torch.testing.assert_close(embeds, torch.tensor([[0.8, 0.4], [0.0, 1.0]]) / torch.tensor([[0.8**0.5], [1.0]]))
 
 
-def test_one_template_in_a_list_is_one_template(tiny_model, tiny_processor, paths):
+def test_a_list_of_one_template_equals_the_template(tiny_model, tiny_processor, paths):
     one = classify(tiny_model, tiny_processor, paths, LABELS, "a {}")
     assert classify(tiny_model, tiny_processor, paths, LABELS, ["a {}"]) == one
     assert classify(tiny_model, tiny_processor, paths, LABELS, ["a {}", "two {}"]) != one
@@ -150,7 +150,7 @@ def test_templates_that_come_with_clipmini():
     assert "{}" in load_templates("simple")
 
 
-def test_templates_of_ones_own(tmp_path):
+def test_templates_of_a_file(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("- an x-ray of a {}\n- a scan of a {}\n")
     assert load_templates(str(file)) == ["an x-ray of a {}", "a scan of a {}"]
@@ -160,9 +160,9 @@ def test_templates_of_ones_own(tmp_path):
     ("content", "message"),
     [
         ("- a photo\n", "has no {}"),
-        ("a: {}\n", "does not hold a list of templates"),
-        ("[]\n", "does not hold a list of templates"),
-        ("[1]\n", "does not hold a list of templates"),
+        ("a: {}\n", "is not a list of templates"),
+        ("[]\n", "is not a list of templates"),
+        ("[1]\n", "is not a list of templates"),
         ("- [\n", "is not YAML"),
     ],
 )
@@ -173,8 +173,8 @@ def test_bad_template_files(tmp_path, content, message):
         load_templates(str(file))
 
 
-def test_an_unknown_list_of_templates_is_named_with_those_there_are():
-    with pytest.raises(ValueError, match=r"'imagnet' is no template; .* one of imagenet, simple"):
+def test_unknown_lists_of_templates():
+    with pytest.raises(ValueError, match=r"'imagnet' is not a template; .* one of imagenet, simple"):
         load_templates("imagnet")
-    with pytest.raises(ValueError, match="no template; give at least one"):
+    with pytest.raises(ValueError, match="There is no template; give at least one"):
         embed_labels(torch.tensor, ["x"], [])

@@ -7,7 +7,7 @@ import sys
 
 @contextlib.contextmanager
 def serve_command(folder):
-    """Start it at a free port; give its URL, which answers, and the process."""
+    """Start it on a free port; yield its URL, once it answers, and the process."""
     command = [sys.executable, "-m", "clipmini.cli", "serve", str(folder), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
