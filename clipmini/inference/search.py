@@ -19,7 +19,7 @@ from matplotlib.textpath import text_to_path
 from torch import Tensor
 
 from clipmini.data.images import Skipped, find_images
-from clipmini.files import written_beside
+from clipmini.files import atomic_write
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.images_clipmini import ImageError, read_image
 
@@ -181,7 +181,7 @@ def draw_results(query_hits: Mapping[str, Sequence[Hit]], out: str | Path, colum
         warnings.filterwarnings("ignore", message=r"(?s).*[Gg]lyph .*")
         figure = _draw_page(drawn, columns)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(out) as temporary_path:
+        with atomic_write(out) as temporary_path:
             figure.savefig(temporary_path, format=out.suffix[1:].lower(), dpi=figure.dpi)
 
 
