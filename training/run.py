@@ -19,7 +19,7 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
-from clipmini.data.duplicates import DuplicateReport, find_duplicates, share_ids
+from clipmini.data.duplicates import DuplicateReport, find_duplicates
 from clipmini.data.images import Skipped
 from clipmini.data.pairs import load_data
 from clipmini.evaluation.curves import draw_curves
@@ -204,12 +204,6 @@ def _prepare_data(recipe: Recipe, skipped: Skipped) -> tuple[DatasetDict, Duplic
     duplicates = find_duplicates(pairs)
     if duplicates.images or duplicates.captions:
         logger.warning("%s", duplicates.summary())
-    if recipe.data.share_duplicate_ids or recipe.data.share_duplicate_captions:
-        pairs = share_ids(pairs, duplicates)
-    if recipe.data.share_duplicate_captions:
-        # In training alone: with all that is linked as right answers, figures would flatter.
-        train_pairs = DatasetDict(train=pairs["train"])
-        pairs["train"] = share_ids(train_pairs, duplicates, captions=True)["train"]
     if "validation" not in pairs:
         for args in (recipe.training, *recipe.stages.values()):
             if args.eval_strategy != "no":

@@ -24,7 +24,7 @@ from .sources import RawPairs, SourceReader
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-NOT_OF_LOAD_PAIRS = ("strict", "split_seed", "share_duplicate_ids", "share_duplicate_captions")
+NOT_OF_LOAD_PAIRS = ("strict", "split_seed")
 
 
 @dataclass
@@ -42,10 +42,6 @@ class DataArguments:
         check_images: open every image once before training, and leave out those that cannot be read. Otherwise the
             first of them stops the run.
         strict: stop at the first image or caption that cannot be used, instead of leaving it out.
-        share_duplicate_ids: let copies of one image share its image id, so that they are never negatives of each
-            other.
-        share_duplicate_captions: in training, let also images share an id that share a caption, word by word, with
-            all else that is linked to one of them; read the counts in a run's `results.json` first.
     """
 
     source: str
@@ -57,8 +53,6 @@ class DataArguments:
     split_seed: int = 0
     check_images: bool = True
     strict: bool = False
-    share_duplicate_ids: bool = False
-    share_duplicate_captions: bool = False
 
 
 @dataclass

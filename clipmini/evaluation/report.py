@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 
-from clipmini.data.duplicates import find_duplicates, share_ids
 from clipmini.data.images import Skipped
 from clipmini.data.labeled import LabeledImages, keep_readable, load_labeled
 from clipmini.data.leaks import LeakReport, find_leaks
@@ -143,8 +142,6 @@ def _evaluate_retrieval(
     pairs = load_data(data, skipped)
     name = choose_split(pairs, split, data.source)
     train = _training_pairs(pairs, name, train_data, skipped) if check_leaks else None
-    if data.share_duplicate_ids or data.share_duplicate_captions:  # as in training
-        pairs = share_ids(pairs, find_duplicates(pairs))
     rows = pairs[name]
     encoder, *others = load_encoders(*filter(None, (model, baseline)))
     leaks = None if train is None else find_leaks(train, rows)  # before the hours: it may meet a broken image

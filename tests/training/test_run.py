@@ -254,29 +254,13 @@ def test_strict_stops_at_the_first_broken_image(recipe):
         train(recipe("strict=true"))
 
 
-def test_copies_and_images_with_one_caption_share_ids_on_request(tmp_path, caplog):
-    captions = {"a": ["A dog."], "copy_of_a": ["a cat"], "b": ["a  DOG"], "c": ["a hen"]}
-    lines = ["file_name,caption,split"]
-    for number, (name, texts) in enumerate(captions.items()):
-        Image.new("RGB", (8, 8), (0, 0, 0) if "a" in name else (9 * number, 0, 0)).save(tmp_path / f"{name}.png")
-        lines += [f"{name}.png,{text},train" for text in texts]
-    Image.new("RGB", (8, 8), "white").save(tmp_path / "held_out.png")
-    lines += ["held_out.png,a dog,validation"]
-    (tmp_path / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+def test_copies_are_named_before_training(tmp_path, caplog):
+    for name, color in {"a": "black", "copy_of_a": "black", "b": "red", "c": "white", "d": "blue"}.items():
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
+    lines = [f"{path.name},a thing" for path in sorted(tmp_path.glob("*.png"))]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]), encoding="utf-8")
     recipe_file = tmp_path / "mine.yaml"
     recipe_file.write_text(RECIPE, encoding="utf-8")
-
-    def ids(*overrides):
-        recipe = load_recipe(str(recipe_file), [f"source={tmp_path}", *overrides])
-        pairs, _ = _prepare_data(recipe, Skipped())
-        return {split: rows["image_id"][:] for split, rows in pairs.items()}
-
-    plain = ids()
+    _, duplicates = _prepare_data(load_recipe(str(recipe_file), [f"source={tmp_path}"]), Skipped())
     assert "1 image comes up under more than one image id" in caplog.text
-    assert len({*plain["train"], *plain["validation"]}) == 5
-    first, copy, dog, hen = plain["train"]
-    copies = ids("share_duplicate_ids=true")
-    assert copies["train"] == [min(first, copy), min(first, copy), dog, hen]
-    captions_too = ids("share_duplicate_captions=true")
-    assert captions_too["train"][0] == captions_too["train"][1] == captions_too["train"][2] != hen
-    assert captions_too["validation"] == copies["validation"] == plain["validation"]
+    assert duplicates.as_dict()["images"]["num_images"] == 2
