@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -194,7 +195,11 @@ def test_teachers_that_cannot_teach_are_named(tmp_path, toy_pairs, clip_folder, 
     out = tmp_path / "out" / "embeddings.parquet"
     with pytest.raises(ValueError, match=r"nowhere cannot be loaded"):
         embed_with_teacher(tmp_path / "nowhere", toy_pairs, out)
-    monkeypatch.setattr(CLIPModel, "get_text_features", lambda self, input_ids, **_: torch.ones(len(input_ids), 5))
+
+    def embed_in_5_dimensions(self, input_ids, **_):
+        return SimpleNamespace(pooler_output=torch.ones(len(input_ids), 5))
+
+    monkeypatch.setattr(CLIPModel, "get_text_features", embed_in_5_dimensions)
     with pytest.raises(ValueError, match="8 and captions in 5"):
         embed_with_teacher(clip_folder, toy_pairs, out)
     assert not out.exists()
