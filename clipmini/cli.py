@@ -343,18 +343,18 @@ def push(
 
     with working():
         images = [read_example(example) for example in examples or []]
-        prepared = prepare_push(folder, repo_id, revision=revision, allow_code_drift=allow_code_drift, examples=images)
+        prepared = prepare_push(folder, repo_id, allow_code_drift=allow_code_drift, examples=images)
         pushed = None
         if not dry_run:
             pushed = upload(prepared, private=private or None, revision=revision, message=message)
     if as_json:
-        files = [{"path": file.path, "size": file.size} for file in prepared.files]
+        files = [{"path": path, "size": size} for path, size in prepared.sizes.items()]
         commit = {} if pushed is None else {"commit": pushed.commit.oid, "is_new": pushed.is_new, "url": pushed.url}
         print_json({"repo_id": repo_id, "files": files, **commit})
         return
     table = Table("file", "bytes")
-    for file in prepared.files:
-        table.add_row(visible(file.path), f"{file.size:,}")
+    for path, size in prepared.sizes.items():
+        table.add_row(visible(path), f"{size:,}")
     print_table(table)
     if pushed is None:
         typer.echo("Nothing was uploaded: this was a dry run.")

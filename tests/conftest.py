@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from PIL import Image, ImageDraw
 
-from clipmini.publishing.card import CardFacts, render_card
+from clipmini.publishing.card import render_card
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.build import character_tokenizer
 from clipmini.training.recipes import describe_stage
@@ -75,7 +75,9 @@ def make_card(tiny_config):
     stages = [describe_stage("", ClipMiniTrainingArguments(output_dir="run", use_cpu=True))]
 
     def make(license="apache-2.0"):
-        return render_card(CardFacts("tiny", tiny_config(), "photos", license, [], stages))
+        return render_card(
+            "tiny", tiny_config(), source="photos", license=license, parts=[], stages=stages, results={}
+        )
 
     return make
 

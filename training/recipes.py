@@ -24,7 +24,7 @@ from clipmini.data.recipe_files import (
     read_yaml,
 )
 from clipmini.evaluation.naming import hub_id, public_name
-from clipmini.publishing.card import DATA, STARTING_MODEL, TOWERS, CardFacts, Part, Stage, render_card
+from clipmini.publishing.card import DATA, STARTING_MODEL, TOWERS, Part, Stage, render_card
 from modeling_clipmini import ClipMiniConfig
 
 from .arguments import ClipMiniTrainingArguments
@@ -154,17 +154,14 @@ def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[
     """
     wanted = results.get("stages") or list(recipe.stages)
     return render_card(
-        CardFacts(
-            name=Path(str(recipe.training.output_dir)).absolute().name,
-            config=config,
-            source=recipe.data.source,
-            license=recipe.license,
-            parts=recipe_parts(recipe),
-            stages=[describe_stage(name, recipe.stages[name]) for name in wanted]
-            or [describe_stage("", recipe.training)],
-            results=results,
-            recipe=_recipe_for_others(recipe.values),
-        )
+        Path(str(recipe.training.output_dir)).absolute().name,
+        config,
+        source=recipe.data.source,
+        license=recipe.license,
+        parts=recipe_parts(recipe),
+        stages=[describe_stage(name, recipe.stages[name]) for name in wanted] or [describe_stage("", recipe.training)],
+        results=results,
+        recipe=_recipe_for_others(recipe.values),
     )
 
 

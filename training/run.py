@@ -168,7 +168,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
 def _push_model(folder: Path, args: ClipMiniTrainingArguments) -> None:
     repo_id, branch = str(args.hub_model_id), args.hub_revision
     try:
-        prepared = prepare_push(folder, repo_id, revision=branch)
+        prepared = prepare_push(folder, repo_id)
         pushed = push(prepared, private=args.hub_private_repo, revision=branch)
     except ValueError as error:
         again = ["clipmini", "push", str(folder), repo_id]

@@ -26,7 +26,7 @@ from clipmini.evaluation.intervals import interval_ends
 from clipmini.evaluation.measure import chance_level, evaluate_retrieval, evaluate_with_intervals
 from clipmini.files import versions
 from clipmini.inference.teacher import TeacherEmbeddings
-from clipmini.publishing.card import CardFacts, render_card
+from clipmini.publishing.card import render_card
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import CARD, explain_refusals, make_repository, prepare_push, push
 from clipmini.training.recipes import data_part, describe_stage, model_parts
@@ -470,20 +470,15 @@ class ClipMiniTrainer(Trainer):
             results |= {"num_train_images": len(pairs), "num_train_captions": sum(pairs.num_captions)}
         logged = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
         return render_card(
-            CardFacts(
-                name=model_name or Path(str(args.hub_model_id or args.output_dir)).name,
-                config=self.model.config,
-                source=dataset,
-                license=license,
-                parts=[
-                    *(part for origin in origins for part in model_parts(origin)),
-                    data_part(dataset),
-                ],
-                stages=[describe_stage("", args)],
-                results=results | {"train_s": logged[-1] if logged and not self.is_resumed else None},
-                tags=[tags] if isinstance(tags, str) else tags,
-                language=language,
-            )
+            model_name or Path(str(args.hub_model_id or args.output_dir)).name,
+            self.model.config,
+            source=dataset,
+            license=license,
+            parts=[*(part for origin in origins for part in model_parts(origin)), data_part(dataset)],
+            stages=[describe_stage("", args)],
+            results=results | {"train_s": logged[-1] if logged and not self.is_resumed else None},
+            tags=[tags] if isinstance(tags, str) else tags,
+            language=language,
         )
 
     def _measure_for_card(self) -> dict[str, Any]:

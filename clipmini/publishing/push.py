@@ -1,14 +1,14 @@
-"""A trained model to the Hub: checked, and then in one commit or not at all."""
+"""Push a trained model to the Hub: checked first, then in one commit or not at all."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_url
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from PIL import ExifTags, Image
@@ -23,65 +23,54 @@ from .checks import (
     KNOWN_FILES,
     check_weights,
     drifted_code,
-    evaluation_files,
     is_replaced,
     list_files,
+    list_results,
     matches,
-    results_for_others,
-    run_files,
+    public_results,
 )
 
 CARD = "README.md"
 MAIN = "main"
 REMEDIES = {
-    401: "the Hub asks who you are: log in with `hf auth login`, or set HF_TOKEN to a token that may write",
-    403: "the token may not write there: name a repository of yours, or use a token that may",
-    404: "there is no such repository or revision, or the token may not see it",
+    401: "the Hub needs a valid token; log in with `hf auth login`, or set HF_TOKEN to a token that may write",
+    403: "the token may not write there; name a repository of yours, or use a token that may",
+    404: "there is no such repository or revision, or the token has no access to it",
     409: "the repository was being changed at the same moment; push again",
     412: "the repository was being changed at the same moment; push again",
-    429: "the Hub has had too many requests from you; wait some minutes, and push again",
+    429: "the Hub has had too many requests from you; wait a few minutes, and push again",
 }
 
 
 @dataclass(frozen=True)
-class PushedFile:
-    """A file to be pushed.
-
-    Attributes:
-        path: its place in the repository.
-        content: the file here, or its bytes.
-    """
-
-    path: str
-    content: Path | bytes
-
-    @property
-    def size(self) -> int:
-        """Its size in bytes."""
-        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
-
-
-@dataclass(frozen=True)
 class PreparedPush:
-    """What a push would upload; no network was needed to say so.
+    """What a push would upload, found without any network.
 
     Attributes:
         repo_id: the repository on the Hub.
-        files: what becomes its contents, sorted by path.
+        files: local files, or their bytes, by path in the repository, sorted.
     """
 
     repo_id: str
-    files: tuple[PushedFile, ...]
+    files: Mapping[str, Path | bytes]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return the size of each file in bytes, by path in the repository."""
+        return {
+            path: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for path, content in self.files.items()
+        }
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """A push that is done.
+    """A finished push.
 
     Attributes:
         commit: the commit that the branch is at.
-        is_new: whether the push made it; not so where all was there already.
-        url: where the branch is to be seen.
+        is_new: whether this push made the commit; False if the branch held all files already.
+        url: the address of the branch.
     """
 
     commit: CommitInfo
@@ -93,52 +82,49 @@ def prepare_push(
     folder: Path,
     repo_id: str,
     *,
-    revision: str | None = None,
     allow_code_drift: bool = False,
     examples: Sequence[tuple[Path, Sequence[str]]] = (),
 ) -> PreparedPush:
-    """Check a model's folder, and gather what is to be pushed.
+    """Check a model's folder and gather the files to push.
 
     Args:
-        folder: the model's, as training saved it. Figures and curves that a run left beside it come along.
-        repo_id: where to, as owner/name; the card's code and title will name it.
-        revision: the branch that it will be pushed to; `main` by default.
-        allow_code_drift: take a folder whose code is not this package's. It is not loaded then, to see whether it can
-            be.
-        examples: images that may be published, each with the labels to choose from, for the Hub's widget.
+        folder: the model's folder, as training saved it; figures and curves of the run are taken from beside it.
+        repo_id: the repository, as owner/name; the code and the title of the pushed card will name it.
+        allow_code_drift: accept a folder whose code differs from the installed package's. Whether it loads is not
+            checked then.
+        examples: publishable images for the Hub's widget, each with the labels to choose from.
 
     Returns:
-        The files.
+        The files, ready to push.
 
     Raises:
         ValueError: the folder must not or cannot be published as it is; the message says what to do.
     """
     if repo_id.count("/") != 1:
-        raise ValueError(f"{repo_id!r} is no repository of the Hub; name one as owner/name.")
+        raise ValueError(f"{repo_id!r} is not a repository on the Hub; name one as owner/name.")
     validate_repo_id(repo_id)
-    own = {name: file for name, file in list_files(folder).items() if not matches(name, [EVALUATIONS])}
-    files: dict[str, Path | bytes] = {**run_files(folder), **evaluation_files(folder), **own}
+    model_files = {path: file for path, file in list_files(folder).items() if not matches(path, [EVALUATIONS])}
+    files: dict[str, Path | bytes] = {
+        path: public_results(file) if file.name == RESULTS_FILE else file
+        for path, file in {**list_results(folder), **model_files}.items()
+    }
     drifted = drifted_code(folder)
     if drifted and not allow_code_drift:
         raise ValueError(
-            f"the code in {folder} is not that of the installed clipmini ({', '.join(drifted)}): save the model again "
-            "with it, or pass --allow-code-drift."
+            f"the code in {folder} differs from the installed clipmini's ({', '.join(drifted)}): save the model again "
+            "with this clipmini, or pass --allow-code-drift."
         )
     card = _load_card(folder)
     address_card(card, repo_id)
-    for name, content in files.items():
-        if Path(name).name == RESULTS_FILE and isinstance(content, Path):
-            files[name] = results_for_others(content)
     images = {_example_path(image): image for image, _ in examples}
     if len(images) < len(examples):
         raise ValueError("two examples have the same name in the repository; rename one of the images.")
     for image, labels in examples:
-        _check_example(image, labels)
-        _show_example(card, hf_hub_url(repo_id, _example_path(image), revision=revision), image, labels)
+        _add_example(card, image, labels)
     files |= images
     files[CARD] = str(card).encode()
     check_weights(folder, loads=not drifted)
-    return PreparedPush(repo_id, tuple(PushedFile(path, files[path]) for path in sorted(files)))
+    return PreparedPush(repo_id, dict(sorted(files.items())))
 
 
 def _example_path(image: Path) -> str:
@@ -146,27 +132,24 @@ def _example_path(image: Path) -> str:
     return f"{EXAMPLES}/{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}"
 
 
-def _check_example(image: Path, labels: Sequence[str]) -> None:
+def _add_example(card: ModelCard, image: Path, labels: Sequence[str]) -> None:
+    """Check an example, and add it to the card's widget in place of one with the same name."""
+    path = _example_path(image)
     if fault := find_fault(image):
         raise ValueError(f"{image} {fault}; name another example.")
-    if not matches(_example_path(image), KNOWN_FILES):
+    if not matches(path, KNOWN_FILES):
         raise ValueError(f"{image} cannot be an example; save it as .jpg, .jpeg, .png or .webp.")
     with Image.open(image) as opened:
         if opened.getexif().get_ifd(ExifTags.IFD.GPSInfo):
             raise ValueError(
-                f"{image} tells in its EXIF data where it was taken; save it again without them, or name another "
+                f"the EXIF data of {image} tell where it was taken; save it again without them, or name another "
                 "example."
             )
     if not all(label.strip() for label in labels):
-        raise ValueError(f"{image} has an empty label; give it as IMAGE=LABEL,LABEL.")
-
-
-def _show_example(card: ModelCard, url: str, image: Path, labels: Sequence[str]) -> None:
-    """Put an image into what the Hub's widget offers, in the place of one of the same name."""
-    path = _example_path(image)
-    shown = [example for example in card.data.get("widget", []) if not example.get("src", "").endswith(path)]
-    example = {"src": url, "candidate_labels": ", ".join(labels), "example_title": image.stem}
-    card.data["widget"] = [*shown, example]
+        raise ValueError(f"{image} has an empty label; write the example as IMAGE=LABEL,LABEL.")
+    others = [example for example in card.data.get("widget", []) if not example.get("src", "").endswith(path)]
+    example = {"src": path, "candidate_labels": ", ".join(labels), "example_title": image.stem}
+    card.data["widget"] = [*others, example]
 
 
 def push(
@@ -177,63 +160,63 @@ def push(
     message: str | None = None,
     token: str | None = None,
 ) -> Pushed:
-    """Upload in one commit.
+    """Upload the prepared files in one commit.
 
-    Whatever stops it, every branch is as it was before, and the same push can be repeated: what has been uploaded is
-    not uploaded again, and where nothing has changed no commit is made. A repository or branch that had to be made
-    stays, with nothing of the model in it.
+    If anything stops the push, every branch is as it was before, and the same push can be repeated: files that are
+    already uploaded are not uploaded again, and if nothing has changed, no commit is made. A repository or branch that
+    was created stays, without any file of the model.
 
-    What an earlier push left on the branch and this one does not hold, such as old shards, code and results, goes in
-    the same commit, and so do pickles. Examples, license texts and files that no push makes stay.
+    The commit also deletes what an earlier push left on the branch and this one does not hold, such as old shards,
+    code and results, and any pickles. Examples, license texts and files that no push makes stay.
 
     Args:
-        prepared: what `prepare_push` gives.
-        private: let only the owner see the repository. A public one that is there already is refused.
-        revision: the branch, which is made where there is none; `main` by default.
-        message: the commit's.
-        token: one that may write; by default the one that is logged in.
+        prepared: the result of `prepare_push`.
+        private: make the repository private. A public one that exists already is refused.
+        revision: the branch, created if it does not exist; `main` by default.
+        message: the commit message.
+        token: a token with write access; by default that of the login.
 
     Returns:
-        The commit.
+        The commit and the address of the branch.
 
     Raises:
         ValueError: the Hub refused, or cannot be reached; the message says what to do.
     """
     api = HfApi(token=token, library_name="clipmini")
-    repo_id, branch = prepared.repo_id, revision or MAIN
-    (readme,) = [file.content for file in prepared.files if file.path == CARD and isinstance(file.content, bytes)]
+    repo_id, branch, card = prepared.repo_id, revision or MAIN, prepared.files[CARD]
+    assert isinstance(card, bytes)
     with explain_refusals(repo_id):
-        ModelCard(readme.decode()).validate()  # by the Hub's own rules
+        ModelCard(card.decode()).validate()  # by the Hub's own rules, before anything is made there
         make_repository(api, repo_id, private)
         heads = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).branches}
         start = branch if branch in heads else MAIN
-        additions = [CommitOperationAdd(file.path, file.content) for file in prepared.files]
-        left = set(api.list_repo_files(repo_id, revision=start)) - {file.path for file in prepared.files}
-        removals = [CommitOperationDelete(path) for path in sorted(left) if is_replaced(path)]
-        # What takes long comes before anything that shows: a branch, and then the commit.
+        additions = [CommitOperationAdd(path, content) for path, content in prepared.files.items()]
+        leftovers = set(api.list_repo_files(repo_id, revision=start)) - prepared.files.keys()
+        deletions = [CommitOperationDelete(path) for path in sorted(leftovers) if is_replaced(path)]
+        # The slow part comes before anything that others can see: the branch, and then the commit.
         api.preupload_lfs_files(repo_id, additions, revision=start, free_memory=False)
         if branch not in heads:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         commit = api.create_commit(
-            repo_id, [*additions, *removals], commit_message=message or "Upload model with clipmini", revision=branch
+            repo_id, [*additions, *deletions], commit_message=message or "Upload model with clipmini", revision=branch
         )
     url = f"{api.endpoint}/{repo_id}" + ("" if branch == MAIN else f"/tree/{branch}")
     return Pushed(commit, commit.oid != heads.get(branch, heads.get(MAIN)), url)
 
 
 def make_repository(api: HfApi, name: str, private: bool | None) -> str:
-    """Make a repository unless it is there.
+    """Create a repository unless it exists.
 
     Args:
-        api: with a token that may write.
-        name: owner/name, or a name alone, of the token's owner.
-        private: let only the owner see it.
+        api: a client with a token that may write.
+        name: owner/name, or a name alone in the account of the token.
+        private: make it private.
 
     Returns:
         Its id, owner/name.
 
     Raises:
-        ValueError: it is there and public, and was to be private.
+        ValueError: it should be private, but exists and is public.
     """
     repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
@@ -242,16 +225,10 @@ def make_repository(api: HfApi, name: str, private: bool | None) -> str:
 
 
 def read_example(text: str) -> tuple[Path, list[str]]:
-    """Read an example for the widget, as the command takes it.
-
-    Args:
-        text: "image.jpg=a cat,a dog".
-
-    Returns:
-        The image, and the labels.
+    """Split an example for the widget, such as "image.jpg=a cat,a dog", into its image and its labels.
 
     Raises:
-        ValueError: it is not of that form.
+        ValueError: the text has another form.
     """
     image, separator, labels = text.rpartition("=")
     if not separator:
@@ -260,21 +237,24 @@ def read_example(text: str) -> tuple[Path, list[str]]:
 
 
 def address_card(card: ModelCard, repo_id: str) -> None:
-    """Let a card's code and title name the repository that it goes to, where they named another as its own.
+    """Replace a card's own model id by that of the repository it goes to, in its code blocks and its title.
 
     Args:
-        card: changed in place. What is written outside of code is left alone, but for the title.
+        card: changed in place; text outside of code blocks stays as it is, except the title.
         repo_id: owner/name.
     """
-    named = re.search(r'pipeline\("zero-shot-image-classification", model="([\w.-]+/[\w.-]+)"', card.text)
-    if named is None:
+    own_id = re.search(r'pipeline\("zero-shot-image-classification", model="([\w.-]+)/([\w.-]+)"', card.text)
+    if own_id is None:
         return
-    old_name, name = named[1].split("/")[1], repo_id.split("/")[1]
-    own_id = re.compile(rf"(?<![\w./-]){re.escape(named[1])}(?![\w./-])")
+    owner, old_name = map(re.escape, own_id.groups())
+    name = repo_id.split("/")[1]
     card.text = re.sub(
-        r"^```.*?^```", lambda block: own_id.sub(repo_id, block[0]), card.text, flags=re.DOTALL | re.MULTILINE
+        r"^```.*?^```",
+        lambda block: re.sub(rf"(?<![\w./-]){owner}/{old_name}(?![\w./-])", repo_id, block[0]),
+        card.text,
+        flags=re.DOTALL | re.MULTILINE,
     )
-    card.text = re.sub(rf"\A\s*# {re.escape(old_name)}\n", f"\n# {name}\n", card.text)
+    card.text = re.sub(rf"\A\s*# {old_name}\n", f"\n# {name}\n", card.text)
     if card.data.get("eval_results"):
         card.data["model_name"] = name
 
@@ -283,29 +263,26 @@ def _load_card(folder: Path) -> ModelCard:
     file = folder / CARD
     if not file.is_file():
         raise ValueError(
-            f"{folder} has no model card, {CARD}: write one that at least begins with the three lines `---`, "
-            "`license: ...` and `---`; `clipmini train` writes a whole one."
+            f"{folder} has no model card, {CARD}: write one that begins at least with the three lines `---`, "
+            "`license: ...` and `---`; `clipmini train` writes a complete one."
         )
     try:
         card = ModelCard.load(file)
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ValueError(
-            f"the metadata of {file} cannot be used, results without a named data set among them: {error}"
+            f"the metadata of {file} is invalid; results without a named data set, for one, are not allowed: {error}"
         ) from None
     if not card.data.get("license"):
         raise ValueError(
-            f"{file} states no license: set `license` in the recipe before training, or write `license: ...` into "
-            "the metadata at its top."
+            f"{file} states no license: set `license` in the recipe before training, or add `license: ...` to the "
+            "metadata at the top of the card."
         )
     return card
 
 
 @contextmanager
 def explain_refusals(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub or the way to it raises into one sentence.
-
-    Args:
-        repo_id: what the sentence begins with.
+    """Turn errors of the Hub and of the connection to it into one sentence that begins with the repository's name.
 
     Raises:
         ValueError: the Hub refused, or cannot be reached.
@@ -317,7 +294,7 @@ def explain_refusals(repo_id: str) -> Iterator[None]:
     except LocalTokenNotFoundError:
         raise ValueError(f"{repo_id}: {REMEDIES[401]}.") from None
     except (HTTPError, OSError, RuntimeError) as error:
-        # Of a file that did not go up the client says only that; the cause says why.
+        # For a file that was not uploaded, the client raises an error that says only so; its cause says why.
         cause: Any = error if isinstance(error, HTTPError) else error.__cause__
         if isinstance(cause, HTTPError):
             reason = _reason(cause)
@@ -333,5 +310,5 @@ def _reason(error: HTTPError) -> str:
     if status in REMEDIES:
         return REMEDIES[status]
     if status >= 500:
-        return f"the Hub has trouble ({status}); the branch is as it was, so push again later"
+        return f"the Hub has a problem ({status}); the branch is as it was, so push again later"
     return " ".join(str(error).split())

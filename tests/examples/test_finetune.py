@@ -59,7 +59,7 @@ print(json.dumps(classify(sys.argv[2] + "/0.png", candidate_labels=["red", "blue
     assert not changed & statistics
     assert len(changed) > 0.9 * len(before.keys() - statistics)
     assert {file.name for file in tiny_folder.iterdir()} <= {file.name for file in tuned.iterdir()}
-    paths = {file.path for file in prepare_push(tuned, "me/tuned").files}  # as `clipmini push` does
+    paths = set(prepare_push(tuned, "me/tuned").files)  # as `clipmini push` does
     assert {"README.md", "config.json", "model.safetensors"} <= paths
     assert str(tmp_path) not in (tuned / "README.md").read_text()
     again = [*arguments, "--resume_from_checkpoint", "tuned/checkpoint-12"]

@@ -45,28 +45,28 @@ def render(tiny_config, results, *overrides, recipe="demo"):
     return render_recipe_card(load_recipe(recipe, overrides), tiny_config(), results)
 
 
-def test_it_tells_what_was_done_and_reached(results, tiny_config):
+def test_it_describes_training_and_results(results, tiny_config):
     text = render(tiny_config, results, "source=/home/me/my images").text
-    assert "trained on 1,680 images of `my images`" in text
+    assert "trained on 1,680 images from `my images`" in text
     assert "| train | 1,680 | 8,400 |" in text
     assert "| heads | 40 epochs | 64 | 0.001 |" in text
-    assert "**Among 32 images of the test split" in text
+    assert "**Among the 32 images of the test split" in text
     assert text.count("| text to image | **31.2** (25.0 to 40.0) | **31.2** (25.0 to 40.0) |") == 2
     assert text.count("32 images, 160 captions; the checkpoint was chosen on this split") == 1
     assert "could not be read or had no caption: 2" in text
-    assert "Leak check, copies in two splits: none found" in text
+    assert "Leak check, duplicates across splits: none found" in text
     assert text.count("| 8 | 10.0 (5.0 to 20.0) | 10.0 (5.0 to 20.0) | 10.0 (5.0 to 20.0) |") == 2
-    assert "training took 2.5 min, reading images and what frozen towers make of them not counted." in text
+    assert "in 2.5 min, not counting the time to read the images and run the frozen towers." in text
     assert "torch 2.15.0" in text
-    assert "captions of COCO and Flickr30k" in text  # what MiniLM has read belongs to every figure
-    assert "before training" not in text  # heads that started at random have nothing to be compared with
+    assert "captions of COCO and Flickr30k" in text  # every figure depends on what MiniLM was trained on
+    assert "before training" not in text  # random heads are nothing to compare with
 
 
 def test_a_time_is_told_with_what_it_counts(results, tiny_config):
     for override in ("cache_features=false", "freeze_text=false"):
-        assert "training took 2.5 min." in render(tiny_config, results, override).text
+        assert "threads) in 2.5 min." in render(tiny_config, results, override).text
     results["train_s"] = None  # as of a run that was cut off and went on
-    assert "training took" not in render(tiny_config, results).text
+    assert " threads)." in render(tiny_config, results).text
 
 
 def test_it_asks_for_the_versions_that_the_package_asks_for(results, tiny_config):
@@ -77,8 +77,8 @@ def test_it_asks_for_the_versions_that_the_package_asks_for(results, tiny_config
 def test_leaks_and_copies_are_told(results, tiny_config):
     results["duplicates"] = {**NO_DUPLICATES, "within": {"train": 3}, "across": {"train+test": 2}}
     text = render(tiny_config, results).text
-    assert "within the splits: 3 in train." in text
-    assert "**2 in both train and test**, which flatters the figures" in text
+    assert "(images with identical pixels): 3 in train." in text
+    assert "**2 in both train and test**, which inflates the figures" in text
 
 
 def test_the_stages_that_were_run_are_told(results, tiny_config):
@@ -92,16 +92,16 @@ def test_the_stages_that_were_run_are_told(results, tiny_config):
 
 
 def test_nothing_of_this_machine_is_told(results, tiny_config, tmp_path):
-    places = {
+    paths = {
         "source": tmp_path / "images",
         "image_root": tmp_path / "images",
         "output_dir": tmp_path / "runs" / "mine",
         "file": tmp_path / "teacher.parquet",
     }
-    for path in places.values():
+    for path in paths.values():
         path.mkdir(parents=True, exist_ok=True)
-    teacher = f"training.teacher={{file: {places.pop('file')}}}"
-    card = render(tiny_config, results, teacher, *(f"{key}={path}" for key, path in places.items()))
+    teacher = f"training.teacher={{file: {paths.pop('file')}}}"
+    card = render(tiny_config, results, teacher, *(f"{key}={path}" for key, path in paths.items()))
     assert str(tmp_path.parent) not in card.content
     assert "image_root: images" in card.content
     assert "file: teacher.parquet" in card.content
@@ -112,14 +112,14 @@ def test_there_is_no_empty_section_and_no_trace_of_the_template(results, tiny_co
     whole = render(tiny_config, results).content
     bare = render(tiny_config, {"splits": {}}, "model=tiny").content
     for content in (whole, bare):
-        assert not re.search(r"\{\{ |\{%|None(?!\s+of that)|Undefined", content)
+        assert not re.search(r"\{\{ |\{%|None(?!\s+of this)|Undefined", content)
         assert not re.search(r"\n{4,}", content)
         assert not re.search(r"^#+ .*\n+(## |$(?!\n))", content, re.MULTILINE)  # a heading over nothing
     assert "## Results" in whole
     assert "## Results" not in bare
     assert "It was trained on `photos`." in bare
-    assert "leaks from one split into another, were not looked for" in bare
-    assert "were not looked for.\n- Captions" in whole
+    assert "The data was not checked for duplicate images or for leaks between splits." in bare
+    assert "were not searched for.\n- Captions" in whole
 
 
 def test_the_hub_takes_its_metadata(results, tiny_config):
@@ -142,12 +142,12 @@ def test_the_hub_takes_its_metadata(results, tiny_config):
 def test_the_license_is_the_one_that_the_recipe_states(results, tiny_config):
     card = render(tiny_config, results, "license=CC-BY-NC-4.0")
     assert card.data.license == "cc-by-nc-4.0"
-    assert "The model's license is `CC-BY-NC-4.0`, as its author states it. Whether" in card.text
+    assert "The author states `CC-BY-NC-4.0` as the license of this model. Whether" in card.text
     assert "| image tower | timm/tf_efficientnet_lite0.in1k | apache-2.0 |" in card.text
     assert "| training data | photos | not stated |" in card.text
     card = render(tiny_config, results, "license=null")
     assert card.data.license is None
-    assert "No license is stated for the model. Whether" in card.text
+    assert "No license is stated for this model. Whether" in card.text
 
 
 def test_data_and_towers_of_the_hub_are_named_by_id(results, tiny_config):

@@ -122,7 +122,7 @@ def test_too_many_requests_are_waited_for(hub, prepared):
         ("preupload", 404, "no such repository or revision"),
         ("commit", 412, "changed at the same moment"),
         ("commit", 429, "too many requests"),
-        ("commit", 500, r"the Hub has trouble \(500\)"),
+        ("commit", 500, r"the Hub has a problem \(500\)"),
         (WEIGHTS, 403, "may not write there"),
     ],
 )

@@ -32,7 +32,7 @@ def metadata_faults(content):
     for key in ("library_name", "pipeline_tag"):
         faults += [f"{key} is no text"] if not isinstance(data.get(key, ""), str) else []
     for example in data.get("widget") or []:
-        if set(example) < {"src", "candidate_labels"} or not example["src"].startswith("http"):
+        if set(example) < {"src", "candidate_labels"} or not example["src"]:
             faults.append(f"widget: {example} is no image with labels")
     return faults + [fault for model in data.get("model-index") or [] for fault in _index_faults(model)]
 

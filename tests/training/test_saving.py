@@ -65,8 +65,8 @@ def test_push_to_hub_is_one_commit_like_that_of_the_command(make_trainer, hub, t
     card = ModelCard(files["README.md"].content.decode())
     assert (card.data.license, card.data.datasets, card.data.language) == ("mit", ["org/pairs"], "en")
     assert (card.data.base_model, "toys" in card.data.tags) == (["timm/a", "org/b"], True)
-    assert "`mit`, as its author states it" in card.text
-    assert "**Among 4 images of the validation split" in card.text
+    assert "The author states `mit` as the license" in card.text
+    assert "**Among the 4 images of the validation split" in card.text
     assert "| train | 8 | 16 |" in card.text
     for path, file in files.items():
         (tmp_path / path).write_bytes(file.content)
