@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, List, Value
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from modeling_clipmini.images_clipmini import find_fault
 
@@ -101,7 +102,6 @@ def load_pairs(
     test_fraction: float = 0.1,
     seed: int = 0,
     check_images: bool = True,
-    num_proc: int | None = None,
     skipped: Skipped | None = None,
 ) -> DatasetDict:
     """Load image-caption pairs, one row per image with all its captions.
@@ -131,7 +131,6 @@ def load_pairs(
         test_fraction: share of the images to draw for the test split; 0 for none.
         seed: another seed draws other images.
         check_images: open every image once, and leave out those that cannot be read.
-        num_proc: number of processes that check images; None for this process alone.
         skipped: collects what is left out; None to warn, and to log a summary at the end.
 
     Returns:
@@ -156,7 +155,7 @@ def load_pairs(
     reader = SourceReader(image_column, caption_column, root, skipped)
     images, keys, splits = _group_by_image(reader.read(source), skipped)
     if check_images and len(images):
-        kept = _find_readable(images, num_proc, skipped)
+        kept = _find_readable(images, skipped)
         images, keys, splits = images.select(kept), keys[kept], splits[kept]
     if len(images) == 0:
         name, reason = skipped.items[0]
@@ -272,30 +271,15 @@ def _add_column(images: Dataset, name: str, values: pa.Array, feature: Any) -> D
     return images.add_column(name, values, new_fingerprint=os.urandom(8).hex(), feature=feature)
 
 
-def _find_readable(images: Dataset, num_proc: int | None, skipped: Skipped) -> np.ndarray:
-    """Open every image, and report those that cannot be read.
-
-    Returns:
-        The rows of the readable images.
-    """
-    faults = images.select_columns(["image"]).map(
-        _check_row,
-        remove_columns=["image"],
-        features=Features({"fault": Value("string")}),
-        num_proc=min(num_proc, len(images)) if num_proc and num_proc > 1 else None,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint=os.urandom(8).hex(),
-        desc="checking images",
-    )["fault"][:]
-    for row, fault in enumerate(faults):
-        if fault:
+def _find_readable(images: Dataset, skipped: Skipped) -> np.ndarray:
+    """Open every image, and return the rows of those that can be read."""
+    kept = []
+    for row, image in enumerate(tqdm(images["image"], desc="checking images", unit="image", leave=False)):
+        if fault := find_fault(image):
             skipped.add(_name_row(images, row, images[row]["image_id"]), fault)
-    return np.array([row for row, fault in enumerate(faults) if not fault], dtype=np.int64)
-
-
-def _check_row(row: dict[str, Any]) -> dict[str, str | None]:
-    return {"fault": find_fault(row["image"])}
+        else:
+            kept.append(row)
+    return np.array(kept, dtype=np.int64)
 
 
 def _warn_of_leaks(keys: np.ndarray, splits: np.ndarray, source: str) -> None:

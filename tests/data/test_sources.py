@@ -265,11 +265,6 @@ class TestSources:
         found = [path.name for path in Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")]
         assert found == ["parquet-train.arrow"]
 
-    def test_several_processes_agree(self, tmp_path):
-        make_image_folder(write_images(tmp_path, 3))
-        (tmp_path / "1.png").write_bytes(b"")
-        assert captions_of(tmp_path, num_proc=2) == captions_of(tmp_path) == [["zero", "nought"], ["two"]]
-
 
 class TestHub:
     def load(self, monkeypatch, loaded, **options):
