@@ -168,7 +168,7 @@ def test_a_push_that_is_killed_leaves_the_remote_as_it_was(hub, folder, prepared
     hub.hold(WEIGHTS)
     command = [*PUSH, str(folder), "org/clipmini", "--revision", "v2"]
     client = subprocess.Popen(command, env={**os.environ, **hub.environment()}, stderr=subprocess.PIPE)
-    assert hub.reached.wait(60)
+    assert hub.reached.wait(300)
     client.kill()
     client.communicate()
     hub.released.set()

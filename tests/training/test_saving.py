@@ -112,7 +112,7 @@ def test_a_public_repository_stops_a_private_run_before_it_begins(recipe, hub, t
 
 def test_a_push_that_fails_after_training_says_how_to_repeat_it(recipe, hub, tmp_path):
     hub.fail("POST /api/models/org/clipmini/commit", status=500)
-    with pytest.raises(ValueError, match=r"trouble.* clipmini push \S+/run/model org/clipmini --private") as error:
+    with pytest.raises(ValueError, match=r"has a problem.* clipmini push \S+/run/model org/clipmini --private") as error:
         train(recipe("hub_model_id=org/clipmini", "license=cc0-1.0", "hub_private_repo=true"))
     assert "the model is trained and saved" in str(error.value)
     assert (tmp_path / "run" / "results.json").exists()
@@ -128,7 +128,7 @@ def test_push_to_hub_asks_for_license_and_data(make_trainer, hub):
 
 def test_a_repository_that_cannot_be_made_stops_a_run_before_it_begins(make_trainer, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(ValueError, match="org/clipmini: the Hub asks who you are"):
+    with pytest.raises(ValueError, match="org/clipmini: the Hub needs a valid token"):
         make_trainer(push_to_hub=True, hub_model_id="org/clipmini")
 
 
