@@ -116,7 +116,7 @@ def cached_array(
 
 @dataclass(frozen=True)
 class _StoredArray:
-    """An array on disk: `array.npy`, `key.json` for people to read, and `progress.json`, which counts the rows done."""
+    """An array on disk: `array.npy`, `key.json` for people to read, and `progress.json`, the number of rows done."""
 
     folder: Path
     shape: tuple[int, ...]

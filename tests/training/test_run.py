@@ -272,7 +272,7 @@ def test_copies_and_images_with_one_caption_share_ids_on_request(tmp_path, caplo
         return {split: rows["image_id"][:] for split, rows in pairs.items()}
 
     plain = ids()
-    assert "1 image comes up under more than one image id" in caplog.text
+    assert "Images under more than one image id: 1" in caplog.text
     assert len({*plain["train"], *plain["validation"]}) == 5
     first, copy, dog, hen = plain["train"]
     copies = ids("share_duplicate_ids=true")
