@@ -1,7 +1,7 @@
-"""A timm tower by depth: its stages, the frozen first of them cached, and a learning rate for every parameter.
+"""A timm tower by depth: its stages, the cached output of the frozen ones, and a learning rate for each parameter.
 
-While the first stages of a tower are frozen, what they give for an image never changes. Computed once, it is all that
-training the rest needs.
+While the first stages of a tower are frozen, their output for an image never changes. Once it is computed, training
+the other stages needs nothing else.
 """
 
 import logging
@@ -24,16 +24,16 @@ CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def stage_parts(timm_model: nn.Module) -> list[list[str]]:
-    """List a timm model's parameters by depth, in the stages that timm itself uses for layer-wise learning rates.
+    """List the parameters of a timm model by depth, in the stages that timm uses for layer-wise learning rates.
 
     Args:
-        timm_model: the model, as `timm.create_model` makes it.
+        timm_model: the model, as `timm.create_model` returns it.
 
     Returns:
-        For each stage the names of its parameters, from the stem to the head. Every parameter is in one stage.
+        The parameter names of each stage, from the stem to the head. Each parameter is in exactly one stage.
 
     Raises:
-        ValueError: timm does not say how deep the parameters of this architecture lie.
+        ValueError: timm defines no stages for this architecture.
     """
     group_matcher: Any = getattr(timm_model, "group_matcher", None)
     try:
@@ -42,32 +42,22 @@ def stage_parts(timm_model: nn.Module) -> list[list[str]]:
         matcher = None
     if matcher is None:
         raise ValueError(
-            f"timm does not say what stages {type(timm_model).__name__} has: train all of this vision tower or "
-            "nothing of it, or choose another architecture."
+            f"timm defines no stages for {type(timm_model).__name__}: train the whole vision tower or freeze it, or "
+            "choose another architecture."
         )
     return list(group_parameters(timm_model, matcher).values())
 
 
-def num_stages(timm_model: nn.Module) -> int:
-    """Count the stages of a timm model, stem and head included; see `stage_parts`, also for errors."""
-    return len(stage_parts(timm_model))
-
-
 class FrozenStages:
-    """The modules of a timm model that come before its first trainable stage.
+    """The modules of a timm model that come before its first trainable stage; made by `find`.
 
-    Make one with `find`. Whoever uses it keeps the modules in `modules` frozen and in eval mode: a BatchNorm that
-    moved its statistics, or a dropout, would make the cached activations wrong.
+    The caller keeps these modules frozen and in eval mode: a BatchNorm that updates its statistics, or a dropout,
+    would make the cached activations wrong.
 
     Attributes:
         modules: the modules, by their names in the timm model.
         entry: name of the module that the activation enters.
-        activation_shape: shape of one image's activation, for images of the size that `find` was shown.
     """
-
-    modules: dict[str, nn.Module]
-    entry: str
-    activation_shape: tuple[int, ...]
 
     def __init__(self, timm_model: nn.Module, modules: dict[str, nn.Module], entry: str) -> None:
         self._timm_model = timm_model
@@ -76,36 +66,32 @@ class FrozenStages:
 
     @classmethod
     def find(cls, timm_model: nn.Module, num_trainable_stages: int, example: Tensor) -> Self | None:
-        """Find the modules before the first trainable stage, and try whether the model can resume after them.
+        """Find the modules before the first trainable stage, and check that the model can resume after them.
 
-        Modules are taken in the order in which they are defined. Whether the model also runs them in this order, hands
-        one tensor from the last of them to the rest, and does nothing of its own in between (vision transformers add
-        position embeddings there) is tried: resumed, the model must give the same output.
+        Modules are taken in the order of their definition. A model need not run them in this order; it may pass more
+        than one tensor from the last of them to the rest, or do something itself in between (vision transformers add
+        position embeddings there). So the model is resumed once, and has to give the same output.
 
         Args:
-            timm_model: the model. It is left as it was.
-            num_trainable_stages: how many of the last stages are trained, at least 1 and fewer than `num_stages`.
+            timm_model: the model; left unchanged.
+            num_trainable_stages: number of trained stages at the end, at least 1 and fewer than there are.
             example: (B, 3, height, width) normalized images, on the model's device and in its dtype.
 
         Returns:
-            The frozen stages; None, with a warning that says why, where the architecture does not permit it. The whole
-            tower has to be run then.
+            The frozen stages; or None, with a warning that gives the reason, if the architecture cannot be split, so
+            that the whole tower has to run.
 
         Raises:
-            ValueError: the number of stages is not possible, or timm knows no stages of this architecture.
+            ValueError: timm defines no stages for this architecture.
         """
         stages = stage_parts(timm_model)
-        if not 0 < num_trainable_stages < len(stages):
-            raise ValueError(
-                f"num_trainable_stages={num_trainable_stages} leaves nothing to split: {type(timm_model).__name__} "
-                f"has {len(stages)} stages, so that 1 to {len(stages) - 1} can be trained."
-            )
+        assert 0 < num_trainable_stages < len(stages), "nothing to freeze, or nothing to train"
         trainable = {name for stage in stages[-num_trainable_stages:] for name in stage}
         frozen_stages = cls(timm_model, *_split(timm_model, trainable))
         modes = {module: module.training for module in timm_model.modules()}
         timm_model.eval()
         try:
-            fault = frozen_stages._try(example)
+            fault = frozen_stages._find_fault(example)
         finally:
             for module, mode in modes.items():  # parents come before their children
                 module.train(mode)
@@ -119,13 +105,13 @@ class FrozenStages:
 
     @torch.no_grad()
     def run(self, pixel_values: Tensor) -> Tensor:
-        """Run the first modules only.
+        """Run only the frozen modules.
 
         Args:
             pixel_values: (B, 3, height, width) normalized images, on the model's device and in its dtype.
 
         Returns:
-            (B, *activation_shape) what enters the first trainable module, without gradient.
+            (B, ...) the input of the first trainable module, without gradient.
         """
         parts = (part for module in self.modules.values() for part in module.modules())
         assert not any(part.training for part in parts), "frozen stages run in eval mode"
@@ -133,61 +119,60 @@ class FrozenStages:
         hook = entry.register_forward_pre_hook(_stop, with_kwargs=True)
         try:
             self._timm_model(pixel_values)
-        except _EnteredError as entered:
-            return entered.activation
+        except _EntryReached as reached:
+            return reached.activation
         finally:
             hook.remove()
         raise RuntimeError(f"{self.entry} was never run")
 
     @contextmanager
     def resuming(self) -> Iterator[None]:
-        """Let the model take activations in place of images, and run only the rest, for the time of the context.
+        """Make the model take activations instead of images, and run only the remaining modules, within the context.
 
-        The first modules hand on what they are given. Parameters, their names and the state dict stay as they are. The
-        model may overwrite the activations: some stages begin with an operation in place.
+        The frozen modules return their input. Parameters, their names and the state dict stay as they are. The model
+        may overwrite the activations, since some stages begin with an in-place operation.
         """
-        own_forwards = {module: module.__dict__.get("forward") for module in self.modules.values()}
+        saved = {module: module.__dict__.get("forward") for module in self.modules.values()}
         try:
-            for module in own_forwards:
-                module.forward = _hand_on  # on the instance, where it hides that of the class
+            for module in saved:
+                module.forward = _return_input  # on the instance, where it hides the method of the class
             yield
         finally:
-            for module, own_forward in own_forwards.items():
-                if own_forward is None:
+            for module, forward in saved.items():
+                if forward is None:
                     del module.forward
-                else:
-                    module.forward = own_forward
+                else:  # accelerate puts its own there
+                    module.forward = forward
 
     @torch.no_grad()
-    def _try(self, example: Tensor) -> str | None:
-        """Compare the resumed model with the whole; say what is wrong, or None."""
+    def _find_fault(self, example: Tensor) -> str | None:
+        """Compare the resumed model with the whole model; return what is wrong, or None."""
         whole = self._timm_model(example)
         if not any(True for module in self.modules.values() for _ in module.parameters()):
-            return "no stage stands before it"
-        came_through = []
+            return "there is no stage before it"
+        unchanged = []
         try:
             activation = self.run(example)
             if len(activation) != len(example):
-                return f"what enters it has shape {tuple(activation.shape)}, not one row for each of the images"
+                return f"its input has shape {tuple(activation.shape)}, not one row for each of the images"
             hook = self._timm_model.get_submodule(self.entry).register_forward_pre_hook(
-                lambda module, inputs: came_through.append(torch.equal(inputs[0], activation))
+                lambda module, inputs: unchanged.append(torch.equal(inputs[0], activation))
             )
             try:
                 with self.resuming():
                     resumed = self._timm_model(activation.clone())
             finally:
                 hook.remove()
-            # The output alone could agree by chance: blocks of an untrained model often start as good as empty.
-            if came_through != [True] or not torch.allclose(resumed, whole, rtol=1e-6, atol=1e-6):
-                return "the model resumed there gives another output, so it does more than to run its modules in turn"
+            # The output alone could agree by chance: the blocks of an untrained model often do almost nothing.
+            if unchanged != [True] or not torch.allclose(resumed, whole, rtol=1e-6, atol=1e-6):
+                return "resumed there, the model gives another output, so it does not just run its modules in turn"
         except Exception as error:  # nearly anything can go wrong in a model that gets activations for images
             return f"{type(error).__name__}: {error}"
-        self.activation_shape = tuple(activation.shape[1:])
         return None
 
 
-class _EnteredError(Exception):
-    """Stops a forward; no error."""
+class _EntryReached(Exception):
+    """Stops a forward pass; not an error."""
 
     def __init__(self, activation: Tensor) -> None:
         super().__init__()
@@ -197,17 +182,18 @@ class _EnteredError(Exception):
 def _stop(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
     if options or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         raise TypeError(f"{type(module).__name__} takes more than one tensor")
-    raise _EnteredError(inputs[0])
+    raise _EntryReached(inputs[0])
 
 
-def _hand_on(activation: Tensor, *_: Any, **__: Any) -> Tensor:
+def _return_input(activation: Tensor, *_: Any, **__: Any) -> Tensor:
     return activation
 
 
 def _split(module: nn.Module, trainable: Collection[str], prefix: str = "") -> tuple[dict[str, nn.Module], str]:
-    """Collect the modules defined before the first that has a trainable parameter, and find that one's name.
+    """Return the modules defined before the first one with a trainable parameter, and the name of that one.
 
-    Containers are opened, both where they are split and where they lie wholly before; the name is "" if none is found.
+    Containers are replaced by their children, whether they are split or lie wholly before; the name is "" if there is
+    no trainable parameter.
     """
     frozen_stages: dict[str, nn.Module] = {}
     for child_name, child in module.named_children():
@@ -232,15 +218,15 @@ def parameter_groups(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> l
 
     Each tower has its own rate, and the heads and the temperature another.
 
-    Weight decay pulls matrices and kernels only: on norms and biases it does nothing useful, on the temperature it
-    would be a pull toward a logit scale of 1.
+    Weight decay applies to matrices and kernels only: it is of no use on norms and biases, and would pull the
+    temperature toward a logit scale of 1.
 
     Args:
         model: the dual encoder.
-        args: `learning_rate` is that of the heads and the temperature; the towers' default to it.
+        args: `learning_rate` applies to the heads and the temperature, and is the default for the towers.
 
     Returns:
-        Groups for a torch optimizer; those of heads come with `part` "heads", those of towers with the tower's name.
+        Parameter groups for a torch optimizer; `part` is "heads" or the name of a tower.
     """
     rates = {"heads": args.learning_rate}
     for tower, rate in zip(TOWERS, (args.vision_learning_rate, args.text_learning_rate), strict=True):

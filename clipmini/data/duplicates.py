@@ -1,13 +1,14 @@
-"""Find images and captions that come up under more than one image id.
+"""Find images and captions that occur under more than one image id.
 
 A copy of an image in the same batch is a negative of itself: the loss then pushes a caption away from the image it
-describes. A copy in the test split makes figures flatter. Sharing an id repairs the first, not the second.
+describes. A copy in the test split inflates its metrics. Sharing an id repairs the first, not the second.
 """
 
 import hashlib
 import itertools
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,76 +27,79 @@ MAX_EXAMPLES = 5  # groups in `as_dict`, and ids of each: a gray placeholder can
 
 @dataclass(frozen=True)
 class DuplicateReport:
-    """What `find_duplicates` found. Groups are of at least two image ids, and both ids and groups are sorted.
+    """The result of `find_duplicates`. Groups are sorted lists of at least two image ids, and are sorted themselves.
 
     Attributes:
-        num_images: images looked at.
-        images: groups of images with the same image, over all splits.
-        within: by split, the groups of the same image in that split.
-        across: by pair of splits, the groups of the same image that reach into both, with their images in either.
-        captions: by normalized caption, the images that share it, unless all of them have the same image.
+        num_images: number of image ids.
+        images: groups of ids with the same image, over all splits.
+        within: by split, the number of groups with several ids in that split.
+        across: by pair of splits, the number of groups with ids in both.
+        captions: by normalized caption, the ids that share it, unless all of them have the same image.
     """
 
     num_images: int
     images: list[list[int]]
-    within: dict[str, list[list[int]]]
-    across: dict[tuple[str, str], list[list[int]]]
+    within: dict[str, int]
+    across: dict[tuple[str, str], int]
     captions: dict[str, list[int]]
 
     def summary(self) -> str:
-        """Say in two plain sentences what was found."""
-        leaks = [f"; {len(groups):,} in both {one} and {other}" for (one, other), groups in self.across.items()]
-        warning = ", where copies flatter figures" if leaks else ""
+        """Return two sentences that count the duplicates, for the log."""
+        leaks = [f"; {count:,} in both {one} and {other}" for (one, other), count in self.across.items()]
+        warning = ", where copies inflate the metrics" if leaks else ""
         return (
-            f"{_say('image', len(self.images))} up under more than one image id "
-            f"({_num_images(self.images):,} of {self.num_images:,} images{''.join(leaks)}{warning}). "
-            f"{_say('caption', len(self.captions))} up with different images "
-            f"({_num_images(self.captions.values()):,} images)."
+            f"Images under more than one image id: {len(self.images):,} "
+            f"({_num_ids(self.images):,} of {self.num_images:,} ids{''.join(leaks)}{warning}). "
+            f"Captions of different images: {len(self.captions):,} ({_num_ids(self.captions.values()):,} ids)."
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Give counts and the first few groups, ready for JSON.
+        """Return counts and the first few groups, ready for JSON.
 
         Returns:
             `num_images`; `images` and `captions`, each with `num_groups`, `num_images` and `examples`; `within` by
             split and `across` by "one+other" pair of splits, both numbers of groups.
         """
-        captions = list(itertools.islice(self.captions.items(), MAX_EXAMPLES))
+        captions = list(self.captions.items())[:MAX_EXAMPLES]
         return {
             "num_images": self.num_images,
             "images": {
                 "num_groups": len(self.images),
-                "num_images": _num_images(self.images),
+                "num_images": _num_ids(self.images),
                 "examples": [ids[:MAX_EXAMPLES] for ids in self.images[:MAX_EXAMPLES]],
             },
-            "within": {split: len(groups) for split, groups in self.within.items()},
-            "across": {f"{one}+{other}": len(groups) for (one, other), groups in self.across.items()},
+            "within": self.within,
+            "across": {"+".join(splits): count for splits, count in self.across.items()},
             "captions": {
                 "num_groups": len(self.captions),
-                "num_images": _num_images(self.captions.values()),
+                "num_images": _num_ids(self.captions.values()),
                 "examples": [{"caption": text, "image_ids": ids[:MAX_EXAMPLES]} for text, ids in captions],
             },
         }
 
 
-def find_duplicates(pairs: DatasetDict | Dataset, *, num_proc: int | None = None) -> DuplicateReport:
-    """Find images that are exactly the same, and captions that say the same of different images.
+def _num_ids(groups: Iterable[list[int]]) -> int:
+    return len(set(itertools.chain.from_iterable(groups)))
 
-    Images are compared by a hash of their size and decoded pixels. It finds the same file under two names, and also
-    the same pixels in files that differ, by their metadata or their (lossless) compression; not an image saved anew
-    as JPEG. Captions are compared by [`normalize_caption`].
+
+def find_duplicates(pairs: DatasetDict | Dataset, *, num_proc: int | None = None) -> DuplicateReport:
+    """Find identical images under several image ids, and captions shared by different images.
+
+    Images are compared by a hash of their size and decoded pixels. It finds the same file under two names, and files
+    with the same pixels that differ in their metadata or (lossless) compression, but not an image that was saved again
+    as JPEG. Captions are compared after [`normalize_caption`].
 
     Every image is read and decoded, one at a time, with a progress bar; only hashes and captions stay in memory.
 
     Args:
-        pairs: what `load_pairs` gives, or one split of it; image ids are unique over all splits.
-        num_proc: processes that read images; None for this one alone.
+        pairs: what `load_pairs` returns, or one split of it; image ids are unique over all splits.
+        num_proc: number of processes that read images; None for this one alone.
 
     Returns:
         The groups of image ids.
 
     Raises:
-        ImageError: an image cannot be read; the message names it. `load_pairs` leaves such out.
+        ImageError: an image cannot be read; the message names it. `load_pairs` leaves out such images.
     """
     splits = pairs if isinstance(pairs, DatasetDict) else DatasetDict({str(pairs.split or "pairs"): pairs})
     ids_of_image: dict[str, set[int]] = {}
@@ -111,24 +115,29 @@ def find_duplicates(pairs: DatasetDict | Dataset, *, num_proc: int | None = None
             for caption in filter(None, map(normalize_caption, captions)):
                 ids_of_caption.setdefault(caption, set()).add(image_id)
     images = sorted(sorted(ids) for ids in ids_of_image.values() if len(ids) > 1)
-    within, across = _sort_by_split(images, split_of, list(splits))
+    within: Counter[str] = Counter()
+    across: Counter[tuple[str, str]] = Counter()
+    for ids in images:
+        counts = Counter(split_of[image_id] for image_id in ids)
+        within.update(split for split, count in counts.items() if count > 1)
+        across.update(itertools.combinations([split for split in splits if split in counts], 2))
     shared = {
         caption: sorted(ids)
         for caption, ids in sorted(ids_of_caption.items())
         if len({image_of[image_id] for image_id in ids}) > 1
     }
-    return DuplicateReport(len(image_of), images, within, across, captions=shared)
+    return DuplicateReport(len(image_of), images, dict(within), dict(across), shared)
 
 
 def normalize_caption(caption: str) -> str:
-    """Take from a caption what makes no difference to its meaning, mostly.
+    """Remove differences from a caption that rarely change its meaning: case, punctuation and white space.
 
     Args:
         caption: any text.
 
     Returns:
-        The caption in Unicode's form NFKC and case-folded, with one blank for each run of punctuation and blanks
-        between words; "" where it has no words.
+        The caption in Unicode's NFKC form and case-folded, with one space for each run of punctuation and white space
+        between words; "" if it has no words.
     """
     folded = unicodedata.normalize("NFKC", caption).casefold()
     return " ".join("".join(" " if unicodedata.category(letter)[0] == "P" else letter for letter in folded).split())
@@ -164,7 +173,7 @@ def _hash_images(pairs: Dataset, split: str, num_proc: int | None) -> list[str]:
         features=Features({"image": Value("string")}),
         num_proc=min(num_proc, len(pairs)) if num_proc and num_proc > 1 else None,
         keep_in_memory=True,
-        # `datasets` would serve what it once computed from files that have changed since.
+        # Otherwise `datasets` would return hashes of files that have changed since.
         load_from_cache_file=False,
         new_fingerprint=os.urandom(8).hex(),
         desc=f"comparing images of {split}",
@@ -176,27 +185,10 @@ def _hash_row(row: dict[str, Any]) -> dict[str, str]:
 
 
 def hash_image(image: Image.Image) -> str:
-    """Give a digest of an image's size and pixels, which copies share."""
+    """Return a digest of an image's size and pixels, which is the same for copies."""
     digest = hashlib.blake2b(f"{image.width}x{image.height} ".encode(), digest_size=16)
     digest.update(image.tobytes())
     return digest.hexdigest()
-
-
-def _sort_by_split(
-    images: list[list[int]], split_of: dict[int, str], splits: list[str]
-) -> tuple[dict[str, list[list[int]]], dict[tuple[str, str], list[list[int]]]]:
-    within: dict[str, list[list[int]]] = {}
-    across: dict[tuple[str, str], list[list[int]]] = {}
-    for ids in images:
-        members: dict[str, list[int]] = {}
-        for image_id in ids:
-            members.setdefault(split_of[image_id], []).append(image_id)
-        for split, own in members.items():
-            if len(own) > 1:
-                within.setdefault(split, []).append(own)
-        for one, other in itertools.combinations([split for split in splits if split in members], 2):
-            across.setdefault((one, other), []).append(sorted(members[one] + members[other]))
-    return within, across
 
 
 def _join(groups: Sequence[list[int]]) -> dict[int, int]:
@@ -228,11 +220,3 @@ def _replace_ids(pairs: Dataset, new_ids: dict[int, int]) -> Dataset:
     columns = [name for name in pairs.column_names if name != ORIGINAL_ID]  # in their order
     whole = whole.select_columns([*columns, ORIGINAL_ID])
     return Dataset(whole.data, whole.info, pairs.split, indices_table=pairs._indices, fingerprint=os.urandom(8).hex())
-
-
-def _say(noun: str, count: int) -> str:
-    return f"{count:,} {noun}s come" if count > 1 else f"{count or 'No'} {noun} comes"
-
-
-def _num_images(groups: Iterable[list[int]]) -> int:
-    return len(set(itertools.chain.from_iterable(groups)))

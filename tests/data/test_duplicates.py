@@ -58,15 +58,15 @@ def test_all_groups_are_found(pairs):
     report = find_duplicates(pairs)
     assert report.num_images == 7
     assert report.images == [[1, 4, 7], [2, 5]]
-    assert report.within == {"train": [[1, 4], [2, 5]]}
-    assert report.across == {("train", "test"): [[1, 4, 7]]}
+    assert report.within == {"train": 2}
+    assert report.across == {("train", "test"): 1}
     assert report.captions == {"a cat": [3, 4, 5]}
 
 
 def test_one_split_alone(pairs):
     report = find_duplicates(pairs["train"])
     assert report.images == [[1, 4], [2, 5]]
-    assert list(report.within.values()) == [[[1, 4], [2, 5]]]
+    assert list(report.within.values()) == [2]
     assert report.across == {}
 
 
@@ -90,8 +90,7 @@ def test_nearly_the_same_is_not_the_same():
     report = find_duplicates(make_pairs((0, encode((9, 9, 9)), ["a b"]), (1, encode((9, 9, 8)), ["ab"])))
     assert (report.images, report.captions) == ([], {})
     assert report.summary() == (
-        "No image comes up under more than one image id (0 of 2 images). "
-        "No caption comes up with different images (0 images)."
+        "Images under more than one image id: 0 (0 of 2 ids). Captions of different images: 0 (0 ids)."
     )
 
 
@@ -135,8 +134,8 @@ def test_normalized_captions(caption, normalized):
 def test_report_in_words_and_json(pairs):
     report = find_duplicates(pairs)
     assert report.summary() == (
-        "2 images come up under more than one image id (5 of 7 images; 1 in both train and test, where copies "
-        "flatter figures). 1 caption comes up with different images (3 images)."
+        "Images under more than one image id: 2 (5 of 7 ids; 1 in both train and test, where copies inflate the "
+        "metrics). Captions of different images: 1 (3 ids)."
     )
     assert json.loads(json.dumps(report.as_dict())) == {
         "num_images": 7,

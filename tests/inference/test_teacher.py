@@ -139,7 +139,7 @@ def test_another_logit_scale_can_be_given(tiny_folder, toy_pairs, tmp_path):
 def test_a_file_is_replaced_on_request_alone(tiny_folder, toy_pairs, tmp_path):
     path, pairs = tmp_path / "embeddings.parquet", toy_pairs.select([0])
     path.write_text("mine")
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         embed_with_teacher(tiny_folder, pairs, path)
     assert path.read_text() == "mine"
     embed_with_teacher(tiny_folder, pairs, path, overwrite=True)

@@ -262,5 +262,5 @@ def test_copies_are_named_before_training(tmp_path, caplog):
     recipe_file = tmp_path / "mine.yaml"
     recipe_file.write_text(RECIPE, encoding="utf-8")
     _, duplicates = _prepare_data(load_recipe(str(recipe_file), [f"source={tmp_path}"]), Skipped())
-    assert "1 image comes up under more than one image id" in caplog.text
+    assert "Images under more than one image id: 1" in caplog.text
     assert duplicates.as_dict()["images"]["num_images"] == 2
