@@ -31,8 +31,7 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clipmini.data.duplicates import ORIGINAL_ID
-from clipmini.files import written_beside
+from clipmini.files import atomic_write
 from modeling_clipmini.images_clipmini import read_named
 
 from .encoders import DualEncoder, check_widths, load_encoder
@@ -101,7 +100,7 @@ def embed_with_teacher(
     tables = _embed(encoder, splits, batch_size, {METADATA_KEY: json.dumps(about)})
     first = next(tables)  # its schema has the teacher's width
     out.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(out) as temporary_path, pq.ParquetWriter(temporary_path, first.schema) as writer:
+    with atomic_write(out) as temporary_path, pq.ParquetWriter(temporary_path, first.schema) as writer:
         for table in itertools.chain([first], tables):
             writer.write_table(table)
 
@@ -214,7 +213,7 @@ def _find_rows(stored: pa.Table, pairs: Dataset, path: Path) -> list[int]:
         unused[key].append(row)
     known_ids = {image_id for image_id, _ in unused}
     rows = []
-    ids = pairs[ORIGINAL_ID if ORIGINAL_ID in pairs.column_names else "image_id"]
+    ids = pairs["image_id"]
     for image_id, captions in zip(ids, pairs["captions"], strict=True):
         candidates = unused[image_id, _hash(captions)]
         if not candidates:

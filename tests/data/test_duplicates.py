@@ -9,7 +9,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from clipmini.data.duplicates import find_duplicates, normalize_caption, share_ids
+from clipmini.data.duplicates import find_duplicates, normalize_caption
 from modeling_clipmini.images_clipmini import ImageError
 
 
@@ -68,10 +68,6 @@ def test_one_split_alone(pairs):
     assert report.images == [[1, 4], [2, 5]]
     assert list(report.within.values()) == [2]
     assert report.across == {}
-
-
-def test_processes_find_the_same(pairs):
-    assert find_duplicates(pairs, num_proc=2) == find_duplicates(pairs)
 
 
 def test_files_are_read(tmp_path):
@@ -150,49 +146,6 @@ def test_json_has_only_a_few_examples():
     data = encode("red")
     report = find_duplicates(make_pairs(*[(number, data, ["a"]) for number in range(30)]))
     assert report.as_dict()["images"] == {"num_groups": 1, "num_images": 30, "examples": [[0, 1, 2, 3, 4]]}
-
-
-def test_sharing_gives_the_smallest_id_of_a_group(pairs):
-    before = {split: dataset.to_dict() for split, dataset in pairs.items()}
-    shared = share_ids(pairs, find_duplicates(pairs))
-    assert shared["train"]["image_id"][:] == [1, 2, 1, 2, 6]
-    assert shared["test"]["image_id"][:] == [1, 3]
-    for split, dataset in shared.items():
-        assert dataset.features == {**pairs[split].features, "original_image_id": Value("int64")}
-        assert dataset.column_names == [*pairs[split].column_names, "original_image_id"]
-        assert dataset["original_image_id"][:] == before[split]["image_id"]
-        assert dataset["image"][:] == before[split]["image"]
-        assert dataset["captions"][:] == before[split]["captions"]
-        assert pairs[split].to_dict() == before[split]
-    assert find_duplicates(shared).images == []
-
-
-def test_sharing_by_captions_joins_what_they_link(pairs):
-    shared = share_ids(pairs, find_duplicates(pairs), captions=True)
-    assert shared["train"]["image_id"][:] == [1, 1, 1, 1, 6]
-    assert shared["test"]["image_id"][:] == [1, 1]
-
-
-def test_long_chains_are_joined():
-    size = 1000
-    rows = [(n, encode((n % 256, n // 256, 0), (1, 1)), [f"link {n}", f"link {n + 1}"]) for n in range(size)]
-    pairs = DatasetDict(train=make_pairs(*reversed(rows)))
-    report = find_duplicates(pairs)
-    assert len(report.captions) == size - 1
-    assert share_ids(pairs, report)["train"]["image_id"][:] == list(reversed(range(size)))
-    assert set(share_ids(pairs, report, captions=True)["train"]["image_id"]) == {0}
-
-
-def test_sharing_keeps_selections_and_copies_no_images(pairs):
-    chosen = DatasetDict(train=pairs["train"].select([4, 2, 0]), test=pairs["test"])
-    shared = share_ids(chosen, find_duplicates(chosen))
-    assert shared["train"]["image_id"][:] == [6, 1, 1]
-    assert shared["train"]["captions"][:] == [["unlike"], ["A cat!", "red four"], ["red one"]]
-    addresses = [
-        {buffer.address for chunk in d.data["image"].chunks for buffer in chunk.field("bytes").buffers() if buffer}
-        for d in (pairs["train"], shared["train"])
-    ]
-    assert addresses[0] == addresses[1]
 
 
 def test_all_images_of_an_id_are_compared():

@@ -9,7 +9,6 @@ import torch
 from datasets import DatasetDict
 from transformers import CLIPModel, CLIPProcessor
 
-from clipmini.data.duplicates import find_duplicates, share_ids
 from clipmini.inference import teacher
 from clipmini.inference.encode import encode_images, encode_texts, load_model
 from clipmini.inference.teacher import TeacherEmbeddings, embed_with_teacher
@@ -107,19 +106,6 @@ def test_copies_that_share_an_id_are_told_apart_by_their_captions(tiny_folder, t
     )
     assert torch.equal(one.images, other.images.flip(0))
     assert not torch.equal(one.images[0], one.images[1])
-
-
-def test_ids_may_be_shared_after_the_teacher_has_seen_the_images(tiny_folder, toy_pairs, tmp_path):
-    rows = toy_pairs.to_list()
-    rows[7]["image"] = rows[2]["image"]  # a copy with captions of its own
-    pairs = DatasetDict(train=type(toy_pairs).from_list(rows, features=toy_pairs.features))
-    embed_with_teacher(tiny_folder, pairs, tmp_path / "teacher.parquet")
-    shared = share_ids(pairs, find_duplicates(pairs))
-    assert shared["train"]["image_id"][7] == 2
-    expected = TeacherEmbeddings.load(tmp_path / "teacher.parquet", pairs["train"])
-    for again in (shared, share_ids(shared, find_duplicates(shared))):
-        loaded = TeacherEmbeddings.load(tmp_path / "teacher.parquet", again["train"])
-        assert torch.equal(loaded.texts, expected.texts)
 
 
 def test_images_that_share_id_and_captions_keep_their_own_embeddings(tiny_folder, made, toy_pairs, tmp_path):

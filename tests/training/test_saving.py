@@ -112,7 +112,8 @@ def test_a_public_repository_stops_a_private_run_before_it_begins(recipe, hub, t
 
 def test_a_push_that_fails_after_training_says_how_to_repeat_it(recipe, hub, tmp_path):
     hub.fail("POST /api/models/org/clipmini/commit", status=500)
-    with pytest.raises(ValueError, match=r"has a problem.* clipmini push \S+/run/model org/clipmini --private") as error:
+    match = r"has a problem.* clipmini push \S+/run/model org/clipmini --private"
+    with pytest.raises(ValueError, match=match) as error:
         train(recipe("hub_model_id=org/clipmini", "license=cc0-1.0", "hub_private_repo=true"))
     assert "the model is trained and saved" in str(error.value)
     assert (tmp_path / "run" / "results.json").exists()
