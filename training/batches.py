@@ -1,8 +1,8 @@
-"""Which pairs make up an epoch, in what order, and how they become batches: a pure function of seed, epoch and image.
+"""The pairs of an epoch, their order and their batches: a pure function of seed, epoch and image.
 
-Nothing here draws from the global random state. The same epoch gives the same batches on any number of data workers,
-and in a run that was killed and resumed. Where towers are frozen, features stand in place of their inputs. Captions of
-like length can be embedded together: less padding to compute.
+Nothing that is drawn for an epoch depends on the global random state. An epoch has the same batches with any number of
+data workers, and in a run that was killed and resumed. Features of frozen towers replace the inputs of the towers.
+Captions of similar length can be embedded together, with less padding to compute.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ from modeling_clipmini.images_clipmini import read_named
 
 
 class PairSampler(torch.utils.data.Sampler[tuple[int, int]]):
-    """Yield (row, epoch) for each image once an epoch, in another order each time.
+    """Yield (row, epoch) once for each image, in another order in each epoch.
 
     Args:
         num_images: number of rows.
-        seed: another seed gives another order.
+        seed: seed of the order.
     """
 
     def __init__(self, num_images: int, *, seed: int = 0) -> None:
@@ -35,7 +35,7 @@ class PairSampler(torch.utils.data.Sampler[tuple[int, int]]):
         return self.num_images
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration yields."""
+        """Set the epoch that the next iteration yields."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -44,12 +44,12 @@ class PairSampler(torch.utils.data.Sampler[tuple[int, int]]):
 
 
 def draw_index(count: int, epoch: int, *seed: int) -> int:
-    """Draw one of `count` things, without replacement: each is drawn once in `count` epochs.
+    """Draw an index without replacement: each is drawn once in `count` epochs.
 
     Args:
-        count: at least 1.
-        epoch: from 0.
-        *seed: another seed, such as the run's and the image's, gives another order.
+        count: number of indices, at least 1.
+        epoch: the epoch, from 0.
+        *seed: seed of the order, such as those of the run and the image.
 
     Returns:
         An index in [0, count).
@@ -59,25 +59,25 @@ def draw_index(count: int, epoch: int, *seed: int) -> int:
 
 
 def draw_seed(*seed: int) -> int:
-    """Mix some non-negative integers into one seed in [0, 2**32)."""
+    """Mix non-negative integers into one seed in [0, 2**32)."""
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
-# Independent draws for one and the same pair take different last words of the seed.
+# Last word of the seed, so that the draws for one pair are independent of each other.
 CAPTION, VIEW, AUGMENTATION = range(3)
 
 
 class EpochPairs(torch.utils.data.Dataset):
-    """The pairs that a `PairSampler` asks for: an image with the caption and the view that it meets in an epoch.
+    """The pairs that a `PairSampler` asks for: an image with the caption and the view that are drawn for an epoch.
 
-    Caption, view and crop depend on the seed, the image and the epoch alone. Over the epochs, an image meets
-    each of its captions, and each of its cached views, equally often.
+    Caption, view and crop depend only on the seed, the image and the epoch. Over the epochs, each caption of an
+    image, and each of its cached views, is drawn equally often.
 
     Args:
-        pairs: what to train on.
-        seed: another seed gives other draws.
-        augment: draws pixels of an image that is not cached; None to leave that to the collator.
-        teacher: gives the teacher's embeddings of a row's image and caption.
+        pairs: the training data.
+        seed: seed of the draws.
+        augment: augments images that are not cached; None to leave their preparation to the collator.
+        teacher: a teacher's embeddings of the training data, or None.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class EpochPairs(torch.utils.data.Dataset):
         needs_row = pairs.image_features is None or pairs.text_features is None
         content = pairs.rows[row] if needs_row else {}
         if pairs.image_features is None:
-            item.update(self._image(content, row, epoch))
+            item.update(self._prepare_image(content, row, epoch))
         else:
             view = draw_index(pairs.image_features.shape[1], epoch, self.seed, row, VIEW)
             name = "pooled_image" if pairs.frozen_stages is None else "vision_hidden"
@@ -114,26 +114,22 @@ class EpochPairs(torch.utils.data.Dataset):
             features = pairs.text_features[self.caption_starts[row] + caption]
             item["pooled_text"] = torch.tensor(features, dtype=torch.float32)
         if self.teacher is not None:
-            embeds = self.teacher.rows(row, caption)
-            item["teacher_image"], item["teacher_text"] = map(torch.as_tensor, embeds)
+            item["teacher_image"], item["teacher_text"] = self.teacher.rows(row, caption)
         return item
 
-    def _image(self, content: dict[str, Any], row: int, epoch: int) -> dict[str, Any]:
+    def _prepare_image(self, content: dict[str, Any], row: int, epoch: int) -> dict[str, Any]:
         if self.augment is None:
             return {"image": content["image"]}
         image = read_named(content["image"], f"image_id {content['image_id']}")
-        return {
-            "pixels": self.augment.draw(image, content["captions"], draw_seed(self.seed, row, epoch, AUGMENTATION))
-        }
+        seed = draw_seed(self.seed, row, epoch, AUGMENTATION)
+        return {"pixels": self.augment.draw(image, content["captions"], seed)}
 
     def names(self, rows: Sequence[int]) -> list[str]:
-        """Name the images of some rows, for messages: their paths, or their image ids where they have none."""
-        table = self.pairs.rows.select_columns(["image"])
-        structs = [table[int(row)]["image"] for row in rows]
-        ids = [self.pairs.image_ids[int(row)] for row in rows]
+        """Return names of images for messages: their paths, or their image ids where they have none."""
+        contents = self.pairs.rows.select_columns(["image", "image_id"])
         return [
-            (isinstance(image, dict) and image["path"]) or f"image_id {image_id}"
-            for image, image_id in zip(structs, ids, strict=True)
+            (isinstance(content["image"], dict) and content["image"]["path"]) or f"image_id {content['image_id']}"
+            for content in (contents[row] for row in rows)
         ]
 
 
@@ -142,10 +138,10 @@ TENSORS = ("pixels", "vision_hidden", "pooled_image", "pooled_text", "teacher_im
 
 @dataclass
 class ClipMiniCollator:
-    """Make a training batch: stack tensors, prepare images, tokenize captions padded to the batch's longest.
+    """Make a training batch: stack tensors, prepare images, tokenize captions and pad them to the longest.
 
-    Items are those of [`EpochPairs`], in which everything is drawn, or the plain rows of [`load_pairs`] (`image`,
-    `captions`, `image_id`), such as transformers' own `Trainer` hands over: of these a caption is drawn with torch's
+    Items are those of [`EpochPairs`], in which everything is drawn, or plain rows of [`load_pairs`] (`image`,
+    `captions`, `image_id`), as transformers' own `Trainer` passes them: one of their captions is drawn with torch's
     random state.
 
     Attributes:
@@ -155,19 +151,16 @@ class ClipMiniCollator:
     processor: ClipMiniProcessor
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate B items.
-
-        Args:
-            items: B items of the same kind.
+        """Collate B items of the same kind.
 
         Returns:
-            `image_ids` (B,), and `rows` (B,) from `EpochPairs`; of the image `pixel_values` (B, 3, height, width),
-            or from `EpochPairs` `pixels`, the same in bytes, not normalized yet, a quarter of the memory;
-            `pooled_image` (B, V) or `vision_hidden` (B, ...); of the caption `input_ids` and `attention_mask` (B, L)
-            or `pooled_text` (B, W); and the teacher's (B, E) `teacher_image` and `teacher_text` where there is one.
+            `image_ids` (B,), and `rows` (B,) of items of `EpochPairs`; for images `pixel_values` (B, 3, height, width)
+            normalized, or for items of `EpochPairs` `pixels`, the same as bytes in [0, 255], a quarter of the memory;
+            or `pooled_image` (B, V), or `vision_hidden` (B, ...); for captions `input_ids` and `attention_mask`
+            (B, L), or `pooled_text` (B, W); and `teacher_image` and `teacher_text` (B, E) if there is a teacher.
 
         Raises:
-            ImageError: an image cannot be read; the message names it. `load_pairs` leaves such out.
+            ImageError: an image cannot be read; the message names it. `load_pairs` leaves out such images.
         """
         batch = {"image_ids": torch.tensor([item["image_id"] for item in items])}
         if "row" in items[0]:
@@ -182,29 +175,29 @@ class ClipMiniCollator:
             else:
                 batch["pixel_values"] = self.processor(images=list(images))["pixel_values"]
         if "pooled_text" not in items[0]:
-            captions = [item["caption"] if "caption" in item else _draw(item["captions"]) for item in items]
+            captions = [item["caption"] if "caption" in item else _draw_caption(item["captions"]) for item in items]
             batch.update(self.processor(text=captions))
         return batch
 
 
-def _draw(captions: Sequence[str]) -> str:
+def _draw_caption(captions: Sequence[str]) -> str:
     return captions[int(torch.randint(len(captions), ()))]
 
 
 def pool_by_length(model: ClipMiniModel, input_ids: Tensor, attention_mask: Tensor, num_groups: int) -> Tensor:
-    """Run the text tower over a batch in groups of captions of like length, each cut to its own longest.
+    """Run the text tower over groups of captions of similar length, each without the padding that it does not need.
 
-    A batch is padded to its longest caption, often twice as long as most. Padding is masked out, so the result is the
-    same; only what dropout drops is another draw.
+    A batch is padded to its longest caption, which is often twice as long as most. Padding is masked, so the result is
+    the same, except that dropout draws other units.
 
     Args:
-        model: its `pool_texts` is run.
+        model: the dual encoder.
         input_ids: (B, L), padded on the right.
         attention_mask: (B, L).
-        num_groups: at least 1; no more than B are made.
+        num_groups: number of groups, at least 1; at most B are made.
 
     Returns:
-        (B, W) what `pooled_text` takes, in the order of the batch.
+        (B, W) pooled outputs of the text tower, in the order of the batch.
     """
     lengths = attention_mask.sum(dim=1)
     order = lengths.argsort(stable=True)

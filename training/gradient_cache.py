@@ -1,9 +1,9 @@
 """Gradient cache: the gradient of a batch of any size, in the memory of one chunk.
 
 A contrastive loss needs all embeddings of a batch at once, but a tower needs only its own inputs. So the batch is
-embedded chunk by chunk without a graph; the loss gives the gradient of every embedding; then each chunk is embedded
-again, with a graph, and its embeddings' gradients are sent down the towers. It costs one more forward pass. Source:
-Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup".
+embedded chunk by chunk without a graph, and the loss yields the gradient of each embedding. Then each chunk is
+embedded again, with a graph, and these gradients are propagated through the towers. This costs one more forward pass.
+Source: Gao et al., 2021, "Scaling deep contrastive learning batch size under memory limited setup".
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,20 +18,20 @@ Batch = Mapping[str, Tensor]
 
 
 def moving_batch_norms(model: nn.Module) -> list[str]:
-    """Name the BatchNorm layers that take their statistics from their input, as they do in train mode."""
+    """Return the names of the BatchNorm layers that use the statistics of their input, as in train mode."""
     return [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
 
 
 def check_batch_norm(model: nn.Module) -> None:
-    """Refuse BatchNorm in train mode.
+    """Raise if a BatchNorm layer is in train mode.
 
     Raises:
-        ValueError: a layer would take its statistics from a chunk instead of from the batch.
+        ValueError: a layer would use the statistics of a chunk instead of those of the batch.
     """
     if moving := moving_batch_norms(model):
         raise ValueError(
-            f"gradient_cache_chunk cannot be used while {moving[0]} takes statistics from its input: those of a chunk "
-            "are not those of the batch, so the gradient would be another. Set freeze_batch_norm: true."
+            f"gradient_cache_chunk cannot be used while {moving[0]} normalizes by the statistics of its input: those "
+            "of a chunk differ from those of the batch, and so would the gradient. Set freeze_batch_norm: true."
         )
 
 
@@ -45,19 +45,19 @@ def cached_backward(
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
     last: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """Accumulate the gradient of a whole batch's loss, chunk by chunk.
+    """Accumulate the gradient of the loss of a whole batch, chunk by chunk.
 
     Args:
-        embed: gives the (C, D) image and caption embeddings of C rows of the batch; called twice for each chunk, with
-            the same random state, so that dropout drops the same units.
-        loss_of: the loss of all (B, D) image and caption embeddings. What it uses besides must be a leaf of its own,
-            whose gradient `last` brings to the parameters.
+        embed: returns the (C, D) image and caption embeddings of C rows of the batch; called twice for each chunk,
+            with the same random state, so that dropout drops the same units.
+        loss_of: the loss of all (B, D) image and caption embeddings. Other tensors that it differentiates must be
+            leaves; `last` carries their gradients on to the parameters.
         batch: tensors of B rows each.
         chunk_size: rows embedded with a graph at once.
-        backward: for the loss; where mixed precision scales it, the scale travels with the embeddings' gradients.
-        no_sync: the context in which a backward pass does not reduce gradients over processes; all but the last
-            chunk's run in it.
-        last: a scalar to send back together with the last chunk.
+        backward: backward pass of the loss; a scale for mixed precision is passed on in the embeddings' gradients.
+        no_sync: context in which a backward pass does not reduce gradients over processes, for all chunks but the
+            last.
+        last: returns a scalar to differentiate together with the last chunk.
 
     Returns:
         The loss, detached.
@@ -83,7 +83,7 @@ def cached_backward(
         with nullcontext() if is_last else no_sync():
             with state.replayed():
                 image, text = embed(chunk)
-            # Its derivative by the parameters is the chain rule's second factor, summed over the chunk.
+            # By the chain rule, its gradient is that of the loss with respect to the parameters, for this chunk.
             surrogate = (image * image_grad).sum() + (text * text_grad).sum()
             if is_last and last is not None:
                 surrogate = surrogate + last()
@@ -92,7 +92,7 @@ def cached_backward(
 
 
 class _RandomState:
-    """The random state of the CPU and of the devices that some tensors live on."""
+    """The random state of the CPU and of the devices that hold some tensors."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self.cpu = torch.get_rng_state()
@@ -100,7 +100,7 @@ class _RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Return to this state for a while."""
+        """Restore this state within the context."""
         with torch.random.fork_rng(devices=self.devices):
             torch.set_rng_state(self.cpu)
             set_device_states(self.devices, self.states)

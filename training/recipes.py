@@ -1,4 +1,4 @@
-"""Recipes: whole training runs as YAML, checked before anything is loaded, and what a model card says of them."""
+"""Recipes: whole training runs as YAML, checked before anything is loaded, and their description in a model card."""
 
 import logging
 import re
@@ -46,14 +46,14 @@ class Recipe:
     """A whole training run.
 
     Attributes:
-        model: a preset, or the name of a saved model (folder or Hub id) to train further.
-        data: where the pairs come from.
-        training: how to train; holds `output_dir`. Of a recipe in stages, what they have in common.
-        stages: each stage's name and arguments, in their order, where the recipe has stages; each goes on from the
-            model of the one before it, and keeps its checkpoints in a folder of its own.
+        model: a preset, or a saved model (folder or Hub id) to train further.
+        data: the source of the pairs.
+        training: the training arguments, with `output_dir`; in a recipe with stages, those that they share.
+        stages: the name and arguments of each stage, in order, if the recipe has stages; each continues from the model
+            of the one before it, and has a folder of its own for checkpoints.
         model_config: fields of `ClipMiniConfig` that differ from the preset's.
-        license: the trained model's, as the Hub writes it, such as "apache-2.0"; a push needs it.
-        values: the recipe as it was read, overrides applied, to be written beside the result.
+        license: license of the trained model, as the Hub spells it, such as "apache-2.0"; required for a push.
+        values: the recipe as it was read, with overrides applied, to be saved with the results.
     """
 
     model: ModelPreset | str
@@ -69,27 +69,24 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and check every key and type in it.
 
     Args:
-        name_or_path: a YAML file, or the name of a recipe that the package brings ("demo").
+        name_or_path: a YAML file, or the name of an installed recipe ("demo").
         overrides: "key=value" strings; the key is dotted ("training.learning_rate", "stages.heads.learning_rate") or,
-            where only one section has it, bare ("learning_rate"); the value is YAML.
-
-    Returns:
-        The recipe.
+            if only one section has it, bare ("learning_rate"); the value is YAML.
 
     Raises:
-        ValueError: the file, a key or a value is wrong; the message says what is allowed.
+        ValueError: the file, a key or a value is invalid; the message says what is allowed.
     """
     values = read_recipe(name_or_path, overrides, SECTIONS)
     values.setdefault("training", {})
     check_mapping(values["training"], "training").setdefault("output_dir", f"runs/{Path(name_or_path).stem}")
     if not values["training"]["output_dir"]:
-        raise ValueError("training.output_dir is empty; name a folder.")
+        raise ValueError("training.output_dir is empty; set it to a folder.")
     sections = {
         name: build_section(cls, check_mapping(values.get(name, {}), name), name) for name, cls in SECTIONS.items()
     }
     if not isinstance(values.get("model"), str):
         raise ValueError(
-            f"{name_or_path}: model={values.get('model')!r}; name a preset, a YAML file or a saved model."
+            f"{name_or_path}: model={values.get('model')!r} is not allowed; use a preset, a YAML file or a model."
         )
     model_config = check_mapping(values.get("model_config", {}), "model_config")
     check_keys(model_config, config_fields(), "model_config")
@@ -110,7 +107,10 @@ def _build_stages(values: dict[str, Any]) -> dict[str, ClipMiniTrainingArguments
     stages = {}
     for name, changes in check_mapping(values.get("stages", {}), "stages").items():
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", str(name)) or name == "model":
-            raise ValueError(f"stages: {name!r} cannot name a stage's folder; use small letters, digits, - and _.")
+            raise ValueError(
+                f"stages: {name!r} cannot be the folder name of a stage; use lower-case letters, digits, - and _, "
+                "but not 'model'."
+            )
         where = f"stages.{name}"
         for key in check_mapping(changes, where):
             if key in NOT_BY_STAGE:
@@ -138,79 +138,65 @@ def _load_preset(name: str) -> ModelPreset | str:
     return preset
 
 
-OF_ONE_MACHINE = ("output_dir", "strict")  # keys of a recipe that say nothing to others
-
-
 def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[str, Any]) -> ModelCard:
     """Render the card of a model that a recipe trained.
 
     Args:
-        recipe: what was run.
-        config: the model's.
-        results: as `results.json` holds them.
+        recipe: the recipe.
+        config: the model's config.
+        results: the content of `results.json`.
 
     Returns:
-        The card, with metadata that the Hub reads.
+        The card, with metadata for the Hub.
     """
-    wanted = results.get("stages") or list(recipe.stages)
+    names = results.get("stages") or list(recipe.stages)
     return render_card(
         Path(str(recipe.training.output_dir)).absolute().name,
         config,
         source=recipe.data.source,
         license=recipe.license,
-        parts=recipe_parts(recipe),
-        stages=[describe_stage(name, recipe.stages[name]) for name in wanted] or [describe_stage("", recipe.training)],
+        parts=[*model_parts(recipe.model), data_part(recipe.data.source)],
+        stages=[describe_stage(name, recipe.stages[name]) for name in names] or [describe_stage("", recipe.training)],
         results=results,
-        recipe=_recipe_for_others(recipe.values),
+        recipe=_publishable_recipe(recipe.values),
     )
 
 
-def recipe_parts(recipe: Recipe) -> list[Part]:
-    """Return what a recipe's model is made of: see `model_parts`, and its data."""
-    return [*model_parts(recipe.model), data_part(recipe.data.source)]
-
-
 def data_part(source: str) -> Part:
-    """Describe training data for the card, with the license that a data set on the Hub states."""
+    """Describe the training data for the card, with the license stated on the Hub if they come from there."""
     return Part(DATA, public_name(source), _from_card(source, DatasetCard)[0] if hub_id(source) else None)
 
 
 def model_parts(model: ModelPreset | str) -> list[Part]:
-    """Tell what a run's model is made of.
+    """Describe the pretrained parts of a model for the card.
 
     Args:
-        model: as a recipe names it.
+        model: a preset, or the name of the model to train further.
 
     Returns:
-        Both towers, or the model that training goes on from; nothing for a model that starts at random.
+        Both towers, or the model that training continues from; nothing for a model with random weights.
     """
     if isinstance(model, str):
         license, base_models = _from_card(model)
-        own_id = hub_id(model)
-        return [Part(STARTING_MODEL, public_name(model), license, base_models=(own_id,) if own_id else base_models)]
+        model_id = hub_id(model)
+        return [
+            Part(STARTING_MODEL, public_name(model), license, base_models=(model_id,) if model_id else base_models)
+        ]
     if not model.pretrained:
         return []
     return [_tower_part(TOWERS["vision"], model.vision), _tower_part(TOWERS["text"], str(model.text))]
 
 
 def describe_stage(name: str, args: ClipMiniTrainingArguments) -> Stage:
-    """Put the arguments of a stage into words for the card.
-
-    Args:
-        name: the stage's; "" for a run without stages.
-        args: its arguments.
-
-    Returns:
-        The stage.
-    """
+    """Describe the arguments of a stage for the card; `name` is "" for a run without stages."""
     rates = {tower: getattr(args, f"{side}_learning_rate") for side, tower in TOWERS.items()}
-    own_rates = [f"{tower} {rate:g}" for tower, rate in rates.items() if rate is not None]
+    tower_rates = [f"{tower} {rate:g}" for tower, rate in rates.items() if rate is not None]
     return Stage(
         name=name,
-        trains=", ".join(_what_trains(args)),
+        trains=", ".join(_trained_parts(args)),
         length=f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
         batch=str(args.per_device_train_batch_size * args.world_size),
-        rate=f"{args.learning_rate:g}" + (f" ({', '.join(own_rates)})" if own_rates else ""),
+        rate=f"{args.learning_rate:g}" + (f" ({', '.join(tower_rates)})" if tower_rates else ""),
         seed=args.seed,
         has_frozen_vision=args.freeze_vision,
         is_cached=args.freeze_vision and args.freeze_text and args.cache_features,
@@ -218,7 +204,7 @@ def describe_stage(name: str, args: ClipMiniTrainingArguments) -> Stage:
     )
 
 
-def _what_trains(args: ClipMiniTrainingArguments) -> Iterable[str]:
+def _trained_parts(args: ClipMiniTrainingArguments) -> Iterable[str]:
     yield "heads"
     for side, tower in TOWERS.items():
         if side in args.lora_towers:
@@ -233,14 +219,14 @@ def _tower_part(role: str, name: str) -> Part:
     if name.startswith(OFFLINE_PREFIX):
         tower = OFFLINE_TOWERS[name.removeprefix(OFFLINE_PREFIX)]
         return Part(role, tower.hub_id, tower.license.lower(), f"{tower.note} {tower.changes}", (tower.hub_id,))
-    own_id = hub_id(name)
-    return Part(role, public_name(name), _from_card(name)[0], base_models=(own_id,) if own_id else ())
+    tower_id = hub_id(name)
+    return Part(role, public_name(name), _from_card(name)[0], base_models=(tower_id,) if tower_id else ())
 
 
 def _from_card(
     name_or_path: str, kind: type[ModelCard] | type[DatasetCard] = ModelCard
 ) -> tuple[str | None, tuple[str, ...]]:
-    """Read license and base models from another card; nothing if there is none, or it cannot be loaded."""
+    """Return license and base models from another card; None and () if there is none or it cannot be loaded."""
     path = Path(name_or_path)
     try:
         data = kind.load(path / "README.md" if path.is_dir() else name_or_path, ignore_metadata_errors=True).data
@@ -250,12 +236,12 @@ def _from_card(
     return license if isinstance(license, str) else None, (bases,) if isinstance(bases, str) else tuple(bases)
 
 
-def _recipe_for_others(values: Mapping[str, Any]) -> str:
-    """Write a recipe as others may see it: paths shortened to their last part, and what is of one machine left out."""
+def _publishable_recipe(values: Mapping[str, Any]) -> str:
+    """Return a recipe as YAML without private paths: only their last parts, and nothing that concerns one machine."""
 
     def shorten(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: shorten(item) for key, item in value.items() if key not in OF_ONE_MACHINE}
+            return {key: shorten(item) for key, item in value.items() if key not in ("output_dir", "strict")}
         if isinstance(value, str) and ("/" in value or "\\" in value):
             return public_name(value)
         return value

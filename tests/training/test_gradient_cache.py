@@ -96,7 +96,7 @@ def test_only_the_last_chunk_synchronizes_and_brings_the_rest(model, batch):
 
 
 def test_batch_norm_in_train_mode_is_refused_with_the_reason(tiny_model):
-    with pytest.raises(ValueError, match=r"gradient_cache_chunk .*conv1.1 takes.*freeze_batch_norm: true"):
+    with pytest.raises(ValueError, match=r"gradient_cache_chunk .*conv1.1 normalizes.*freeze_batch_norm: true"):
         check_batch_norm(tiny_model.train())
     tiny_model.freeze_batch_norm()
     check_batch_norm(tiny_model.train())

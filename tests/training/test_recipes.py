@@ -77,7 +77,7 @@ def test_overrides(overrides, read, expected, tmp_path):
         (GOOD, ["freeze_text=1"], "training.freeze_text=1 is not allowed; use true or false"),
         (GOOD, ["source=null"], "data.source=None is not allowed; use text"),
         (GOOD, ["source=no"], "data.source=False is not allowed; use text"),
-        (GOOD, ["output_dir="], "training.output_dir is empty; name a folder"),
+        (GOOD, ["output_dir="], "training.output_dir is empty; set it to a folder"),
         (
             GOOD,
             ["metric_for_best_model=eval_loss"],
@@ -163,9 +163,9 @@ def test_a_random_model_can_be_built_without_any_download(tmp_path):
     ("preset", "message"),
     [
         (ModelPreset(vision="resnet5", text={}, pretrained=False), "vision='resnet5' is not an architecture"),
-        (ModelPreset(vision="resnet18", text="bert", pretrained=False), "give the fields of a DistilBERT config"),
+        (ModelPreset(vision="resnet18", text="bert", pretrained=False), "use fields of a DistilBERT config"),
         (ModelPreset(vision="resnet18", text={"dim": "x"}, pretrained=False), "text_config is not allowed: .*dim"),
-        (ModelPreset(vision="resnet18", text={}), "text must name a pretrained tower"),
+        (ModelPreset(vision="resnet18", text={}), "text={} is a config, .*use the name of a pretrained tower"),
         (replace(TINY, pretrained_cfg={"crop": 1.0}), "no 'crop' that can be changed; it has crop_mode, crop_pct"),
         (replace(TINY, pretrained_cfg={"crop_pct": "all"}), "pretrained_cfg=.*'all'.* is not allowed"),
     ],
