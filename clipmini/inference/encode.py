@@ -56,6 +56,9 @@ def load_model(
         loaded: Any = ClipMiniModel.from_pretrained(name_or_path, output_loading_info=True)
         part = "processor"
         processor = ClipMiniProcessor.from_pretrained(name_or_path)
+        # Without its file the tokenizer of a BERT is an empty one, and says nothing.
+        if processor.tokenizer.vocab_size <= len(processor.tokenizer.all_special_ids):
+            raise ValueError("the tokenizer has no vocabulary")
     except Exception as error:  # libraries raise nearly anything for a JSON file with a value of the wrong type
         damaged = f"is incomplete or damaged (its {part})"
         problem = damaged if path.exists() else "is neither a folder here nor available from the Hub"

@@ -94,7 +94,7 @@ def embed_with_teacher(
     logit_scale = encoder.logit_scale if logit_scale is None else logit_scale
     if logit_scale is None:
         raise ValueError(
-            f"The {encoder.kind} {encoder.name} has no logit scale of its own; pass --logit-scale, such as 50."
+            f"The {encoder.kind} model {encoder.name} has no logit scale of its own; pass --logit-scale, such as 50."
         )
     about = {"name": encoder.name, "logit_scale": logit_scale}
     tables = _embed(encoder, splits, batch_size, {METADATA_KEY: json.dumps(about)})

@@ -60,5 +60,5 @@ def test_modules_describe_themselves(name):
 
 
 def test_an_unknown_metric_is_refused():
-    with pytest.raises(ValueError, match="no metric 'recall'; there are image_text_retrieval, zero_shot_accuracy"):
+    with pytest.raises(ValueError, match="no metric 'recall'; use one of image_text_retrieval, zero_shot_accuracy"):
         clipmini.metric("recall")
