@@ -403,4 +403,4 @@ class TestTeach:
         assert run(*again, "--logit-scale", "50").exit_code == 0
         assert b'"logit_scale": 50.0' in pq.read_schema(out).metadata[teacher.METADATA_KEY]
         monkeypatch.setattr(teacher, "load_encoder", lambda _: Unscaled())
-        assert_refused(run(*again), "The sentence-transformers model theirs has no logit scale", "pass --logit-scale, such as 50")
+        assert_refused(run(*again), "model theirs has no logit scale", "pass --logit-scale, such as 50")
