@@ -1,4 +1,7 @@
 import json
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from clipmini.evaluation.measure import evaluate_retrieval
 from clipmini.evaluation.results import Evaluation
 from clipmini.inference.encode import load_model
 from clipmini.training.recipes import load_recipe
-from clipmini.training.run import _prepare_data, train
+from clipmini.training.run import _prepare_data, keep_freed_memory, train
 from modeling_clipmini import ClipMiniModel
 
 RECIPE = """
@@ -264,3 +267,32 @@ def test_copies_are_named_before_training(tmp_path, caplog):
     _, duplicates = _prepare_data(load_recipe(str(recipe_file), [f"source={tmp_path}"]), Skipped())
     assert "Images under more than one image id: 1" in caplog.text
     assert duplicates.as_dict()["images"]["num_images"] == 2
+
+
+# How often the system has to clear a page for a block that is allocated, touched and freed twenty times.
+COUNT_PAGE_FAULTS = """
+import resource, sys, torch
+from clipmini.training.run import keep_freed_memory
+if "keep" in sys.argv:
+    keep_freed_memory()
+for _ in range(10):  # until the heap has grown to its size
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_freed_memory_is_used_again():
+    def page_faults(*arguments):
+        command = [sys.executable, "-c", COUNT_PAGE_FAULTS, *arguments]
+        return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+    if platform.libc_ver()[0] == "glibc" and sys.platform == "linux":
+        assert page_faults("keep") * 10 < page_faults()
+
+
+def test_it_does_nothing_elsewhere(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert keep_freed_memory() is False

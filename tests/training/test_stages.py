@@ -1,190 +1,350 @@
-"""Recipes in stages, and runs that are killed."""
-
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import copy
+import logging
 
 import pytest
+import timm
 import torch
-from PIL import Image
-from safetensors.torch import load_file
+from torch import nn
 
-from clipmini.training.recipes import load_recipe
-from clipmini.training.run import train
+from clipmini.training.stages import FrozenStages, stage_parts
 
-RECIPE = """
-model: tiny
-training:
-  per_device_train_batch_size: 4
-  use_cpu: true
-stages:
-  heads:
-    freeze_vision: true
-    num_train_epochs: 2
-  towers:
-    vision_stages: 3
-    num_train_epochs: 3
-    save_strategy: steps
-    eval_strategy: steps
-    save_steps: 2
-    eval_steps: 2
-"""
+ARCHITECTURES = [
+    "test_resnet",
+    "resnet18",
+    "tf_efficientnet_lite0",
+    "mobilenetv3_small_050",
+    "convnext_atto",
+    "regnetx_002",
+]
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    lines = ["file_name,caption,split"]
-    for index in range(16):
-        Image.new("RGB", (48, 40), (12 * index, 250 - 12 * index, 90)).save(folder / f"{index}.png")
-        split = "validation" if index % 4 == 0 else "train"
-        lines += [f"{index}.png,image number {index},{split}", f"{index}.png,a {index}th color,{split}"]
-    (folder / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
-    return folder
+def make(architecture):
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=0).eval()
+    # Layer scales and last norms start near 0: blocks would be as good as empty, and hide that they were skipped.
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.uniform_(parameter, 0.5, 1.0)
+    return model
 
 
-@pytest.fixture
-def make(photos, tmp_path):
-    file = tmp_path / "staged.yaml"
-    file.write_text(RECIPE, encoding="utf-8")
-
-    def load(folder, *overrides):
-        return load_recipe(str(file), [f"source={photos}", f"output_dir={tmp_path / folder}", *overrides])
-
-    return load
+def make_images(batch=2, size=64):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def test_both_stages_run_and_leave_one_model(make, tmp_path):
-    result = train(make("run"))
-    run = tmp_path / "run"
-    assert result.results["stages"] == ["heads", "towers"]
-    assert result.results["duplicates"]["num_images"] == 16
-    assert result.results["versions"].keys() >= {"torch", "transformers", "timm"}
-    for stage in ("heads", "towers"):
-        logged = json.loads((run / stage / "stage.json").read_text())["log_history"]
-        assert any("loss" in entry for entry in logged)
-    final = load_file(run / "model" / "model.safetensors")
-    heads = load_file(run / "heads" / "model" / "model.safetensors")
-    last = load_file(run / "towers" / "model" / "model.safetensors")
-    assert all(torch.equal(final[name], last[name]) for name in final)
-    tower = [name for name in final if name.startswith("vision_model") and not torch.equal(final[name], heads[name])]
-    assert tower
-    with pytest.raises(ValueError, match="holds a finished run"):
-        train(make("run"))
-    assert result.results["train_s"] > 0
-    (run / "results.json").unlink()
-    (run / "towers" / "stage.json").unlink()
-    assert train(make("run")).results["train_s"] is None  # it went on from a checkpoint
+def freeze(frozen_stages):
+    for module in frozen_stages.modules.values():
+        module.requires_grad_(False).eval()
 
 
-def test_stages_run_one_at_a_time_end_where_one_run_ends(make, tmp_path):
-    train(make("whole"))
-    first = train(make("parts"), stage="heads")
-    assert first.results["stages"] == ["heads"]
-    second = train(make("parts"), stage="towers")
-    assert second.results["stages"] == ["heads", "towers"]
-    times = [
-        json.loads((tmp_path / "parts" / name / "stage.json").read_text())["train_s"] for name in ("heads", "towers")
+def test_stages_go_from_the_stem_to_the_head():
+    stages = stage_parts(make("test_resnet"))
+    assert [{name.split(".")[0] for name in stage} for stage in stages] == [
+        {"conv1", "bn1"},
+        {"layer1"},
+        {"layer2"},
+        {"layer3"},
+        {"layer4"},
     ]
-    assert second.results["train_s"] == pytest.approx(sum(times))
-    whole = load_file(tmp_path / "whole" / "model" / "model.safetensors")
-    parts = load_file(tmp_path / "parts" / "model" / "model.safetensors")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    last = stage_parts(make("tf_efficientnet_lite0"))[-1]
+    assert {name.split(".")[0] for name in last} == {"blocks", "conv_head", "bn2"}
 
 
-def test_to_overwrite_a_stage_takes_those_after_it_away(make, tmp_path):
-    train(make("run"))
-    again = train(make("run"), stage="heads", overwrite=True)
-    assert again.results["stages"] == ["heads"]
-    assert not (tmp_path / "run" / "towers" / "stage.json").exists()
-    assert not list((tmp_path / "run" / "towers").glob("checkpoint-*"))
+@pytest.mark.parametrize(("architecture", "count"), [("test_resnet", 5), ("convnext_atto", 6), ("test_vit", 7)])
+def test_every_parameter_is_in_one_stage(architecture, count):
+    model = make(architecture)
+    stages = stage_parts(model)
+    names = [name for stage in stages for name in stage]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert len(stages) == count
 
 
-def test_a_stage_with_lora_begins_alike_alone_and_in_a_whole_run(make, tmp_path):
-    pytest.importorskip("peft")
-    lora = ["stages.towers.vision_stages=null", "stages.towers.lora={parts: text}"]
-    train(make("whole", *lora))
-    train(make("parts", *lora), stage="heads")
-    torch.rand(3)  # what came before must not matter
-    train(make("parts", *lora), stage="towers")
-    whole, parts = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+class Unknown(nn.Sequential):
+    pass
 
 
-def test_a_stage_without_the_one_before_begins_with_the_recipes_model(make, caplog):
-    assert train(make("run"), stage="towers").results["stages"] == ["towers"]
-    assert "stage heads has not been run" in caplog.text
+class Refusing(nn.Sequential):
+    def group_matcher(self, coarse=False):
+        assert not coarse
 
 
-def test_a_stage_that_is_not_there_is_named(make):
-    with pytest.raises(ValueError, match="no stage 'head'; it has heads, towers"):
-        train(make("run"), stage="head")
+@pytest.mark.parametrize("kind", [Unknown, Refusing])
+def test_an_architecture_without_stages_is_a_value_error(kind):
+    with pytest.raises(ValueError, match=f"no stages for {kind.__name__}: .*choose another"):
+        stage_parts(kind(nn.Linear(2, 2)))
+
+
+def test_the_boundary_of_a_small_resnet():
+    frozen_stages = FrozenStages.find(make("test_resnet"), 2, make_images())
+    assert frozen_stages.entry == "layer3.0"
+    assert frozen_stages.run(make_images()).shape == (2, 48, 8, 8)
+    assert list(frozen_stages.modules)[-3:] == ["maxpool", "layer1.0", "layer2.0"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_front_and_rest_are_the_whole(architecture):
+    model = make(architecture)
+    images = make_images()
+    with torch.no_grad():
+        whole = model(images)
+    num_stages = len(stage_parts(model))
+    for count in {1, 2, num_stages // 2, num_stages - 1}:
+        frozen_stages = FrozenStages.find(model, count, make_images(batch=1))
+        activation = frozen_stages.run(images)
+        assert not activation.requires_grad
+        with frozen_stages.resuming(), torch.no_grad():
+            torch.testing.assert_close(model(activation), whole, rtol=1e-6, atol=1e-6)
+        trainable = {name for stage in stage_parts(model)[-count:] for name in stage}
+        assert not trainable & {
+            f"{name}.{parameter}"
+            for name, module in frozen_stages.modules.items()
+            for parameter, _ in module.named_parameters()
+        }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_rest_gets_the_gradients_of_the_whole(architecture):
+    model, count, images = make(architecture), 2, make_images(size=32)
+    frozen_stages = FrozenStages.find(model, count, images)
+    freeze(frozen_stages)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = torch.autograd.grad(model(images).square().mean(), list(trained.values()))
+    activation = frozen_stages.run(images)
+    with frozen_stages.resuming():
+        output = model(activation)
+    gradients = torch.autograd.grad(output.square().mean(), list(trained.values()))
+    for name, gradient, other in zip(trained, gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, msg=lambda text, name=name: f"{name}: {text}")
+    assert set(trained) >= {name for stage in stage_parts(model)[-count:] for name in stage}
+
+
+def test_the_front_runs_nothing_of_the_rest():
+    model = make("resnet18")
+    frozen_stages = FrozenStages.find(model, 2, make_images())
+    ran = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    activation = frozen_stages.run(make_images())
+    assert ran[-1] == "layer2"  # the whole model's hook, "", would come last of all
+    assert not any(name.startswith(("layer3", "layer4")) for name in ran)
+    ran.clear()
+    with frozen_stages.resuming():
+        model(activation)
+    assert "layer2.0.conv1" not in ran
+    assert "layer3.0.conv1" in ran
+
+
+def test_the_model_is_left_as_it_was():
+    model = make("test_resnet").train()
+    model.layer1.eval()
+    model.layer4.forward = layer4 = model.layer4.forward
+    state, names = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
+    modes = [module.training for module in model.modules()]
+    frozen_stages = FrozenStages.find(model, 2, make_images())
+    for _ in range(2):
+        assert [module.training for module in model.modules()] == modes
+        assert [name for name, _ in model.named_modules()] == names
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert [name for name, module in model.named_modules() if "forward" in vars(module)] == ["layer4"]
+        assert model.layer4.forward is layer4
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        freeze(frozen_stages)
+        modes = [module.training for module in model.modules()]
+        frozen_stages.run(make_images())
+
+
+def test_forwards_come_back_after_an_error():
+    model = make("test_resnet")
+    frozen_stages = FrozenStages.find(model, 2, make_images())
+    own = model.layer1[0].forward = model.layer1[0].forward  # as accelerate puts its own there
+    whole = model(make_images())
+    with pytest.raises(RuntimeError, match="channels"), frozen_stages.resuming():
+        model(torch.randn(2, 5, 8, 8))
+    assert model.layer1[0].forward is own
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == ["layer1.0"]
+    torch.testing.assert_close(model(make_images()), whole)
+
+
+def test_an_error_within_the_front_is_not_taken_for_its_end():
+    frozen_stages = FrozenStages.find(make("test_resnet"), 2, make_images())
+    with pytest.raises(RuntimeError, match="channels"):
+        frozen_stages.run(torch.randn(2, 5, 64, 64))
+    frozen_stages.run(make_images())
+
+
+def test_the_front_must_be_in_eval_mode():
+    model = make("test_resnet")
+    frozen_stages = FrozenStages.find(model, 2, make_images())
+    model.layer2[0].bn1.train()
+    with pytest.raises(AssertionError, match="eval mode"):
+        frozen_stages.run(make_images())
+    model.eval().layer3.train()
+    frozen_stages.run(make_images())
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "convnext_atto"])
+def test_channels_last(architecture):
+    model = make(architecture).to(memory_format=torch.channels_last)
+    images = make_images().contiguous(memory_format=torch.channels_last)
+    frozen_stages = FrozenStages.find(model, 2, images)
+    activation = frozen_stages.run(images)
+    assert activation.is_contiguous(memory_format=torch.channels_last)
+    with frozen_stages.resuming(), torch.no_grad():
+        from_cache = model(activation.contiguous())
+    torch.testing.assert_close(from_cache, model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "mobilenetv3_small_050", "convnext_atto", "regnetx_002"])
+def test_gradient_checkpointing_runs_the_same(architecture):
+    """timm then runs the blocks of a stage without the stage, forward and once more in backward."""
+    model = make(architecture)
+    images = make_images(size=32)
+    whole = model(images)
+    model.set_grad_checkpointing()
+    frozen_stages = FrozenStages.find(model, 2, images)
+    freeze(frozen_stages)
+    activation = frozen_stages.run(images)
+    with frozen_stages.resuming():
+        output = model(activation)
+    torch.testing.assert_close(output, whole, rtol=1e-6, atol=1e-6)
+    output.sum().backward()
+
+
+def test_the_wrapper_of_transformers_resumes(tiny_model):
+    tower = tiny_model.vision_model
+    frozen_stages = FrozenStages.find(tower.timm_model, 2, make_images())
+    freeze(frozen_stages)
+    expected = tiny_model.pool_images(make_images())
+    activation = frozen_stages.run(make_images())
+    with frozen_stages.resuming():
+        pooled = tiny_model.pool_images(activation)
+    torch.testing.assert_close(pooled, expected, rtol=1e-6, atol=1e-6)
+    pooled.sum().backward()
+    trained = {name for name, parameter in tower.timm_model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for stage in stage_parts(tower.timm_model)[-2:] for name in stage}
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_a_vision_transformer_cannot_be_split(count, caplog):
+    size = timm.get_pretrained_cfg("test_vit").input_size[-1]
+    assert FrozenStages.find(make("test_vit"), count, make_images(size=size)) is None
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "VisionTransformer cannot be split before blocks." in warning.getMessage()
+    assert "whole tower" in warning.getMessage()
+
+
+def test_a_image_that_the_model_itself_refuses_is_an_error():
+    with pytest.raises((RuntimeError, AssertionError)):
+        FrozenStages.find(make("test_vit"), 2, make_images(size=50))
+
+
+class Chain(nn.Module):
+    """Three layers; how they are joined is the subclass's affair."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def group_matcher(self, coarse=False):
+        return lambda name: ["one", "two", "three"].index(name.split(".")[0])
+
+    def forward(self, x):
+        return self.three(self.two(self.one(x)))
+
+
+class AddsBetween(Chain):
+    """What it adds is small enough to hide in the output's tolerance."""
+
+    def forward(self, x):
+        return self.three(self.two(self.one(x) + 1e-4) * 1e-4)
+
+
+class Bypass(Chain):
+    def forward(self, x):
+        return self.three(self.two(self.one(x))) + x
+
+
+class Tuple(Chain):
+    def __init__(self):
+        super().__init__()
+        self.two.forward = lambda pair: pair[0]
+
+    def forward(self, x):
+        return self.three(self.two((self.one(x), x)))
+
+
+class Keyword(Chain):
+    def forward(self, x):
+        return self.three(self.two(input=self.one(x)))
+
+
+class NeverRun(Chain):
+    def forward(self, x):
+        return self.three(self.one(x))
+
+
+class Folded(Chain):
+    def forward(self, x):
+        return self.three(self.two(self.one(x).view(1, -1, 4))).view(-1, 4)
+
+
+class Backwards(Chain):
+    def forward(self, x):
+        return self.one(self.two(self.three(x)))
+
+
+class Reused(Chain):
+    def forward(self, x):
+        return self.one(self.three(self.two(self.one(x))))
+
+
+def test_a_chain_can_be_split():
+    assert FrozenStages.find(Chain(), 2, torch.randn(3, 4)).entry == "two"
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("kind", "reason"),
     [
-        ("num_train_epochs=3", r"is ambiguous; use .*stages\.heads\.num_train_epochs or stages\.towers"),
-        ("stages.head.num_train_epochs=3", "no such stage; it has heads, towers"),
-        ("stages.heads.num_train_epoch=3", "num_train_epochs"),
-        ("stages.heads.output_dir=x", "one value serves all stages"),
+        (AddsBetween, "another output"),
+        (Bypass, "another output"),
+        (Tuple, "more than one tensor"),
+        (Keyword, "more than one tensor"),
+        (NeverRun, "never run"),
+        (Folded, "one row for each"),
+        (Backwards, "another output"),
+        (Reused, "another output"),
     ],
 )
-def test_a_wrong_key_of_a_stage_is_explained(make, override, message):
-    with pytest.raises(ValueError, match=message):
-        make("run", override)
+def test_what_is_no_chain_cannot_be_split(kind, reason, caplog):
+    assert FrozenStages.find(kind(), 2, torch.randn(3, 4)) is None
+    assert f"{kind.__name__} cannot be split before two" in caplog.text
+    assert reason in caplog.text
 
 
-def test_a_key_of_one_stage_can_be_changed(make):
-    recipe = make("run", "stages.heads.learning_rate=0.5", "seed=3")
-    assert recipe.stages["heads"].learning_rate == 0.5
-    assert recipe.stages["towers"].learning_rate != 0.5
-    assert {args.seed for args in recipe.stages.values()} == {3}
+def test_stages_out_of_order_leave_no_front(caplog):
+    class HeadFirst(Chain):
+        def group_matcher(self, coarse=False):
+            return lambda name: ["three", "two", "one"].index(name.split(".")[0])
+
+    assert FrozenStages.find(HeadFirst(), 1, torch.randn(3, 4)) is None
+    assert "no stage before it" in caplog.text
 
 
-@pytest.mark.slow
-def test_a_run_killed_three_times_ends_with_the_weights_of_one_never_killed(make, tmp_path, photos):
-    options = ["--set", "stages.towers.num_train_epochs=12", "--set", f"source={photos}", "--set"]
-    command = [sys.executable, "-m", "clipmini.cli", "train", str(tmp_path / "staged.yaml"), *options]
-    make("run")  # writes the recipe
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CLIPMINI_CACHE": str(tmp_path / "cache")}
-    subprocess.run([*command, f"output_dir={tmp_path / 'whole'}"], env=env, check=True, capture_output=True)
+def test_a_module_that_is_used_twice_comes_back_once():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            activation = nn.ReLU()
+            self.one = nn.Sequential(nn.Linear(4, 4), activation)
+            self.two = nn.Sequential(nn.Linear(4, 4), activation)
+            self.three = nn.Linear(4, 4)
 
-    kills = 0
-    for wanted in ("heads/checkpoint-*", "towers/checkpoint-4", "towers/checkpoint-14"):
-        process = subprocess.Popen(
-            [*command, f"output_dir={tmp_path / 'killed'}"],
-            env=env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        while process.poll() is None and not list((tmp_path / "killed").glob(wanted)):
-            time.sleep(0.005)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-    assert kills == 3
-    subprocess.run([*command, f"output_dir={tmp_path / 'killed'}"], env=env, check=True, capture_output=True)
-    whole, killed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "killed"))
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+        group_matcher = Chain.group_matcher
+        forward = Chain.forward
 
-
-@pytest.mark.slow
-def test_two_processes_run_a_recipe_and_leave_one_model(make, tmp_path, photos):
-    make("run")  # writes the recipe
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    options = ["--set", f"source={photos}", "--set", f"output_dir={tmp_path / 'two'}", "--json"]
-    command = [*launch, "clipmini.cli", "train", str(tmp_path / "staged.yaml"), *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CLIPMINI_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    done = subprocess.run([*command, "--overwrite"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert results["stages"] == ["heads", "towers"]
-    assert json.loads(done.stdout)["splits"] == results["splits"]  # printed once, not by every process
-    last, final = (load_file(tmp_path / "two" / part / "model.safetensors") for part in ("towers/model", "model"))
-    assert all(torch.equal(last[name], final[name]) for name in final)
+    model = Shared()
+    frozen_stages = FrozenStages.find(model, 1, torch.randn(3, 4))
+    assert list(frozen_stages.modules) == ["one.0", "one.1", "two.0", "two.1"]
+    assert not any("forward" in vars(module) for module in model.modules())

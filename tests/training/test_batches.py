@@ -3,8 +3,29 @@ import torch
 from PIL import Image
 
 from clipmini.data.augment import normalize_pixels
-from clipmini.training.batches import ClipMiniCollator
+from clipmini.training.batches import ClipMiniCollator, PairSampler, draw_index, pool_by_length
 from modeling_clipmini.images_clipmini import ImageError
+
+
+def epoch(sampler, number):
+    sampler.set_epoch(number)
+    return list(sampler)
+
+
+def test_each_image_comes_up_once_an_epoch_in_a_new_order():
+    sampler = PairSampler(50, seed=3)
+    first, second = epoch(sampler, 0), epoch(sampler, 1)
+    assert sorted(first) == [(row, 0) for row in range(50)]
+    assert sorted(second) == [(row, 1) for row in range(50)]
+    assert [row for row, _ in first] != [row for row, _ in second]
+    assert epoch(PairSampler(50, seed=3), 1) == second
+    assert epoch(PairSampler(50, seed=4), 1) != second
+
+
+def test_captions_are_covered_evenly():
+    drawn = [draw_index(5, epoch, 0, 17) for epoch in range(35)]
+    assert all(sorted(drawn[start : start + 5]) == [0, 1, 2, 3, 4] for start in range(0, 35, 5))
+    assert drawn[:5] != drawn[5:10] or drawn[5:10] != drawn[10:15]
 
 
 def make_rows():
@@ -70,3 +91,43 @@ def test_a_image_that_cannot_be_read_is_named(tiny_processor, tmp_path):
     assert str(caught.value) == f"{tmp_path / '7.png'}: is empty (zero bytes)"
     with pytest.raises(ImageError, match=r"^image_id 3: is empty"):
         ClipMiniCollator(tiny_processor)([*make_rows(), {**row, "image": {"bytes": b"", "path": None}}])
+
+
+CAPTIONS = ["a red square", "b", "a much longer caption about a green disc", "blue bar", "c"]
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 4, 5, 9])
+def test_groups_give_what_the_whole_batch_gives(tiny_model, tiny_processor, num_groups):
+    batch = tiny_processor(text=CAPTIONS)
+    whole = tiny_model.pool_texts(**batch)
+    grouped = pool_by_length(tiny_model, batch["input_ids"], batch["attention_mask"], num_groups)
+    torch.testing.assert_close(grouped, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_each_group_is_padded_to_its_own_longest(tiny_model, tiny_processor, monkeypatch):
+    shapes = []
+    pool_texts = tiny_model.pool_texts
+
+    def noting(input_ids, attention_mask):
+        shapes.append(tuple(input_ids.shape))
+        return pool_texts(input_ids, attention_mask)
+
+    monkeypatch.setattr(tiny_model, "pool_texts", noting)
+    batch = tiny_processor(text=CAPTIONS)
+    lengths = sorted(batch["attention_mask"].sum(dim=1).tolist())
+    pool_by_length(tiny_model, batch["input_ids"], batch["attention_mask"], 2)
+    assert shapes == [(3, lengths[2]), (2, lengths[4])]
+
+
+def test_every_caption_gets_its_gradient(tiny_model, tiny_processor):
+    batch = tiny_processor(text=CAPTIONS)
+    weights = torch.rand(len(CAPTIONS), tiny_model.config.text_config.hidden_size)
+    gradients = []
+    for pooled in (
+        tiny_model.pool_texts(**batch),
+        pool_by_length(tiny_model, batch["input_ids"], batch["attention_mask"], 3),
+    ):
+        tiny_model.zero_grad()
+        (pooled * weights).sum().backward()
+        gradients.append(tiny_model.get_input_embeddings().weight.grad.clone())
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
