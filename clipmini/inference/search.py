@@ -119,7 +119,7 @@ def rank(paths: Sequence[Path], embeddings: Tensor, query_embed: Tensor, top: in
     _check_top(top)
     scores = embeddings @ query_embed  # (I,)
     if not scores.isfinite().all():
-        raise ValueError("The model gives similarities that are no numbers: its weights are damaged.")
+        raise ValueError("The model returns similarities that are NaN: its weights are damaged.")
     order = scores.argsort(descending=True, stable=True)[:top].tolist()
     return [Hit(paths[index], scores[index].item()) for index in order]
 

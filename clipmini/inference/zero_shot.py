@@ -183,7 +183,7 @@ def _score(
     bias = None if model.logit_bias is None else model.logit_bias.detach().float().cpu()
     logits = pairwise_logits(image_embeds, label_embeds, scale, bias)  # (I, C)
     if not logits.isfinite().all():
-        raise ValueError("The model gives similarities that are no numbers: its weights are damaged.")
+        raise ValueError("The model returns similarities that are NaN: its weights are damaged.")
     return [
         sorted(map(LabelScore, labels, scores), key=lambda item: -item.score)
         for scores in logits.softmax(dim=-1).tolist()

@@ -47,7 +47,7 @@ class TestRank:
         assert [hit.path for hit in hits] == names[150:] + names[:150]
 
     def test_scores_that_are_not_finite(self):
-        with pytest.raises(ValueError, match="no numbers"):
+        with pytest.raises(ValueError, match="are NaN"):
             rank(["a"], torch.tensor([[float("nan"), 0.0]]), torch.tensor([1.0, 0.0]))
 
     @pytest.mark.parametrize("top", [0, -1])
