@@ -129,7 +129,7 @@ def teach(
     overwrite: Annotated[bool, _flag("--overwrite", "Replace the file.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Embed the training pairs of a recipe with a larger model, to be the `teacher` of a recipe: {file: OUT}."""
+    """Embed the training pairs of a recipe with a larger model, which it can then name as its `teacher`."""
     from clipmini.data.images import Skipped
     from clipmini.inference.teacher import embed_with_teacher
     from clipmini.training.recipes import load_recipe
