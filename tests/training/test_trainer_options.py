@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clipmini.evaluation.measure import evaluate_retrieval
 from clipmini.files import cache_root
@@ -292,3 +293,13 @@ def test_a_teacher_has_its_share_of_the_loss(make_trainer, tiny_folder, toy_pair
     trainer = make_trainer(teacher={"file": str(tmp_path / "teacher.parquet"), "weight": 0.3})
     assert (trainer.objective.distillation, trainer.objective.teacher_scale) == (0.3, 20.0)
     trainer.train()
+
+
+def test_the_best_adapter_is_loaded_at_the_end(make_trainer, tmp_path):
+    pytest.importorskip("peft")
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(lora={"parts": "text"}, load_best_model_at_end=True, **options)
+    trainer.train()
+    best = load_file(f"{trainer.state.best_model_checkpoint}/adapter_model.safetensors")
+    assert torch.equal(best["base_model.model.logit_scale"], trainer.model.logit_scale)
+    assert torch.equal(best["base_model.model.text_projection.weight"], trainer.model.text_projection.weight)
