@@ -89,7 +89,7 @@ def train(
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model by a recipe, and measure retrieval before and after.
+    """Train a model from a recipe, and measure retrieval before and after.
 
     Each key of the recipe is an option too: --seed 7 is the same as --set seed=7.
     """

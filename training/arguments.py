@@ -47,7 +47,7 @@ class ClipMiniTrainingArguments(TrainingArguments):
     freeze_batch_norm: bool = field(
         default=True, metadata={"help": "Keep the pretrained BatchNorm statistics of the vision tower."}
     )
-    lora: dict[str, Any] | None = field(
+    lora: Any = field(
         default=None,
         metadata={"help": "Train low-rank updates of towers instead of the towers: {parts: [vision, text], rank: 8}."},
     )
@@ -61,7 +61,7 @@ class ClipMiniTrainingArguments(TrainingArguments):
     )
 
     # On which data
-    augment: dict[str, Any] | None = field(
+    augment: Any = field(
         default=None,
         metadata={"help": "Augment images: crop_scale, flip and resolution; {} for the defaults."},
     )
@@ -78,14 +78,14 @@ class ClipMiniTrainingArguments(TrainingArguments):
     gradient_cache_chunk: int | None = field(
         default=None, metadata={"help": "Embed a batch in chunks of n pairs: any batch in the memory of one chunk."}
     )
-    hard_negatives: dict[str, Any] | None = field(
+    hard_negatives: Any = field(
         default=None,
         metadata={"help": "Weigh similar negatives more, after a share of the steps: {weight: 0.3, start: 0.3}."},
     )
     matryoshka_dims: str | list[int] | None = field(
         default=None, metadata={"help": "Widths at which truncated embeddings are trained too, such as 128,64,32."}
     )
-    teacher: dict[str, Any] | None = field(
+    teacher: Any = field(
         default=None,
         metadata={"help": "Learn from embeddings made by `clipmini teach`: {file: teacher.parquet, weight: 0.5}."},
     )

@@ -93,6 +93,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     license = values.get("license")
     if license is not None and not isinstance(license, str):
         raise ValueError(f"{name_or_path}: license={license!r} is not allowed; use a name such as apache-2.0.")
+    license = license and license.lower()  # SPDX writes Apache-2.0, the Hub apache-2.0
     return Recipe(
         _load_preset(values["model"]),
         stages=_build_stages(values),
@@ -163,8 +164,9 @@ def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[
 
 
 def data_part(source: str) -> Part:
-    """Describe the training data for the card, with the license stated on the Hub if they come from there."""
-    return Part(DATA, public_name(source), _from_card(source, DatasetCard)[0] if hub_id(source) else None)
+    """Describe the training data for the card, with the license that its card on the Hub or in a folder states."""
+    has_card = hub_id(source) or Path(source).is_dir()
+    return Part(DATA, public_name(source), _from_card(source, DatasetCard)[0] if has_card else None)
 
 
 def model_parts(model: ModelPreset | str) -> list[Part]:

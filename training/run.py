@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from datasets import DatasetDict
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -37,7 +38,7 @@ from clipmini.files import (
 )
 from clipmini.inference.encode import load_model
 from clipmini.publishing.folder import save_model_folder
-from clipmini.publishing.push import prepare_push, push
+from clipmini.publishing.push import explain_refusals, prepare_push, push
 from clipmini.training.recipes import render_recipe_card
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
@@ -301,6 +302,8 @@ def _check_push(recipe: Recipe) -> None:
         raise ValueError(f"push_to_hub with hub_model_id={args.hub_model_id!r}: name the repository as owner/name.")
     if not recipe.license:
         raise ValueError("push_to_hub needs the model's license: set it in the recipe, such as `license: apache-2.0`.")
+    with explain_refusals(str(args.hub_model_id)):
+        ModelCard(f"---\nlicense: {recipe.license}\n---\n").validate()  # asks the Hub whether it knows the license
 
 
 def _check_whose_files(record: RunRecord, stages: list[str], overwrite: bool) -> None:

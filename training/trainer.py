@@ -1,5 +1,6 @@
 """ClipMiniTrainer: the Hugging Face Trainer, extended by what contrastive training needs."""
 
+import copy
 import functools
 import logging
 import math
@@ -321,7 +322,10 @@ class ClipMiniTrainer(Trainer):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, without pushing it: `push_to_hub` does, since it asks for what a card needs."""
+        """Save the model, or while LoRA trains its adapter; `merge_lora` makes a plain model of it.
+
+        Nothing is pushed: `push_to_hub` does, since it asks for what a card needs.
+        """
         super().save_model(output_dir, _internal_call=True)
 
     # A checkpoint holds the model or, with LoRA, the adapter alone, as Trainer saves a `PeftModel`. All of it is there
@@ -382,7 +386,7 @@ class ClipMiniTrainer(Trainer):
     ) -> Any:
         """Push the model as `clipmini push` does: checked, without pickles, with its card, in one commit.
 
-        LoRA updates are merged into the weights first, so that they cannot be trained further.
+        LoRA updates are merged into a copy of the model.
 
         Args:
             commit_message: title of the commit.
@@ -407,8 +411,9 @@ class ClipMiniTrainer(Trainer):
         repo_id = self._repository_name(token)
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clipmini-"))) / "model"
-            merge_lora(self.model)
-            save_model_folder(self.model, self.processing_class, folder, card)
+            model = copy.deepcopy(self.model) if has_adapters(self.model) else self.model
+            merge_lora(model)
+            save_model_folder(model, self.processing_class, folder, card)
             prepared = prepare_push(folder, repo_id)  # before anything is created on the Hub
             cleanup = stack.pop_all()
         branch = revision or args.hub_revision

@@ -176,7 +176,7 @@ def load_data(data: DataArguments, skipped: Skipped) -> DatasetDict:
         skipped: collects what is left out.
 
     Returns:
-        The splits; copies of an image still have different ids.
+        The splits; exact copies of an image have different ids.
 
     Raises:
         ValueError: as in `load_pairs`.

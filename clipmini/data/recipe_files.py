@@ -10,7 +10,7 @@ import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,21 @@ from typing import Any
 import yaml
 
 from clipmini.data.pairs import DataArguments
+from clipmini.files import RECIPE_FILE
 from modeling_clipmini import ClipMiniConfig
 
 logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("model", "model_config", "license", "data", "training", "stages")
 SOURCE_KEYS = ("image_column", "caption_column", "image_root")  # of `data`; like `license`, for one source only
+MOVED_KEYS = {
+    "license": "`license` at the top of the recipe, which states the model's",
+    "lora_rank": "lora: {parts: ..., rank: ...}",
+    "hard_negative_weight": "hard_negatives: {weight: ..., start: ...}",
+    "hard_negative_start": "hard_negatives: {weight: ..., start: ...}",
+    "distillation_weight": "teacher: {file: ..., weight: ...}",
+    "feature_cache_dir": "the environment variable CLIPMINI_CACHE",
+}
 TYPE_WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -111,7 +120,10 @@ def load_data_arguments(name_or_source: str, overrides: Sequence[str] = ()) -> D
         data = {"source": name_or_source, "validation_fraction": 0.0, "test_fraction": 0.0}
         values = _override({"data": data}, overrides, DATA_ONLY)
         check_keys(values, ("data",), f"--set {' '.join(overrides)}")
-    return build_section(DataArguments, check_mapping(values.get("data", {}), "data"), "data")
+    data = check_mapping(values.get("data", {}), "data")
+    if Path(name_or_source).name == RECIPE_FILE:  # an earlier version may have written keys that are gone
+        data = {key: value for key, value in data.items() if key in field_names(DataArguments)}
+    return build_section(DataArguments, data, "data")
 
 
 def config_fields() -> list[str]:
@@ -181,12 +193,13 @@ def _apply_override(values: dict[str, Any], override: str, sections: Mapping[str
         raise ValueError(f"--set {override!r} is not of the form key=value.")
     path = key.split(".")
     stages = check_mapping(values.get("stages", {}), "stages")
-    if len(path) == 1 and key not in TOP_LEVEL:
-        path = [*_section_of(key, stages, sections), key]
-    is_stage = path[0] == "stages" and len(path) == 3
+    if path[0] not in (*TOP_LEVEL, *sections):  # a bare key, which may have keys of its own: "lora.rank"
+        path = [*_section_of(path[0], stages, sections), *path]
+    is_stage = path[0] == "stages" and len(path) > 2
     if is_stage and path[1] not in stages:
         raise ValueError(f"--set {key}=...: the recipe has no such stage; it has {', '.join(stages) or 'none'}.")
-    if not is_stage and (len(path) > 2 or (len(path) == 2 and path[0] not in (*sections, "model_config"))):
+    below = path[2:] if is_stage else path[1:]
+    if len(below) > 2 or (below and not is_stage and path[0] not in (*sections, "model_config")):
         raise ValueError(f"--set {key}=...: {_unknown(path[0], [*sections, 'model_config'])}")
     try:
         value = yaml.safe_load(text)
@@ -194,7 +207,9 @@ def _apply_override(values: dict[str, Any], override: str, sections: Mapping[str
         value = text
     section = values
     for part in path[:-1]:
-        section = check_mapping(section.setdefault(part, {}), part)
+        if section.get(part) is None:
+            section[part] = {}
+        section = check_mapping(section[part], part)
     section[path[-1]] = value
 
 
@@ -231,6 +246,8 @@ def check_keys(values: Mapping[str, Any], known: Iterable[str], where: str) -> N
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
+    if key in MOVED_KEYS:
+        return f"there is no {key!r} any more; set {MOVED_KEYS[key]}."
     nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
     return f"there is no {key!r}; the nearest name is {nearest[0]!r}."
 
@@ -246,12 +263,11 @@ def build_section(cls: type, values: Mapping[str, Any], where: str) -> Any:
         raise ValueError(
             f"{where}.hub_token would be saved with the model; log in with `hf auth login` or set HF_TOKEN instead."
         )
+    for item in fields(cls):
+        if item.init and item.default is MISSING and item.default_factory is MISSING and item.name not in values:
+            raise ValueError(f"{where}.{item.name} is missing; set it.")
     hints = typing.get_type_hints(cls)
-    typed = {key: _coerce(value, hints[key], f"{where}.{key}") for key, value in values.items()}
-    try:
-        return cls(**typed)
-    except TypeError as error:
-        raise ValueError(f"{where}: {str(error).split('__init__() ')[-1]}.") from None
+    return cls(**{key: _coerce(value, hints[key], f"{where}.{key}") for key, value in values.items()})
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:

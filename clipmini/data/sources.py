@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Usual names, likeliest first.
 IMAGE_COLUMNS = (
-    *("image", "images", "img", "photo", "image_path", "img_path", "image_file", "image_filename"),
+    *("image", "images", "img", "picture", "photo", "image_path", "img_path", "image_file", "image_filename"),
     *("image_file_name", "image_name", "file_name", "filename", "filepath", "file_path", "path", "file"),
     *("jpg", "jpeg", "png", "webp"),
 )
@@ -154,9 +154,14 @@ class SourceReader:
             rows = read_rows(table, self.skipped)
             sample = list(itertools.islice(rows, NUM_SAMPLED))
             columns: dict[str, list[Any]] = {name: [] for row in sample for name in row}
+            usual = (*IMAGE_COLUMNS, *CAPTION_COLUMNS, "split")
+            wanted = {name for name in columns if _find_named([name], usual)} | {
+                self.image_column,
+                self.caption_column,
+            }
             for row in itertools.chain(sample, rows):
                 for name, values in columns.items():
-                    values.append(row.get(name))
+                    values.append(row.get(name) if name in wanted else None)  # other columns may be long
             return self._from_columns(columns, str(table), table.parent, split, base)
         try:
             dataset = Dataset.from_parquet(str(table))  # `load_dataset` would also report the download to a server

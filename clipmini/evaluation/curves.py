@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from clipmini.files import atomic_write
+
 RECALL_STYLES = {
     "eval_text_to_image_r1": ("text to image R@1", "tab:blue", "-"),
     "eval_text_to_image_r5": ("text to image R@5", "tab:blue", "--"),
@@ -52,9 +54,8 @@ def draw_curves(stages: Histories, out: Path) -> None:
     if len(stages) > 1:
         for name, start in zip(stages, _starts(stages), strict=True):
             loss.annotate(f" {name}", (start, 1), xycoords=("data", "axes fraction"), va="top", color="gray")
-    beside = out.with_name(f".{out.name}")
-    figure.savefig(beside, dpi=120, format="png")
-    beside.replace(out)
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _plot(

@@ -123,7 +123,7 @@ def chance_level(pairs: Dataset | PairDataset) -> dict[str, float]:
 
 
 def _ids(pairs: Dataset | PairDataset) -> tuple[Tensor, Tensor]:
-    """Return the image ids of all captions and of all rows; copies of an image may share theirs."""
+    """Return the image ids of all captions and of all rows."""
     cached = _cached(pairs)
     image_ids = torch.tensor(cached.image_ids)
     return image_ids[cached.image_of_captions()], image_ids
@@ -154,7 +154,7 @@ class Embeddings:
     Attributes:
         images: (I, D) float32, each of length 1.
         texts: (T, D) likewise, captions in the order of the rows.
-        image_ids: (I,) integers; copies may share an id.
+        image_ids: (I,) integers.
         captions: the T captions.
         row_of_text: (T,) the row of each caption's image.
     """

@@ -56,9 +56,6 @@ def load_model(
         loaded: Any = ClipMiniModel.from_pretrained(name_or_path, output_loading_info=True)
         part = "processor"
         processor = ClipMiniProcessor.from_pretrained(name_or_path)
-        # Without its file the tokenizer of a BERT is an empty one, and says nothing.
-        if processor.tokenizer.vocab_size <= len(processor.tokenizer.all_special_ids):
-            raise ValueError("the tokenizer has no vocabulary")
     except Exception as error:  # libraries raise nearly anything for a JSON file with a value of the wrong type
         damaged = f"is incomplete or damaged (its {part})"
         problem = damaged if path.exists() else "is neither a folder here nor available from the Hub"
@@ -66,6 +63,9 @@ def load_model(
     model, info = loaded
     if info["missing_keys"]:
         raise ValueError(f"{name_or_path} lacks weights, among them {sorted(info['missing_keys'])[0]!r}.")
+    # Without its file, a BERT's tokenizer loads all the same, with special tokens alone.
+    if processor.tokenizer.vocab_size <= len(processor.tokenizer.all_special_ids):
+        raise ValueError(f"{name_or_path} is incomplete or damaged: its tokenizer has no vocabulary; save it again.")
     return model.eval().to(device or default_device()), processor
 
 

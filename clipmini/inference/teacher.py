@@ -136,7 +136,8 @@ class TeacherEmbeddings:
             ValueError: the file is missing or of another kind, or lacks an image with these captions.
         """
         try:
-            table = pq.ParquetFile(path).read()
+            with pq.ParquetFile(path) as file:
+                table = file.read()
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"The teacher's embeddings {path} cannot be read: {error}") from error
         about = (table.schema.metadata or {}).get(METADATA_KEY)
@@ -208,7 +209,7 @@ def _hash(captions: Sequence[str]) -> bytes:
 
 def _find_rows(stored: pa.Table, pairs: Dataset, path: Path) -> list[int]:
     """Return the row in the file of each row of a data set."""
-    unused = defaultdict(list)  # several rows where copies share id and captions
+    unused = defaultdict(list)  # several rows if image ids repeat
     for row, key in enumerate(zip(stored["image_id"].to_pylist(), stored["captions_hash"].to_pylist(), strict=True)):
         unused[key].append(row)
     known_ids = {image_id for image_id, _ in unused}

@@ -118,7 +118,7 @@ def render_card(
     card_data = ModelCardData(
         model_name=name,
         language=language,
-        license=license and license.lower(),  # SPDX writes Apache-2.0, the Hub apache-2.0
+        license=license,
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         tags=list(dict.fromkeys([*TAGS, *tags])),

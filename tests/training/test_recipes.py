@@ -4,6 +4,8 @@ import pytest
 
 from clipmini.data.recipe_files import load_data_arguments, preset_names
 from clipmini.training.build import ModelPreset, build_model
+from clipmini.training.lora import Lora
+from clipmini.training.objective import HardNegatives
 from clipmini.training.recipes import load_recipe
 
 TINY_TEXT = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
@@ -93,7 +95,7 @@ def test_overrides(overrides, read, expected, tmp_path):
         (GOOD, ["model=tinny"], r"model='tinny' is neither a preset \(.*tiny.*\)"),
         (GOOD, ["lr_scheduler_type=cosin"], "cosin"),
         (GOOD.replace("data:", "dta:"), [], "there is no 'dta'; the nearest name is 'data'"),
-        (GOOD.replace("  source: photos\n", ""), [], "data: missing 1 required .*'source'"),
+        (GOOD.replace("  source: photos\n", ""), [], r"data\.source is missing; set it"),
         (GOOD.replace("model: tiny", ""), [], "model=None"),
         ("model: tiny\ndata: photos\n", [], "data must hold `key: value` lines"),
         ("- a\n- b\n", [], "must hold `key: value` lines, not list"),
@@ -252,3 +254,34 @@ def test_of_a_recipe_whose_training_is_for_another_machine_the_data_can_be_read(
     text = GOOD.replace("bf16: false", "bf16: maybe")
     data = load_data_arguments(str(write(tmp_path, text)), ["split_seed=4"])
     assert (data.source, data.split_seed) == ("photos", 4)
+
+
+def test_one_value_of_an_option_can_be_set(tmp_path):
+    file = write(tmp_path, GOOD)
+    assert load_recipe(file, ["lora.parts=text", "training.lora.rank=4"]).training.lora_options == Lora("text", 4)
+    recipe = load_recipe(file, ["hard_negatives={weight: 0.5}", "hard_negatives.start=0.1"])
+    assert recipe.training.hard_negative_options == HardNegatives(0.5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora=text", r"lora='text' is not allowed; use \{parts: \.\.\., rank: \.\.\.\}"),
+        ("augment=true", r"augment=True is not allowed; use \{crop_scale: "),
+        ("lora.rank=4", r"lora\.parts is missing; set it"),
+        ("teacher={}", r"teacher\.file is missing; set it"),
+        ("seed.x=1", "seed must hold `key: value` lines, not int"),
+        ("data.license=mit", "no 'license' any more; set `license` at the top of the recipe"),
+        ("lora_rank=4", r"no 'lora_rank' any more; set lora: \{parts"),
+        ("training.lora.rank.x=4", "there is no 'training'"),
+    ],
+)
+def test_options_with_several_values_say_what_is_wrong(override, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path, GOOD.replace("training:", "training:\n  seed: 1")), [override])
+
+
+def test_data_of_a_run_of_an_earlier_version_is_read(tmp_path):
+    text = GOOD.replace("  source: photos\n", "  source: photos\n  license: cc0-1.0\n  share_duplicate_ids: true\n")
+    (tmp_path / "recipe_as_run.yaml").write_text(text)
+    assert load_data_arguments(str(tmp_path / "recipe_as_run.yaml")).source == "photos"

@@ -275,7 +275,7 @@ def test_hard_negatives_begin_after_their_share_of_the_steps(make_trainer):
         ({"augment": {"crop": 1}}, "augment: there is no 'crop'; the nearest name is 'crop_scale'"),
         ({"freeze_text": True, "lora": {"parts": "text"}}, "contradict"),
         ({"lora": "text"}, r"lora='text' is not allowed; use \{parts: \.\.\., rank: \.\.\.\}"),
-        ({"lora": {"rank": 8}}, "lora: missing 1 required positional argument: 'parts'"),
+        ({"lora": {"rank": 8}}, r"lora\.parts is missing; set it"),
         ({"hard_negatives": {"weight": -1}}, r"hard_negatives\.weight=-1 is not allowed"),
         ({"hard_negatives": {"weight": 1, "start": 2}}, r"hard_negatives\.start=2 is not allowed"),
         ({"teacher": {"file": "x", "weight": 1.5}}, r"teacher\.weight=1\.5 is not allowed"),
