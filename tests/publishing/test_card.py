@@ -142,7 +142,7 @@ def test_the_hub_takes_its_metadata(results, tiny_config):
 def test_the_license_is_the_one_that_the_recipe_states(results, tiny_config):
     card = render(tiny_config, results, "license=CC-BY-NC-4.0")
     assert card.data.license == "cc-by-nc-4.0"
-    assert "The author states `CC-BY-NC-4.0` as the license of this model. Whether" in card.text
+    assert "The author states `cc-by-nc-4.0` as the license of this model. Whether" in card.text
     assert "| image tower | timm/tf_efficientnet_lite0.in1k | apache-2.0 |" in card.text
     assert "| training data | photos | not stated |" in card.text
     card = render(tiny_config, results, "license=null")
