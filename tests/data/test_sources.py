@@ -265,6 +265,12 @@ class TestSources:
         found = [path.name for path in Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")]
         assert found == ["parquet-train.arrow"]
 
+    @pytest.mark.parametrize("column", ["image", "picture", "photo", "file_name", "File Path"])
+    def test_usual_columns_of_a_table_are_found_among_others(self, column, tmp_path):
+        write_images(tmp_path, 2)
+        (tmp_path / "pairs.csv").write_text(f"notes,{column},caption\nlong,0.png,zero\ntext,1.png,one\n")
+        assert captions_of(tmp_path / "pairs.csv") == [["zero"], ["one"]]
+
 
 class TestHub:
     def load(self, monkeypatch, loaded, **options):

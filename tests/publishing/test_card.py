@@ -139,13 +139,14 @@ def test_the_hub_takes_its_metadata(results, tiny_config):
     assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
 
 
-def test_the_license_is_the_one_that_the_recipe_states(results, tiny_config):
+def test_the_license_is_the_one_that_the_recipe_states(results, tiny_config, tmp_path):
     card = render(tiny_config, results, "license=CC-BY-NC-4.0")
     assert card.data.license == "cc-by-nc-4.0"
     assert "The author states `cc-by-nc-4.0` as the license of this model. Whether" in card.text
     assert "| image tower | timm/tf_efficientnet_lite0.in1k | apache-2.0 |" in card.text
-    assert "| training data | photos | not stated |" in card.text
-    card = render(tiny_config, results, "license=null")
+    assert "| training data | photos | cc0-1.0 |" in card.text  # by the README.md among them
+    card = render(tiny_config, results, "license=null", f"source={tmp_path}")
+    assert f"| training data | {tmp_path.name} | not stated |" in card.text
     assert card.data.license is None
     assert "No license is stated for this model. Whether" in card.text
 
