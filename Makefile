@@ -16,7 +16,7 @@ help:  ## list the targets
 	touch $@
 
 .PHONY: demo
-demo: .venv/.installed  ## train on the included photographs, measure, search and draw: under 3 minutes on 2 cores
+demo: .venv/.installed  ## train on the included photographs, measure, search and draw: a minute on 2 cores, once installed
 	$(BIN)/clipmini train demo --overwrite
 	$(BIN)/python examples/demo.py
 
