@@ -107,6 +107,8 @@ REMOVED = {
     f"{SHORT}, ids shared": SHORT,
     f"{TWO_STAGES}, word dropout": TWO_STAGES,
     f"{TWO_STAGES}, layer decay": TWO_STAGES,
+    f"{TWO_STAGES}, color jitter": TWO_STAGES,
+    f"{TWO_STAGES}, RandAugment": TWO_STAGES,
 }
 HEADS_STAGE = {**FROZEN, **COMMON, **UNCHOSEN, "num_train_epochs": 20}
 
