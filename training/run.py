@@ -39,14 +39,13 @@ from clipmini.files import (
 from clipmini.inference.encode import load_model
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import explain_refusals, prepare_push, push
-from clipmini.training.recipes import render_recipe_card
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
 from .build import ModelPreset, build_model, load_for_fine_tuning
 from .lora import merge_lora
 from .offline_towers import resolve_tower
-from .recipes import Recipe
+from .recipes import Recipe, render_recipe_card
 from .trainer import ClipMiniTrainer, measure_split
 
 logger = logging.getLogger(__name__)

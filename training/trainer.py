@@ -30,7 +30,6 @@ from clipmini.inference.teacher import TeacherEmbeddings
 from clipmini.publishing.card import render_card
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import CARD, explain_refusals, make_repository, prepare_push, push
-from clipmini.training.recipes import data_part, describe_stage, model_parts
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 
 from .arguments import ClipMiniTrainingArguments
@@ -39,6 +38,7 @@ from .features import TowerFeatures
 from .gradient_cache import Batch, cached_backward, check_batch_norm, moving_batch_norms
 from .lora import add_lora, has_adapters, load_adapter, merge_lora, save_adapter
 from .objective import ContrastiveObjective, Embeddings, world_size
+from .recipes import data_part, describe_stage, model_parts
 from .stages import parameter_groups, stage_parts
 
 logger = logging.getLogger(__name__)
