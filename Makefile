@@ -49,6 +49,7 @@ FLICKR8K ?= ../shared/data/flickr8k
 bench: .venv/.installed  ## measure the figures of benchmarks/README.md, in hours; FLICKR8K=FOLDER with its parquet files
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/images.py
+	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/ranking.py
 	$(BIN)/python benchmarks/ranking.py --num-kept 10
 	$(BIN)/python benchmarks/recipes.py --source $(FLICKR8K)

@@ -41,8 +41,8 @@ def step(batch_size: int, chunk: int | None) -> dict[str, float]:
     num_pairs = 2 * batch_size  # the next batch is read while one is trained on
     pairs = concatenate_datasets([photos] * (num_pairs // len(photos) + 1)).select(range(num_pairs))
     pairs = pairs.remove_columns("image_id").add_column("image_id", list(range(num_pairs)))
-    preset = load_recipe("demo", [f"source={PHOTOS}"]).model
-    model, processor = build_model(preset)
+    preset = load_recipe("demo", {"source": PHOTOS}).model
+    model = build_model(preset)
     with tempfile.TemporaryDirectory() as folder:
         args = ClipMiniTrainingArguments(
             output_dir=folder,
@@ -55,7 +55,7 @@ def step(batch_size: int, chunk: int | None) -> dict[str, float]:
             use_cpu=True,
             disable_tqdm=True,
         )
-        trainer = ClipMiniTrainer(model=model, args=args, train_dataset=pairs, processing_class=processor)
+        trainer = ClipMiniTrainer(model=model, args=args, train_dataset=pairs)
         start_s = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start_s

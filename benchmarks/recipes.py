@@ -22,8 +22,9 @@ from typing import Annotated, Any
 
 import typer
 
+from clipmini.evaluation.results import Run
 from clipmini.training.recipes import load_recipe
-from clipmini.training.run import TrainResult, train
+from clipmini.training.run import train
 
 HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "recipes.jsonl", HERE / "README.md"
@@ -113,14 +114,14 @@ REMOVED = {
 HEADS_STAGE = {**FROZEN, **COMMON, **UNCHOSEN, "num_train_epochs": 20}
 
 
-def run(variant: Variant, source: str, seed: int, max_steps: int, folder: Path) -> TrainResult:
+def run(variant: Variant, source: str, seed: int, max_steps: int, folder: Path) -> Run:
     """Train one variant for a number of steps and measure it."""
     stage = {**COMMON, **UNCHOSEN, **variant.training, "max_steps": max_steps}
     stages = {"heads": HEADS_STAGE, "main": stage} if variant.warm_heads else {"main": stage}
     recipe = {
         "model": "lite0-minilm",
         "model_config": variant.model_config,
-        "data": {"source": source, "test_fraction": 0.0, "check_images": False},
+        "data": {"source": source, "test_fraction": 0.0},
         "training": {"output_dir": str(folder / "run"), "seed": seed},
         "stages": stages,
     }

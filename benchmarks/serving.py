@@ -48,11 +48,11 @@ class Call:
 
 def make_calls(model: str, count: int) -> list[Call]:
     """Make the requests: four in five are images of `IMAGE_BYTES`, the rest is meant to do harm."""
-    from clipmini.inference.encode import load_model
+    from clipmini.inference.embed import load_model
     from clipmini.inference.server import Limits
     from modeling_clipmini.handler import MAX_PIXELS, RequestHandler
 
-    handler = RequestHandler(*load_model(model))
+    handler = RequestHandler(load_model(model))
 
     def score(image: bytes) -> dict[str, float]:
         answer = handler({"inputs": image, "parameters": {"candidate_labels": LABELS}})

@@ -1,7 +1,26 @@
-"""Train your own small CLIP, trust its numbers, ship it, and search with it."""
+"""Train your own small CLIP, trust its numbers, ship it, and search with it.
 
+The functions here refuse wrong input first, and then import what is slow to import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import device as Device
+
+    from clipmini.evaluation.results import Evaluation, Run
+    from clipmini.inference.search import Hits
+    from clipmini.inference.zero_shot import Classification
+    from clipmini.publishing.push import Pushed
+    from modeling_clipmini import ClipMiniModel
 
 if find_spec("clipmini.training") is None:  # Python has found the checkout before the installed package
     raise ImportError(
@@ -9,7 +28,271 @@ if find_spec("clipmini.training") is None:  # Python has found the checkout befo
         "`pip install -e .` in the checkout, or start Python elsewhere."
     )
 
-_METRICS = Path(__file__).parent / "evaluation" / "metrics"
+__all__ = ["__version__", "classify", "evaluate", "load", "metric", "push", "search", "train"]
+
+try:
+    __version__ = version("clipmini")
+except PackageNotFoundError:  # a copied folder
+    __version__ = "unknown"
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def load(name_or_folder: str | Path, device: str | Device | None = None) -> ClipMiniModel:
+    """Load a clipmini model with the code of this package, never with that of the folder.
+
+    Args:
+        name_or_folder: a folder that training saved, or a Hub id.
+        device: where to put the model; by default the best there is: a CUDA GPU, else Apple's (mps), else the CPU.
+
+    Returns:
+        The model in eval mode, with its processor as `model.processor`.
+
+    Raises:
+        ValueError: this is no clipmini model, or its files are missing, damaged, or name code of their own.
+
+    Example:
+        >>> model = clipmini.load(folder)
+        >>> model.encode_text("a red bicycle").shape
+        (16,)
+    """
+    from clipmini.names import check_model
+
+    check_model(name_or_folder)
+    from clipmini.inference.embed import load_model
+
+    return load_model(name_or_folder, device)
+
+
+def train(recipe: str | Path, /, *, overwrite: bool = False, stage: str | None = None, **changes: Any) -> Run:
+    """Train a model from a recipe, and measure retrieval before and after; resume a run that was interrupted.
+
+    Args:
+        recipe: a YAML file, or the name of a recipe that comes with clipmini, such as "demo".
+        overwrite: replace the run in the output folder.
+        stage: run only this stage of the recipe.
+        **changes: keys of the recipe, as on the command line; `clipmini train --help` lists them. A section may be a
+            mapping, `data={"source": "my_images"}`, and a key dotted, `**{"lora.rank": 4}`.
+
+    Returns:
+        The run: `folder`, `results`, and `model()`, which loads the trained model.
+
+    Raises:
+        ValueError: a key or a value is wrong, data or model cannot be used, or the output folder holds another run.
+
+    Example:
+        >>> run = clipmini.train(recipe, source=images, output_dir=folder / "run", num_train_epochs=1)
+        >>> sorted(run.results["splits"])
+        ['test', 'validation']
+        >>> run.model().encode_text("a red bicycle").shape
+        (32,)
+    """
+    from clipmini.data.recipe_files import check_start, read_recipe
+
+    values = read_recipe(str(recipe), changes)
+    check_start(values, stage)
+    from clipmini.training.recipes import build_recipe
+    from clipmini.training.run import train as run_recipe
+
+    return run_recipe(build_recipe(values), overwrite=overwrite, stage=stage)
+
+
+def evaluate(
+    model: str | Path | ClipMiniModel,
+    data: str | Path,
+    task: str = "retrieval",
+    *,
+    split: str | None = None,
+    baseline: str | Path | ClipMiniModel | None = None,
+    template: str | None = None,
+    train_data: str | None = None,
+    check_leaks: bool = True,
+    strict: bool = False,
+    **changes: Any,
+) -> Evaluation:
+    """Measure a model, with confidence intervals; `save` writes the report.
+
+    Args:
+        model: a model, its folder or its Hub id; also one of transformers (CLIP, SigLIP) or sentence-transformers, or
+            `open_clip:NAME/PRETRAINED`.
+        data: for retrieval, image-caption pairs: a folder, a table, a Hub id, or a recipe with data. For the other
+            tasks, labeled images: a folder with one subfolder per class, or a Hub id.
+        task: "retrieval", "zero-shot" or "probe".
+        split: the split to measure; by default test, else validation, else train.
+        baseline: another model to compare with on the same images; not for a probe.
+        template: for zero-shot only: the caption of a label, with {} where the label goes; or a list of captions:
+            "imagenet", "simple" or a YAML file.
+        train_data: for retrieval only: the data that the model was trained on, to look for leaks; by default the train
+            split of `data`.
+        check_leaks: look for test data among the training data; not for zero-shot.
+        strict: raise an error at the first image or caption that cannot be used, instead of leaving it out.
+        **changes: keys of a recipe's `data`, such as `caption_column`; for labeled images, `image_column`,
+            `label_column` and `config_name`.
+
+    Returns:
+        The evaluation: `results`, `tables` and `page`.
+
+    Raises:
+        ValueError: a model, the data, the split or the template cannot be used, or the task has no such option.
+
+    Example:
+        >>> evaluation = clipmini.evaluate(folder, images)
+        >>> evaluation.results["metrics"]["mean_recall"]["value"] <= 1
+        True
+    """
+    from clipmini.data.images import Skipped
+    from clipmini.evaluation.request import Request
+
+    request = Request(model, str(data), task, split, baseline, template, train_data, check_leaks, changes)
+    from clipmini.evaluation.report import evaluate as run_evaluation
+
+    return run_evaluation(request, Skipped(strict))
+
+
+def search(
+    model: str | Path | ClipMiniModel,
+    images: str | Path | Sequence[str | Path | Image],
+    query: str,
+    top: int = 9,
+    *,
+    strict: bool = False,
+) -> Hits:
+    """Find the images that best match a description.
+
+    Args:
+        model: as in `evaluate`.
+        images: a folder, including its subfolders; or a list of image files and Pillow images.
+        query: what the images should show, in words.
+        top: how many images to find; fewer if there are fewer.
+        strict: raise an error at the first image that cannot be read, instead of leaving it out.
+
+    Returns:
+        A sequence of hits, the best first, each with `image` and `score`, its cosine similarity in [-1, 1].
+
+    Raises:
+        ValueError: the model, the query or `top` is not allowed, or no image can be read.
+
+    Example:
+        >>> hits = clipmini.search(folder, images, "a red bicycle", top=3)
+        >>> len(hits), hits[0].score >= hits[2].score
+        (3, True)
+    """
+    from clipmini.data.images import Skipped, check_any_exists, find_images
+    from clipmini.inference.prompts import check_query
+    from clipmini.names import check_any_model
+
+    check_query(query, top)
+    check_any_model(model)
+    found = find_images(images) if isinstance(images, (str, os.PathLike)) else list(images)
+    check_any_exists(found)
+    from clipmini.inference.encoders import load_encoder
+    from clipmini.inference.search import Hits, rank
+
+    encoder, skipped = load_encoder(model), Skipped(strict)
+    kept, embeds = encoder.encode_files(found, skipped)
+    return Hits(query, rank(kept, embeds, encoder.encode_texts([query])[0], top), skipped)
+
+
+def classify(
+    model: str | Path | ClipMiniModel,
+    images: str | Path | Image | Sequence[str | Path | Image],
+    labels: Sequence[str],
+    template: str | Sequence[str] | None = None,
+    *,
+    strict: bool = False,
+) -> Classification:
+    """Score how well each label fits each image, without training on the labels.
+
+    Args:
+        model: as in `evaluate`.
+        images: an image file or a Pillow image, or a list of these.
+        labels: what the images may show.
+        template: the caption of a label, with {} where the label goes, or several, whose embeddings are averaged; or a
+            list by name: "imagenet", "simple" or a YAML file. By default "This is a photo of {}.", as in transformers'
+            pipeline.
+        strict: raise an error at the first image that cannot be read, instead of leaving it out.
+
+    Returns:
+        A sequence in the order of the images, each with `image`, its best `label`, and `scores`: all labels, the best
+        first, with scores that sum to 1.
+
+    Raises:
+        ValueError: the model, a label or a template is not allowed, or no image can be read.
+
+    Example:
+        >>> answer = clipmini.classify(folder, image, ["a cat", "a dog"])
+        >>> answer[0].label in ("a cat", "a dog")
+        True
+    """
+    from clipmini.data.images import Skipped, check_any_exists
+    from clipmini.inference.prompts import fill_template, load_templates
+    from clipmini.names import check_any_model
+
+    templates = load_templates(template) if isinstance(template, str) else list(template or [])
+    for caption in templates or ["{}"]:
+        fill_template(labels, caption)  # raises an error if the labels or the template are not allowed
+    check_any_model(model)
+    found = list(images) if isinstance(images, Iterable) and not isinstance(images, str) else [images]
+    check_any_exists(found)
+    from clipmini.inference.encoders import load_encoder
+    from clipmini.inference.zero_shot import Classification
+    from clipmini.inference.zero_shot import classify as run_classifier
+    from modeling_clipmini.handler import DEFAULT_TEMPLATE
+
+    template, templates = template or DEFAULT_TEMPLATE, templates or [DEFAULT_TEMPLATE]
+    skipped = Skipped(strict)
+    results = run_classifier(load_encoder(model), found, labels, templates, skipped)
+    return Classification(template, results, skipped)
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    examples: Sequence[tuple[str | Path, Sequence[str]]] = (),
+    allow_code_drift: bool = False,
+    dry_run: bool = False,
+) -> Pushed:
+    """Upload a trained model to the Hub in one commit, with its model card and results.
+
+    Args:
+        folder: the model folder that training saved.
+        repo_id: the repository, owner/name, created if missing.
+        private: make the repository private.
+        revision: the branch, created if missing; by default `main`.
+        message: the commit message.
+        examples: images to publish for the Hub's widget, each with labels to choose from.
+        allow_code_drift: accept a folder whose code differs from the installed clipmini's.
+        dry_run: check and list the files, without any network.
+
+    Returns:
+        The files, the commit, and the address of the branch.
+
+    Raises:
+        ValueError: the folder must not be published as it is, or the Hub refused; the message says what to do.
+
+    Example:
+        >>> pushed = clipmini.push(folder, "my-name/my-clip", dry_run=True)
+        >>> "model.safetensors" in pushed.sizes
+        True
+    """
+    from clipmini.names import check_model, check_repository
+
+    check_repository(repo_id)
+    check_model(folder)
+    from clipmini.publishing.push import Pushed, prepare_push
+    from clipmini.publishing.push import push as upload
+
+    images = [(Path(image), labels) for image, labels in examples]
+    prepared = prepare_push(Path(folder), repo_id, allow_code_drift=allow_code_drift, examples=images)
+    if dry_run:
+        return Pushed(repo_id, prepared.sizes)
+    return upload(prepared, private=private or None, revision=revision, message=message)
 
 
 def metric(name: str) -> str:
@@ -25,9 +308,11 @@ def metric(name: str) -> str:
         ValueError: there is no such metric.
 
     Example:
-        >>> evaluate.load(clipmini.metric("image_text_retrieval"))
+        >>> evaluate.load(clipmini.metric("image_text_retrieval")).name
+        'image_text_retrieval'
     """
-    known = sorted(path.name for path in _METRICS.iterdir() if (path / f"{path.name}.py").is_file())
+    folder = Path(__file__).parent / "evaluation" / "metrics"
+    known = sorted(path.name for path in folder.iterdir() if (path / f"{path.name}.py").is_file())
     if name not in known:
         raise ValueError(f"There is no metric {name!r}; use one of {', '.join(known)}.")
-    return str(_METRICS / name)
+    return str(folder / name)

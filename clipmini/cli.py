@@ -1,4 +1,4 @@
-"""The `clipmini` command: one thin function for each verb.
+"""The `clipmini` command: one thin function for each verb, over the functions of the package.
 
 Results go to stdout, everything else (warnings, progress, errors) to stderr. Exit codes: 0 success, 1 a bug, 2 bad
 input, 130 interrupted. Each verb imports what is slow to import by itself, so that `--help` is instant.
@@ -7,19 +7,29 @@ input, 130 interrupted. Each verb imports what is slow to import by itself, so t
 import re
 import shlex
 import sys
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+import yaml
 
-from .console import Commands, as_overrides, print_json, print_table, skipped_as_json, visible, working
+import clipmini
+
+from .console import (
+    Commands,
+    RecipeCommand,
+    as_overrides,
+    complete_recipe,
+    complete_task,
+    print_contents,
+    print_json,
+    print_table,
+    working,
+)
 
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -40,13 +50,12 @@ def _flag(name: str, help: str, **options: Any) -> Any:
 
 def _print_version(is_wanted: bool) -> None:
     if is_wanted:
-        typer.echo(f"clipmini {installed_version('clipmini')}")
+        typer.echo(f"clipmini {clipmini.__version__}")
         raise typer.Exit
 
 
 AsJson = Annotated[bool, _flag("--json", "Print the results as JSON, with nothing else on stdout.")]
 Strict = Annotated[bool, _flag("--strict", "Stop at the first image or caption that cannot be used.")]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a Hub id.")]
 AnyModelName = Annotated[
     str,
     typer.Argument(
@@ -63,7 +72,7 @@ Template = Annotated[
     str | None,
     typer.Option(
         help='The caption of a label, with {} where the label goes; or a list of captions: "imagenet", "simple" or a '
-        'YAML file. Default: "a photo of a {}."',
+        'YAML file. Default: "This is a photo of {}."',
     ),
 ]
 
@@ -77,15 +86,22 @@ def options(
 
 
 @app.command(
+    cls=RecipeCommand,
     epilog="Example: clipmini train demo --num_train_epochs 10 --output_dir runs/short",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help='A recipe: a name, such as "demo", or a YAML file.')],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE", help='A recipe: a name, such as "demo", or a YAML file.', autocompletion=complete_recipe
+        ),
+    ],
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="Run only this stage of the recipe.")] = None,
     overwrite: Annotated[bool, _flag("--overwrite", "Replace the run in the output folder.")] = False,
+    dry_run: Annotated[bool, _flag("--dry-run", "Show what would be run, on which data; write nothing.")] = False,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
@@ -93,25 +109,28 @@ def train(
 
     Each key of the recipe is an option too: --seed 7 is the same as --set seed=7.
     """
-    from clipmini.training.recipes import load_recipe
-    from clipmini.training.run import train as run_recipe
+    from clipmini.data.recipe_files import parse_changes, read_yaml
+    from clipmini.files import RECIPE_FILE
 
-    changes = [*(overrides or []), *as_overrides(context.args)]
-    with working():
-        loaded = load_recipe(recipe, [*changes, *(["data.strict=true"] if strict else [])])
-        result = run_recipe(loaded, overwrite=overwrite, stage=stage)
-    if loaded.training.process_index > 0:
-        return  # of several processes, the first prints
-    if as_json:
-        folders = {"model_dir": str(result.model_dir), "output_dir": str(result.output_dir)}
-        print_json({**result.results, **folders})
+    changes = parse_changes([*(overrides or []), *as_overrides(context.args)])
+    if strict:
+        changes["data.strict"] = True
+    if dry_run:
+        _show_plan(recipe, changes, overwrite, stage, as_json)
         return
-    for name, split in result.results["splits"].items():
-        typer.echo(f"{name}: {split['num_images']} images, {split['num_captions']} captions; recall in percent")
-        print_table(_recall_table(split))
-    folder = shlex.quote(_folder_to_search(loaded.data.source))
-    typer.echo(f"The model is in {result.model_dir}")
-    typer.echo(f'Try it: clipmini search {shlex.quote(str(result.model_dir))} {folder} "a dog on a beach"')
+    with working():
+        run = clipmini.train(recipe, overwrite=overwrite, stage=stage, **changes)
+        from accelerate import PartialState  # training has imported it
+
+        if not PartialState().is_main_process:
+            return  # of several processes, the first prints
+    if as_json:
+        print_json(run.to_dict())
+        return
+    print_contents(run.tables)
+    folder = shlex.quote(_folder_to_search(read_yaml(run.folder / RECIPE_FILE)["data"]["source"]))
+    typer.echo(f"The model is in {run.model_folder}")
+    typer.echo(f'Try it: clipmini search {shlex.quote(str(run.model_folder))} {folder} "a dog on a beach"')
 
 
 @app.command(epilog="Example: clipmini teach openai/clip-vit-base-patch32 flickr8k --out teacher.parquet")
@@ -131,12 +150,18 @@ def teach(
 ) -> None:
     """Embed the training pairs of a recipe with a larger model, which it can then name as its `teacher`."""
     from clipmini.data.images import Skipped
-    from clipmini.inference.teacher import embed_with_teacher
-    from clipmini.training.recipes import load_recipe
-    from clipmini.training.run import load_recipe_pairs
+    from clipmini.data.recipe_files import check_start, parse_changes, read_recipe
+    from clipmini.names import check_any_model
 
+    check_any_model(model)
+    values = read_recipe(recipe, parse_changes(overrides or []))
+    check_start(values)
     with working():
-        loaded = load_recipe(recipe, overrides or [])
+        from clipmini.inference.teacher import embed_with_teacher
+        from clipmini.training.recipes import build_recipe
+        from clipmini.training.run import load_recipe_pairs
+
+        loaded = build_recipe(values)
         pairs = load_recipe_pairs(loaded, Skipped(strict=loaded.data.strict))["train"]
         embed_with_teacher(model, pairs, out, logit_scale=logit_scale, overwrite=overwrite)
     if as_json:
@@ -156,7 +181,9 @@ def evaluate(
             "zero-shot and probe, labeled images: a folder with one subfolder per class, or a Hub id.",
         ),
     ],
-    task: Annotated[str, typer.Option(help="What to measure: retrieval, zero-shot or probe.")] = "retrieval",
+    task: Annotated[
+        str, typer.Option(help="What to measure: retrieval, zero-shot or probe.", autocompletion=complete_task)
+    ] = "retrieval",
     split: Annotated[str | None, typer.Option(help="Default: test, else validation, else train.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
     out: Annotated[Path | None, typer.Option(help="Report folder. Default: beside the model's, or in runs.")] = None,
@@ -180,15 +207,14 @@ def evaluate(
 
     The report is a folder with report.html, results.json, results.md and model-index.yaml.
     """
-    from clipmini.data.images import Skipped
-    from clipmini.evaluation.report import evaluate as run_evaluation
-    from clipmini.evaluation.results import check_folder
+    from clipmini.data.recipe_files import parse_changes
+    from clipmini.evaluation.request import check_folder
 
+    changes = parse_changes(overrides or [])
     folder = out or _report_folder(model, data, task, split)
-    skipped = Skipped(strict)
+    check_folder(folder, overwrite)
     with working():
-        check_folder(folder, overwrite)
-        evaluation = run_evaluation(
+        evaluation = clipmini.evaluate(
             model,
             data,
             task,
@@ -197,29 +223,22 @@ def evaluate(
             template=template,
             train_data=train_data,
             check_leaks=check_leaks,
-            overrides=overrides or [],
-            skipped=skipped,
+            strict=strict,
+            **changes,
         )
         evaluation.save(folder, overwrite=overwrite)
     for warning in evaluation.results["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
-    skipped.log_summary()
     if as_json:
-        print_json({**evaluation.results, **skipped_as_json(skipped), "folder": str(folder)})
+        print_json({**evaluation.to_dict(), "folder": str(folder)})
         return
-    for content in evaluation.tables:
-        typer.echo(f"{content.title}. {content.note}" if content.note else content.title)
-        if content.columns:
-            table = Table(*content.columns)
-            for row in content.rows:
-                table.add_row(*map(visible, row))
-            print_table(table)
+    print_contents(evaluation.tables)
     typer.echo(f"The report is in {folder / 'report.html'}")
 
 
 @app.command(epilog='Example: clipmini search runs/demo/model ~/Pictures "a red fish near coral" --out result.png')
 def search(
-    model: ModelName,
+    model: AnyModelName,
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The images to search, including subfolders.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="What the images should show, in words.")],
     top: Annotated[int, typer.Option(help="How many images to find.")] = 9,
@@ -228,31 +247,27 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the images of a folder that best match a description."""
-    from clipmini.data.images import Skipped
-    from clipmini.inference.encode import load_model
-    from clipmini.inference.search import check_search, draw_results, search_folder
+    from clipmini.files import check_drawing
 
-    skipped = Skipped(strict)
-    with working():
-        check_search(query, top, out)
-        hits = search_folder(*load_model(model), folder, query, top, skipped)
-    if as_json:
-        found = [{"path": str(hit.path), "score": hit.score} for hit in hits]
-        print_json({"query": query, "hits": found, **skipped_as_json(skipped)})
-    else:
-        table = Table("rank", "score", "image")
-        for number, hit in enumerate(hits, start=1):
-            table.add_row(str(number), f"{hit.score:.3f}", visible(hit.path))
-        print_table(table)
-    skipped.log_summary()
     if out is not None:
+        check_drawing(out)
+    with working():
+        hits = clipmini.search(model, folder, query, top, strict=strict)
+    if as_json:
+        print_json(hits.to_dict())
+    else:
+        rows = [(number, f"{hit.score:.3f}", hit.image) for number, hit in enumerate(hits, start=1)]
+        print_table(("rank", "score", "image"), rows)
+    if out is not None:
+        from clipmini.inference.drawing import draw_results
+
         draw_results({query: hits}, out)
         typer.echo(f"The results are drawn in {out}", err=True)
 
 
 @app.command(epilog='Example: clipmini classify runs/demo/model photo.jpg --labels "cat,dog"')
 def classify(
-    model: ModelName,
+    model: AnyModelName,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="The image files to classify.")],
     labels: Annotated[str, typer.Option(help="What the images may show, separated by commas.")],
     template: Template = None,
@@ -260,33 +275,23 @@ def classify(
     as_json: AsJson = False,
 ) -> None:
     """Score how well each label fits each image, without training on the labels."""
-    from clipmini.data.images import Skipped
-    from clipmini.inference.encode import load_model
-    from clipmini.inference.zero_shot import DEFAULT_TEMPLATE, classify_files, fill_template, load_templates
-
-    template = template or DEFAULT_TEMPLATE
     names = [label.strip() for label in labels.split(",")]
-    skipped = Skipped(strict)
     with working():
-        templates = load_templates(template)
-        fill_template(names, templates[0])  # checks the labels before anything is loaded
-        results = classify_files(*load_model(model), images, names, templates, skipped)
+        answer = clipmini.classify(model, images, names, template, strict=strict)
     if as_json:
-        found = [{"path": str(path), "scores": [vars(item) for item in scores]} for path, scores in results]
-        print_json({"template": template, "results": found, **skipped_as_json(skipped)})
-    else:
-        table = Table("image", "label", "score")
-        for path, scores in results:
-            for index, item in enumerate(scores):
-                table.add_row("" if index else visible(path), visible(item.label), f"{item.score:.1%}")
-            table.add_section()
-        print_table(table)
-    skipped.log_summary()
+        print_json(answer.to_dict())
+        return
+    rows: list[tuple[object, ...]] = []
+    for item in answer:
+        for index, found in enumerate(item.scores):
+            rows.append(("" if index else item.image, found.label, f"{found.score:.1%}"))
+        rows.append(())
+    print_table(("image", "label", "score"), rows)
 
 
 @app.command(epilog="Example: clipmini serve runs/demo/model --port 8000")
 def serve(
-    model: ModelName,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a Hub id.")],
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at; 0 for any free one.")] = 8000,
     num_workers: Annotated[int, typer.Option("--workers", help="How many requests the model works on at once.")] = 2,
@@ -294,14 +299,16 @@ def serve(
     timeout_s: Annotated[float, typer.Option("--timeout", help="Longest time for an answer, in seconds.")] = 60.0,
 ) -> None:
     """Answer Hugging Face's clients over HTTP: zero-shot image classification and feature extraction."""
+    from clipmini.names import check_model
+
+    check_model(model)
     try:
         from clipmini.inference.server import Limits, bind, create_app, run
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs {error.name}, which is not installed: pip install 'clipmini[serve]'.") from None
-    from clipmini.inference.encode import load_model
-    from modeling_clipmini.handler import RequestHandler
-
     with working():
+        from modeling_clipmini.handler import RequestHandler
+
         limits = Limits(
             max_body_bytes=max_body_mib * 2**20,
             max_active=max(Limits.max_active, 2 * num_workers),
@@ -309,7 +316,7 @@ def serve(
             compute_timeout_s=timeout_s,
         )
         sock = bind(host, port)
-        server = create_app(RequestHandler(*load_model(model)), limits)
+        server = create_app(RequestHandler(clipmini.load(model)), limits)
     sock.listen()  # clients may connect from here on
     address = f"[{host}]" if ":" in host else host
     typer.echo(f"Serving {model} at http://{address}:{sock.getsockname()[1]} until Ctrl-C")
@@ -338,28 +345,52 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload a trained model to the Hub in one commit, with its model card and results."""
-    from clipmini.publishing.push import prepare_push, read_example
-    from clipmini.publishing.push import push as upload
-
+    images = []
+    for example in examples or []:
+        image, separator, labels = example.rpartition("=")
+        if not separator:
+            raise ValueError(f"--example {example!r} is not of the form IMAGE=LABEL,LABEL.")
+        images.append((image, [label.strip() for label in labels.split(",")]))
     with working():
-        images = [read_example(example) for example in examples or []]
-        prepared = prepare_push(folder, repo_id, allow_code_drift=allow_code_drift, examples=images)
-        pushed = None
-        if not dry_run:
-            pushed = upload(prepared, private=private or None, revision=revision, message=message)
+        pushed = clipmini.push(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            message=message,
+            examples=images,
+            allow_code_drift=allow_code_drift,
+            dry_run=dry_run,
+        )
     if as_json:
-        files = [{"path": path, "size": size} for path, size in prepared.sizes.items()]
-        commit = {} if pushed is None else {"commit": pushed.commit.oid, "is_new": pushed.is_new, "url": pushed.url}
-        print_json({"repo_id": repo_id, "files": files, **commit})
+        print_json(pushed.to_dict())
         return
-    table = Table("file", "bytes")
-    for path, size in prepared.sizes.items():
-        table.add_row(visible(path), f"{size:,}")
-    print_table(table)
-    if pushed is None:
+    print_table(("file", "bytes"), [(path, f"{size:,}") for path, size in pushed.sizes.items()])
+    if dry_run:
         typer.echo("Nothing was uploaded: this was a dry run.")
     else:
         typer.echo(f"{'The model is at' if pushed.is_new else 'The Hub already has all of it'}: {pushed.url}")
+
+
+@app.command(epilog="Example: clipmini cache --clear --older-than 30")
+def cache(
+    clear: Annotated[bool, _flag("--clear", "Remove what is kept; no run may be computing it.")] = False,
+    older_than_days: Annotated[
+        float, typer.Option("--older-than", min=0, metavar="DAYS", help="Only what was not used for so many days.")
+    ] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """List or remove what was computed from images and captions, and is kept for the next run."""
+    from clipmini import store
+
+    found = store.clear(older_than_days) if clear else store.spaces(older_than_days)
+    if as_json:
+        print_json({"removed" if clear else "kept": [{**vars(space), "folder": str(space.folder)} for space in found]})
+        return
+    rows = [
+        (kept.description, f"{kept.num_rows:,}", f"{kept.num_bytes:,}", f"{kept.days_unused:.1f}") for kept in found
+    ]
+    print_table(("removed" if clear else "kept", "rows", "bytes", "days since last use"), rows)
 
 
 def _report_folder(model: str, data: str, task: str, split: str | None) -> Path:
@@ -383,16 +414,28 @@ def _folder_to_search(source: str) -> str:
     return source
 
 
-def _recall_table(split: dict[str, Any]) -> Table:
-    from clipmini.evaluation.naming import METRIC_LABELS
+def _show_plan(recipe: str, changes: dict[str, Any], overwrite: bool, stage: str | None, as_json: bool) -> None:
+    """Print what a recipe would do."""
+    from clipmini.data.recipe_files import check_start, read_recipe
 
-    table = Table("")
-    columns = ("chance", "before", "after")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for key in split["chance"]:
-        table.add_row(METRIC_LABELS[key], *(f"{100 * split[column][key]:.1f}" for column in columns))
-    return table
+    values = read_recipe(recipe, changes)
+    check_start(values, stage)
+    with working():
+        from clipmini.training.recipes import build_recipe
+        from clipmini.training.run import plan_run
+
+        plan = plan_run(build_recipe(values), overwrite=overwrite, stage=stage)
+    if as_json:
+        print_json(plan)
+        return
+    typer.echo(yaml.safe_dump(plan["recipe"], sort_keys=False, allow_unicode=True))
+    splits = plan["splits"].items()
+    rows = [(name, f"{split['num_images']:,}", f"{split['num_captions']:,}") for name, split in splits]
+    print_table(("split", "images", "captions"), rows)
+    typer.echo(f"Inputs that would be skipped: {plan['num_skipped']}")
+    typer.echo(f"The run would go to {plan['output_dir']}")
+    for name, start in plan["start"].items():
+        typer.echo(f"It {start}" if not name else f"Stage {name} {start}")
 
 
 if __name__ == "__main__":

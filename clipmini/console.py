@@ -1,22 +1,22 @@
 """What the verbs of `clipmini` share: results on stdout, all else on stderr, errors as one sentence."""
 
 import contextlib
+import importlib.abc
 import json
 import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
-    from clipmini.data.images import Skipped
+    from clipmini.evaluation.results import Table as Content
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +46,66 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from None
 
 
-def print_table(table: Table) -> None:
-    """Print a table as wide as the terminal, or without wrapping if stdout is no terminal."""
+class RecipeCommand(TyperCommand):
+    """A verb that takes keys of a recipe as options, and lists them in its help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, and all keys by section with their defaults."""
+        from clipmini.data.recipe_files import RECIPE_KEYS, section_options
+
+        super().format_help(ctx, formatter)
+        own, inherited = section_options("training")
+        groups = {
+            "Keys of a recipe: --KEY VALUE": RECIPE_KEYS,
+            "data: the images and captions": section_options("data")[0],
+            "model_config: the model, beside its towers": section_options("model_config")[0],
+            "training": own,
+            "training: inherited from transformers.TrainingArguments, where all of it is said": inherited,
+        }
+        console = Console(highlight=False, markup=False)
+        for title, options in groups.items():
+            table = Table("key", "default", "", title=title, title_justify="left", box=None, pad_edge=False)
+            for name, option in options.items():
+                table.add_row(name, option.default, option.help[:1].upper() + option.help[1:])
+            console.print(table, "")
+
+
+def complete_recipe(start: str) -> list[str]:
+    """List the recipes in the package whose name begins so; the shell adds files."""
+    from clipmini.data.recipe_files import preset_names
+
+    return [name for name in preset_names("recipes") if name.startswith(start)]
+
+
+def complete_task(start: str) -> list[str]:
+    """List the tasks of an evaluation whose name begins so."""
+    from clipmini.evaluation.request import OPTIONS
+
+    return [task for task in OPTIONS if task.startswith(start)]
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table as wide as the terminal, or without wrapping if stdout is no terminal; an empty row is a line."""
+    table = Table(*columns)
+    for row in rows:
+        if row:
+            table.add_row(*map(_visible, row))
+        else:
+            table.add_section()
     width = None if sys.stdout.isatty() else WIDE
     # Brackets and colons in a file name are neither markup nor emoji.
     Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
-def visible(text: str | Path) -> str:
+def print_contents(contents: "Sequence[Content]") -> None:
+    """Print the tables of a run or of a report."""
+    for content in contents:
+        typer.echo(f"{content.title}. {content.note}" if content.note else content.title)
+        if content.columns:
+            print_table(content.columns, content.rows)
+
+
+def _visible(text: object) -> str:
     """Escape characters that would move the cursor or break a table, since file names may contain them."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
@@ -66,20 +118,8 @@ def print_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def skipped_as_json(skipped: "Skipped") -> dict[str, Any]:
-    """Return what was left out, under the keys that every verb uses."""
-    items = [{"path": name, "reason": reason} for name, reason in skipped.items]
-    return {"num_skipped": skipped.count, "skipped": items}
-
-
 def as_overrides(arguments: list[str]) -> list[str]:
-    """Parse options that are keys of a recipe, given as `--key value` or `--key=value`.
-
-    Args:
-        arguments: those that the command does not know.
-
-    Returns:
-        "key=value" strings.
+    """Turn options that are keys of a recipe, `--key value` or `--key=value`, into "key=value" strings.
 
     Raises:
         ValueError: an argument is not an option, or an option has no value.
@@ -117,6 +157,28 @@ def _as_sentence(error: Exception) -> str | None:
 @contextlib.contextmanager
 def working() -> Iterator[None]:
     """Keep stdout free for results while a verb works, and show progress bars only for training and embedding."""
+    if "transformers" in sys.modules:
+        _quiet_transformers()
+    elif not any(isinstance(finder, _QuietingFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _QuietingFinder())
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+class _QuietingFinder(importlib.abc.MetaPathFinder):
+    """An import hook that finds nothing, but quiets transformers once a model is about to be imported.
+
+    To import transformers takes 0.6 seconds, which wrong input must not cost.
+    """
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        """Act at the import of the model's first file, which comes before any use of transformers."""
+        if name == "modeling_clipmini.configuration_clipmini":
+            sys.meta_path.remove(self)
+            _quiet_transformers()
+
+
+def _quiet_transformers() -> None:
     from transformers import dynamic_module_utils
     from transformers.utils import logging as transformers_logging
 
@@ -124,8 +186,6 @@ def working() -> Iterator[None]:
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     transformers_logging.disable_progress_bar()  # of loading and saving weights
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
 
 
 @contextlib.contextmanager

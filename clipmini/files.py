@@ -11,13 +11,11 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-from transformers.utils import SAFE_WEIGHTS_NAME
-
 RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "curves.png", "model"
 STAGE_FILE, RECORD_FILE = "stage.json", "written_files.json"
 IGNORED_NAMES = {"__pycache__", ".DS_Store"}  # Python and operating systems leave these anywhere
 CHECKPOINTS = "checkpoint-*"  # in a record, this stands for all checkpoints: Trainer adds the step to their names
+DRAWING_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 PACKAGES = ("clipmini", "torch", "torchvision", "transformers", "timm", "datasets", "accelerate", "peft")
 
 
@@ -110,6 +108,18 @@ def atomic_write(target: Path) -> Iterator[Path]:
                 path.unlink(missing_ok=True)
 
 
+def check_drawing(out: str | Path) -> None:
+    """Check that a drawing can be written to a file.
+
+    Raises:
+        ValueError: its suffix is none of `DRAWING_SUFFIXES`, or it is a folder.
+    """
+    if Path(out).suffix.lower() not in DRAWING_SUFFIXES:
+        raise ValueError(f"A drawing cannot be written to {out}; end its name in {', '.join(DRAWING_SUFFIXES)}.")
+    if Path(out).expanduser().is_dir():
+        raise ValueError(f"A drawing cannot be written to {out}, which is a folder; name a file.")
+
+
 def cache_root(cache_dir: Path | None = None) -> Path:
     """Return the absolute path of the folder that holds all caches; it need not exist.
 
@@ -127,6 +137,8 @@ def versions() -> dict[str, str]:
         Versions of Python and of the installed packages in `PACKAGES`, the kind of processor, the number of threads
         that torch computes with, and the GPU's name if there is one. Nothing identifies the machine.
     """
+    import torch  # here, since all else in this file is light
+
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):  # peft is optional; clipmini may run from a copied folder
@@ -139,7 +151,7 @@ def versions() -> dict[str, str]:
 
 def weights_sha256(folder: Path) -> str | None:
     """Return the SHA-256 of a folder's `model.safetensors`, by which results name their weights; None without one."""
-    file = folder / SAFE_WEIGHTS_NAME
+    file = folder / "model.safetensors"
     if not file.is_file():
         return None
     with file.open("rb") as stream:

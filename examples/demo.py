@@ -4,8 +4,10 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from clipmini.inference.encode import encode_texts, load_model
-from clipmini.inference.search import draw_results, embed_folder, rank
+from clipmini.data.images import find_images
+from clipmini.inference.drawing import draw_results
+from clipmini.inference.encoders import load_encoder
+from clipmini.inference.search import rank
 
 RUN = Path("runs/demo")
 HELD_OUT = Path(__file__).parent / "photos" / "test"
@@ -16,9 +18,9 @@ QUERIES = ("people making music", "faces carved into a mountain", "a tool to cut
 def main() -> None:
     """Embed the held-out images once, rank them for each query and draw the results."""
     logging.disable_progress_bar()  # for loading the weights, which takes no time
-    model, processor = load_model(RUN / "model")
-    paths, embeddings = embed_folder(model, processor, HELD_OUT)
-    query_embeds = encode_texts(model, processor, QUERIES)
+    encoder = load_encoder(RUN / "model")
+    paths, embeddings = encoder.encode_files(find_images(HELD_OUT))
+    query_embeds = encoder.encode_texts(QUERIES)
     hits = {query: rank(paths, embeddings, embed, top=5) for query, embed in zip(QUERIES, query_embeds, strict=True)}
     for query, found in hits.items():
         print(f'"{query}": {", ".join(f"{hit.path.stem} {hit.score:.2f}" for hit in found[:3])}')

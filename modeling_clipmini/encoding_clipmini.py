@@ -1,7 +1,7 @@
-"""The loop that `encode_image` and `encode_text` share: input checks, batches, progress bar, eval mode."""
+"""The one loop that turns images and captions into vectors, and what `encode_image` and `encode_text` share."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,30 +15,77 @@ BAR_AFTER_S = 2.0  # a bar that only flashes by is a distraction
 
 
 @torch.no_grad()
+def embed_in_batches(
+    inputs: Iterable[Any],
+    embed: Callable[[list[Any]], Tensor],
+    batch_size: int,
+    order: Callable[[Any], int] | None = None,
+    on_progress: Callable[[int], Any] | None = None,
+) -> Tensor:
+    """Embed N inputs, batch by batch: training, search, evaluation and the server all do it here.
+
+    Args:
+        inputs: whatever `embed` takes, consumed one batch at a time.
+        embed: maps a batch, a list of n inputs, to (n, ...) vectors on any device.
+        batch_size: inputs per call of `embed`.
+        order: sort key; all inputs are then held at once and processed in this order. Captions that are sorted by
+            length need little padding.
+        on_progress: called after each batch with its number of inputs, such as the `update` of a progress bar.
+
+    Returns:
+        (N, ...) float32 on the CPU, in the order of the inputs; (0,) if there are none.
+    """
+    indexed: Iterator[tuple[int, Any]] = enumerate(inputs)
+    if order is not None:
+        indexed = iter(sorted(indexed, key=lambda item: order(item[1])))
+    indices: list[int] = []
+    results: list[Tensor] = []
+    while batch := list(itertools.islice(indexed, batch_size)):
+        results.append(embed([item for _, item in batch]).float().cpu())
+        indices += [index for index, _ in batch]
+        if on_progress is not None:
+            on_progress(len(batch))
+    if not results:
+        return torch.empty(0)
+    joined = torch.cat(results)
+    return joined if order is None else torch.empty_like(joined).index_copy_(0, torch.tensor(indices), joined)
+
+
+def channels_last(pixel_values: Tensor) -> Tensor:
+    """Lay images out channels last: convolutions run a quarter to a half faster, on the CPU and under autocast."""
+    return pixel_values.contiguous(memory_format=torch.channels_last)
+
+
+def by_length(text: str) -> int:
+    """Sort captions by length, the longest first: the first batch then takes the most memory."""
+    return -len(text)
+
+
 def encode(
     model: Any,
     inputs: Any,
     kinds: tuple[type, ...],
-    embed: Callable[[list[tuple[int, Any]]], Tensor],
+    prepare: Callable[[int, Any], Any],
+    embed: Callable[[list[Any]], Tensor],
     order: Callable[[Any], int] | None,
     batch_size: int,
     show_progress_bar: bool | None,
     convert_to_tensor: bool,
     truncate_dim: int | None,
 ) -> np.ndarray | Tensor:
-    """Embed one input or many, batch by batch, in eval mode.
+    """Check one input or many, and embed them in eval mode.
 
     Args:
         model: the dual encoder or a half of it.
         inputs: one input, or any iterable of inputs.
         kinds: the types that one input may have.
-        embed: maps a batch of (index, input) to features (N, D) before normalization.
-        order: sort key; all inputs are then held at once and processed in this order, while the result keeps the order
-            given. None processes them as they come, holding one batch at a time.
-        batch_size: inputs per call of `embed`.
-        show_progress_bar: as in `encode_image`.
-        convert_to_tensor: as in `encode_image`.
-        truncate_dim: as in `encode_image`.
+        prepare: maps an input and its index to what `embed` takes; called for one input at a time.
+        embed: maps a batch of prepared inputs to features (n, D) before normalization.
+        order: as in `embed_in_batches`.
+        batch_size: as in `encode_image`, like the rest.
+        show_progress_bar: see there.
+        convert_to_tensor: see there.
+        truncate_dim: see there.
 
     Returns:
         (N, truncate_dim) float32, rows of length 1; (truncate_dim,) for one input outside a list.
@@ -50,21 +97,13 @@ def encode(
     num_kept = width if truncate_dim is None else _check_whole("truncate_dim", truncate_dim, maximum=width)
     _check_whole("batch_size", batch_size)
     is_single = isinstance(inputs, kinds)
-    indexed: Iterator[tuple[int, Any]] = enumerate(_check_types([inputs] if is_single else inputs, kinds))
-    if order is not None:
-        indexed = iter(sorted(indexed, key=lambda item: order(item[1])))
+    items = _check_types([inputs] if is_single else inputs, kinds)
+    prepared = (prepare(index, item) for index, item in enumerate(items))
     total = 1 if is_single else len(inputs) if hasattr(inputs, "__len__") else None
     delay = BAR_AFTER_S if show_progress_bar is None else 0
-    indices: list[int] = []
-    embeds = [torch.empty(0, num_kept)]
     with eval_mode(model), logging.tqdm(total=total, delay=delay, disable=show_progress_bar is False) as bar:
-        while batch := list(itertools.islice(indexed, batch_size)):
-            features = embed(batch)
-            embeds.append(F.normalize(features.float()[:, :num_kept], dim=-1).cpu())
-            indices += [index for index, _ in batch]
-            bar.update(len(batch))
-    result = torch.empty(len(indices), num_kept)
-    result[indices] = torch.cat(embeds)
+        features = embed_in_batches(prepared, embed, batch_size, order, bar.update)
+    result = F.normalize(features[:, :num_kept], dim=-1) if len(features) else torch.empty(0, num_kept)
     result = result[0] if is_single else result
     return result.to(model.device) if convert_to_tensor else result.numpy()
 

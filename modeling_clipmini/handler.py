@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel
 
 ZERO_SHOT = "zero-shot-image-classification"
 FEATURES = "feature-extraction"
@@ -40,7 +41,7 @@ MAX_IMAGES = 32
 MAX_TEXTS = 1000
 MAX_CHARACTERS = 500_000  # of all texts of a request together, before they are cut to the model's tokens
 MAX_TOKENS = 20_000  # of all texts together, once cut: half a minute on one core for a tower of DistilBERT's size
-TEXT_BATCH = 32
+IMAGE_BATCH, TEXT_BATCH = 8, 32
 NUM_CACHED = 8  # sets of labels whose embeddings are kept: 1000 labels take 2 MB, and their own length
 # Recognized by content, whatever a request calls it. Fewer than `read_image` takes elsewhere: each is attack surface.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -76,12 +77,11 @@ class RequestHandler:
     One handler may be shared by threads.
 
     Args:
-        model: a `ClipMiniModel` in eval mode.
-        processor: the model's processor.
+        model: a `ClipMiniModel` in eval mode, with its processor.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.model, self.processor = model, processor
+    def __init__(self, model: Any) -> None:
+        self.model, self.processor = model, model.processor
         self._tokenizer_lock, self._memory_lock = threading.Lock(), threading.Lock()
         self._embed_labels = lru_cache(NUM_CACHED)(self._embed_texts)
 
@@ -147,15 +147,15 @@ class RequestHandler:
         if sum(num_pixels) > MAX_PIXELS:
             megapixels = f"{sum(num_pixels) / 1e6:.1f} megapixels"
             raise RequestError(f"{megapixels} are over the limit of {MAX_PIXELS / 1e6:.0f}.", 413)
-        return torch.cat([self._embed_image(*item) for item in zip(images, num_pixels, strict=True)])
+        pixels = (self._prepare_image(*item) for item in zip(images, num_pixels, strict=True))
+        embeds: Tensor = self.model.embed_in_batches(pixels, self.model.embed_pixels, IMAGE_BATCH)
+        return embeds
 
-    def _embed_image(self, image: bytes | bytearray | Image.Image, num_pixels: int) -> Tensor:
+    def _prepare_image(self, image: bytes | bytearray | Image.Image, num_pixels: int) -> Tensor:
         with self._memory_lock if num_pixels > MANY_PIXELS else contextlib.nullcontext():
             # In one expression, so that no decoded image outlives the lock.
-            pixel_values = self.processor(images=[self._open(self.model.read_image, image)])["pixel_values"]
-        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        embeds: Tensor = self.model.get_image_features(pixel_values).pooler_output
-        return embeds.float()
+            pixel_values: Tensor = self.processor(images=[self._open(self.model.read_image, image)])["pixel_values"]
+        return pixel_values
 
     def _open(self, opener: Callable[..., Any], image: bytes | bytearray | Image.Image) -> Any:
         try:
@@ -166,20 +166,23 @@ class RequestHandler:
 
     def _embed_texts(self, texts: tuple[str, ...]) -> Tensor:
         """Return (T, D) float32 embeddings before normalization."""
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths together: less padding
-        batches = []
-        for start in range(0, len(texts), TEXT_BATCH):
-            with self._tokenizer_lock:  # each call sets the padding of the tokenizer, which all threads share
-                batches.append(self.processor(text=[texts[row] for row in order[start : start + TEXT_BATCH]]))
-        num_tokens = sum(batch["input_ids"].numel() for batch in batches)
+        tokenizer = self.processor.tokenizer
+        with self._tokenizer_lock:  # each call sets the padding of the tokenizer, which all threads share
+            tokens = [torch.tensor(ids) for ids in tokenizer(list(texts), truncation=True)["input_ids"]]
+        num_tokens = sum(map(len, tokens))
         if num_tokens > MAX_TOKENS:
             raise RequestError(f"The texts have {num_tokens} tokens, over the limit of {MAX_TOKENS}; send less.", 413)
-        embeds = torch.cat(
-            [self.model.get_text_features(**batch.to(self.model.device)).pooler_output.float() for batch in batches]
-        )
-        result = torch.empty_like(embeds)
-        result[order] = embeds
-        return result
+
+        def embed(batch: list[Tensor]) -> Tensor:
+            input_ids = pad_sequence(batch, batch_first=True, padding_value=tokenizer.pad_token_id)
+            mask = pad_sequence([torch.ones_like(ids) for ids in batch], batch_first=True)
+            inputs = {"input_ids": input_ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+            features: Tensor = self.model.get_text_features(**inputs).pooler_output
+            return features
+
+        # Similar lengths together: less padding.
+        embeds: Tensor = self.model.embed_in_batches(tokens, embed, TEXT_BATCH, len)
+        return embeds
 
 
 class EndpointHandler(RequestHandler):
@@ -201,8 +204,7 @@ class EndpointHandler(RequestHandler):
         if not is_own:
             raise ValueError(f"{path} is not {own_folder}, the folder of this handler, which loads no other.")
         model = AutoModel.from_pretrained(path, trust_remote_code=is_own).eval()
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=is_own)
-        super().__init__(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
+        super().__init__(model.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def read_content(source: Any) -> bytes | bytearray | Image.Image:

@@ -96,7 +96,7 @@ def read_image(
     """
     with _open(source, allow_paths, allow_addresses, formats, max_pixels) as image:
         if image is not source:
-            _choose_scale(image, MAX_WHOLE_PIXELS, divisor=2)
+            _choose_scale(image)
         return _decode(image, max_pixels)
 
 
@@ -135,24 +135,6 @@ def image_size(source: Any, **options: Any) -> tuple[int, int]:
     with _open(source, **options) as image:
         width, height = image.size
         return width, height
-
-
-def find_fault(source: Any) -> str | None:
-    """Return why `read_image` would refuse an image, or None if it can be read.
-
-    JPEGs are decoded at an eighth of their size, which finds truncation just as well in a fraction of the time.
-
-    Args:
-        source: as in `read_image`; paths are opened, addresses are not fetched.
-    """
-    try:
-        with _open(source) as image:
-            if image is not source:
-                _choose_scale(image, 0, divisor=8)
-            _decode(image, MAX_PIXELS)
-    except ImageError as error:
-        return str(error)
-    return None
 
 
 def convert_to_rgb(image: Image.Image, factor: int = 1) -> Image.Image:
@@ -389,11 +371,11 @@ def _largest_tiff_part(image: Image.Image) -> int:
         raise ImageError(_describe(error)) from error
 
 
-def _choose_scale(image: Image.Image, max_pixels: int, divisor: int) -> None:
-    """Have an image decoded at a fraction of its size, where its format can and it is over a limit."""
+def _choose_scale(image: Image.Image) -> None:
+    """Have an image decoded at half its size, where its format can and it would take too much memory."""
     width, height = image.size
-    if image.format in ("JPEG", "MPO") and width * height > max_pixels:
-        image.draft(None, (max(1, width // divisor), max(1, height // divisor)))
+    if image.format in ("JPEG", "MPO") and width * height > MAX_WHOLE_PIXELS:
+        image.draft(None, (max(1, width // 2), max(1, height // 2)))
     elif image.format == "JPEG2000" and width * height * BYTES_PER_PIXEL["JPEG2000"] > MAX_MEMORY:
         image.reduce = 1  # type: ignore[method-assign, assignment]  # for this plugin: one halving
 

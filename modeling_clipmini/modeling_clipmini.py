@@ -12,7 +12,6 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
 
@@ -34,18 +33,12 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    ModelOutput,
-    cached_file,
-    can_return_tuple,
-    logging,
-)
+from transformers.models.clip.modeling_clip import CLIPOutput, CLIPTextModelOutput, CLIPVisionModelOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, can_return_tuple, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .configuration_clipmini import ClipMiniConfig
-from .encoding_clipmini import encode
+from .encoding_clipmini import by_length, channels_last, embed_in_batches, encode
 from .images_clipmini import image_size, read_image, read_named
 from .loss_clipmini import infonce_loss, pairwise_logits, sigmoid_loss
 from .processing_clipmini import ClipMiniProcessor
@@ -70,8 +63,7 @@ NO_PICKLES = (
 )
 
 
-@dataclass
-class ClipMiniOutput(ModelOutput):
+class ClipMiniOutput(CLIPOutput):
     """Output of the dual encoder; fields that do not apply are None.
 
     Attributes:
@@ -84,21 +76,8 @@ class ClipMiniOutput(ModelOutput):
         vision_model_output: the same for the vision tower.
     """
 
-    loss: Tensor | None = None
-    logits_per_image: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    text_embeds: Tensor | None = None
-    image_embeds: Tensor | None = None
-    text_model_output: BaseModelOutputWithPooling | None = None
-    vision_model_output: BaseModelOutputWithPooling | None = None
 
-    def to_tuple(self) -> tuple[Any, ...]:
-        """Return the fields that are set, with nested outputs as tuples too."""
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
-
-
-@dataclass
-class ClipMiniVisionOutput(ModelOutput):
+class ClipMiniVisionOutput(CLIPVisionModelOutput):
     """Output of the image half alone.
 
     Attributes:
@@ -107,13 +86,8 @@ class ClipMiniVisionOutput(ModelOutput):
         hidden_states: the feature maps of the tower's stages, if requested.
     """
 
-    image_embeds: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
 
-
-@dataclass
-class ClipMiniTextOutput(ModelOutput):
+class ClipMiniTextOutput(CLIPTextModelOutput):
     """Output of the caption half alone.
 
     Attributes:
@@ -122,11 +96,6 @@ class ClipMiniTextOutput(ModelOutput):
         hidden_states: token states of every layer, if requested.
         attentions: attention weights of every layer, if requested.
     """
-
-    text_embeds: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 class ClipMiniProjection(nn.Module):
@@ -332,6 +301,7 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
     # handler.py, which Inference Endpoints load as a lone file, has a model but cannot import its package.
     read_image = staticmethod(read_image)
     image_size = staticmethod(image_size)
+    embed_in_batches = staticmethod(embed_in_batches)
 
     def _add_vision_tower(self) -> None:
         config = self.config
@@ -356,8 +326,7 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
 
     def pool_images(self, pixel_values: Tensor) -> Tensor:
         """Run only the vision tower: (I, 3, height, width) to (I, V), which `pooled_image` takes."""
-        pooled: Tensor = self._run_vision_tower(pixel_values)["pooler_output"]
-        return pooled
+        return self._run_vision_tower(pixel_values)["pooler_output"]
 
     def _run_vision_tower(
         self, pixel_values: Tensor | None, output_hidden_states: bool | None = None, **kwargs: Any
@@ -412,6 +381,11 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         outputs.pooler_output = self.visual_projection(self.vision_dropout(outputs.pooler_output))  # (I, V) to (I, D)
         return outputs
 
+    def embed_pixels(self, batch: list[Tensor]) -> Tensor:
+        """Embed n prepared images, each (1, 3, height, width), as (n, D), not yet of length 1."""
+        pixel_values = channels_last(torch.cat(batch).to(self.device, self.dtype))
+        return self.get_image_features(pixel_values, return_dict=True).pooler_output
+
     def encode_image(
         self,
         images: Any,
@@ -437,19 +411,22 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
             ValueError: an image cannot be read (the message names it), or an argument is out of range.
         """
 
-        def prepare(index: int, source: Any) -> Tensor:  # a function, so that one decoded image is held at a time
+        def prepare(index: int, source: Any) -> Tensor:
             image = read_named(source, f"image number {index + 1}", allow_addresses=True)
-            pixel_values: Tensor = self.processor(images=[image])["pixel_values"]
-            return pixel_values
+            return self.processor(images=[image])["pixel_values"]
 
-        def embed(batch: list[tuple[int, Any]]) -> Tensor:
-            pixel_values = torch.cat([prepare(index, source) for index, source in batch])
-            # Channels last: convolutions run a quarter to a half faster.
-            pixel_values = pixel_values.to(self.device, self.dtype, memory_format=torch.channels_last)
-            return self.get_image_features(pixel_values, return_dict=True).pooler_output
-
-        kinds = (str, PathLike, Image.Image)
-        return encode(self, images, kinds, embed, None, batch_size, show_progress_bar, convert_to_tensor, truncate_dim)
+        return encode(
+            self,
+            images,
+            (str, PathLike, Image.Image),
+            prepare,
+            self.embed_pixels,
+            None,
+            batch_size,
+            show_progress_bar,
+            convert_to_tensor,
+            truncate_dim,
+        )
 
 
 def _refuse_shared_weights(timm_model: Any, config: ClipMiniConfig) -> None:
@@ -501,8 +478,7 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
 
     def pool_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Run only the text tower and pool its tokens: (T, L) to (T, W), which `pooled_text` takes."""
-        pooled: Tensor = self._run_text_tower(input_ids, attention_mask)["pooler_output"]
-        return pooled
+        return self._run_text_tower(input_ids, attention_mask)["pooler_output"]
 
     def _run_text_tower(
         self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -579,6 +555,11 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         outputs.pooler_output = self.text_projection(outputs.pooler_output)  # (T, W) to (T, D)
         return outputs
 
+    def embed_captions(self, batch: list[str]) -> Tensor:
+        """Embed n captions as (n, D), not yet of length 1."""
+        inputs = self.processor(text=batch).to(self.device)
+        return self.get_text_features(**inputs, return_dict=True).pooler_output
+
     def encode_text(
         self,
         texts: Any,
@@ -604,16 +585,17 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         Raises:
             ValueError: an input is not a string, or an argument is out of range.
         """
-
-        def embed(batch: list[tuple[int, Any]]) -> Tensor:
-            inputs = self.processor(text=[text for _, text in batch]).to(self.device)
-            return self.get_text_features(**inputs, return_dict=True).pooler_output
-
-        def order(text: str) -> int:
-            return -len(text)
-
         return encode(
-            self, texts, (str,), embed, order, batch_size, show_progress_bar, convert_to_tensor, truncate_dim
+            self,
+            texts,
+            (str,),
+            lambda _, text: text,
+            self.embed_captions,
+            by_length,
+            batch_size,
+            show_progress_bar,
+            convert_to_tensor,
+            truncate_dim,
         )
 
 
@@ -736,7 +718,9 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
         has_text = input_ids is not None or pooled_text is not None
         if not has_image and not has_text:
             raise ValueError("There is nothing to embed: pass pixel_values, input_ids or both.")
-        vision_output = text_output = images = texts = logits = loss = None
+        vision_output: Any = None
+        text_output: Any = None
+        images = texts = logits = loss = None
         if has_image:
             vision_output = self.get_image_features(pixel_values, pooled_image, return_dict=True, **kwargs)
             images = normalize(vision_output.pooler_output)  # (I, D)
@@ -799,19 +783,15 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
         text_config = AutoConfig.from_pretrained(text_model_name_or_path, **text_kwargs)
         model = cls(ClipMiniConfig(vision_config=vision_config, text_config=text_config, **config))
         vision_kwargs["config"], text_kwargs["config"] = model.config.vision_config, model.config.text_config
-        towers = {
-            "vision_model": _load_tower(TimmWrapperModel, vision_model_name_or_path, vision_kwargs),
-            "text_model": _load_tower(AutoModel, text_model_name_or_path, text_kwargs),
-        }
         # Set after construction, since `post_init` would have initialized them anew.
-        for name, tower in towers.items():
-            setattr(model, name, tower)
+        model.vision_model = _load_tower(TimmWrapperModel, vision_model_name_or_path, vision_kwargs)
+        model.text_model = _load_tower(AutoModel, text_model_name_or_path, text_kwargs)
         if hasattr(model.text_model, "pooler"):
             model.text_model.pooler = None
         return model.eval()
 
 
-def _load_tower(auto_class: Any, path: str, options: dict[str, Any]) -> nn.Module:
+def _load_tower(auto_class: Any, path: str, options: dict[str, Any]) -> Any:
     """Load a pretrained tower in float32 from safetensors, and check that the checkpoint holds all its weights."""
     options = {"dtype": torch.float32, **options, "output_loading_info": True}
     # A shard index can name pickles, and the tower classes, unlike ours, do not check it.

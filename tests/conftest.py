@@ -41,22 +41,34 @@ def tiny_config():
     return make_tiny_config
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+def set_caches(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    if "CLIPMINI_CACHE" not in os.environ:
-        monkeypatch.setenv("CLIPMINI_CACHE", str(tmp_path_factory.mktemp("clipmini")))
+    monkeypatch.setenv("CLIPMINI_CACHE", str(tmp_path_factory.mktemp("clipmini")))
 
 
-@pytest.fixture
-def tiny_model():
-    torch.manual_seed(0)
-    return ClipMiniModel(make_tiny_config()).eval()
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_shared_fixtures(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        set_caches(patch, tmp_path_factory)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    set_caches(monkeypatch, tmp_path_factory)
 
 
 @pytest.fixture
 def tiny_processor():
     return ClipMiniProcessor.from_towers(make_tiny_config(), character_tokenizer())
+
+
+@pytest.fixture
+def tiny_model(tiny_processor):
+    torch.manual_seed(0)
+    model = ClipMiniModel(make_tiny_config()).eval()
+    model.processor = tiny_processor
+    return model
 
 
 @pytest.fixture(scope="session")

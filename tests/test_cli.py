@@ -6,19 +6,23 @@ import logging
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from torch._utils import ExceptionWrapper
 from typer.testing import CliRunner
 
-import clipmini.inference.encode
+import clipmini.inference.encoders
 import clipmini.training.run
 from clipmini import cli
+from clipmini.data.recipe_files import SECTIONS, section_keys
+from clipmini.evaluation.results import Run
 from clipmini.inference import teacher
-from clipmini.inference.zero_shot import DEFAULT_TEMPLATE
-from clipmini.training.run import TrainResult
+from clipmini.store import stored_rows
+from modeling_clipmini.handler import DEFAULT_TEMPLATE
 from modeling_clipmini.images_clipmini import ImageError
 
 
@@ -54,11 +58,23 @@ def assert_refused(result, *words):
 
 
 class TestHelp:
-    @pytest.mark.parametrize("verb", ["train", "teach", "evaluate", "search", "classify", "serve", "push"])
+    @pytest.mark.parametrize("verb", ["train", "teach", "evaluate", "search", "classify", "serve", "push", "cache"])
     def test_has_an_example(self, run, verb):
         result = run(verb, "--help")
         assert result.exit_code == 0
         assert f"Example: clipmini {verb} " in result.stdout
+
+    def test_every_key_of_a_recipe_is_listed_with_its_default(self, run, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "100")
+        lines = run("train", "--help").stdout.splitlines()
+        first_words = [line.split()[0] for line in lines if line.strip()]
+        for section in SECTIONS:
+            assert set(section_keys(section)) <= set(first_words)
+        assert first_words.index("source") < first_words.index("projection") < first_words.index("freeze_vision")
+        assert first_words.index("teacher") < first_words.index("learning_rate")
+        (line,) = (line for line in lines if line.startswith("learning_rate "))
+        assert line.split() == "learning_rate 5e-05 The initial learning rate for the optimizer.".split()
+        assert max(map(len, lines)) <= 100
 
     def test_version(self, run):
         result = run("--version")
@@ -136,9 +152,9 @@ class TestSearch:
         other = tmp_path / "other"
         other.mkdir()
         (other / "config.json").write_text('{"model_type": "bert"}')
-        assert_refused(run("search", other, images, "a"), "'bert'", "clipmini")
+        assert_refused(run("search", other, images, "a"), "other cannot be loaded")
         (other / "config.json").write_text("{")
-        assert_refused(run("search", other, images, "a"), "not a JSON object")
+        assert_refused(run("search", other, images, "a"), "not a valid JSON file")
 
     @pytest.mark.parametrize("damage", ["truncated", "missing", "tokenizer", "other shapes"])
     def test_damaged_model(self, run, tiny_folder, images, tmp_path, damage):
@@ -222,12 +238,14 @@ class TestTrain:
                 "chance": {**RECALLS, "mean_recall": 0.0312},
                 "before": {**RECALLS, "mean_recall": 0.5},
                 "after": {**RECALLS, "mean_recall": 1.0},
+                "intervals": {"mean_recall": [0.9, 1.0]},
             }
             skipped = [{"path": "7.png", "reason": "is empty"}]
             results = {"num_skipped": 1, "skipped": skipped, "splits": {"validation": split, "test": split}}
-            return TrainResult(
-                output_dir=tmp_path / "my run", model_dir=tmp_path / "my run" / "model", results=results
-            )
+            folder = tmp_path / "my run"
+            folder.mkdir(exist_ok=True)
+            (folder / "recipe_as_run.yaml").write_text(f"data: {{source: '{recipe.data.source}'}}")
+            return Run(folder, results)
 
         monkeypatch.setattr(clipmini.training.run, "train", fake_train)
         return calls
@@ -248,9 +266,10 @@ class TestTrain:
         lines = result.stdout.splitlines()
         assert "test: 32 images, 33 captions; recall in percent" in lines
         row = next(line for line in lines if "mean recall" in line)
-        assert [cell.strip() for cell in row.strip("│").split("│")] == ["mean recall", "3.1", "50.0", "100.0"]
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        assert cells == ["mean recall", "3.1", "50.0", "100.0", "90.0 to 100.0"]
         row = next(line for line in lines if "text to image R@10" in line)
-        assert [cell.strip() for cell in row.strip("│").split("│")][1:] == ["25.0"] * 3
+        assert [cell.strip() for cell in row.strip("│").split("│")][1:] == ["25.0", "25.0", "25.0", ""]
         assert lines[-1] == f"Try it: clipmini search '{tmp_path}/my run/model' FOLDER \"a dog on a beach\""
         assert "'loss'" in result.stderr
         assert "'loss'" not in result.stdout
@@ -262,6 +281,7 @@ class TestTrain:
             assert result.stdout.splitlines()[-1].endswith(f' {suggested} "a dog on a beach"')
 
     def test_keys_of_the_recipe_are_options_too(self, run, calls, recipe):
+        recipe.write_text(recipe.read_text() + "stages:\n  heads: {}\n")
         options = ["--gradient_cache_chunk", "8", "--matryoshka_dims=16,8", "--stage", "heads"]
         result = run("train", recipe, *options)
         assert result.exit_code == 0, result.output
@@ -303,6 +323,41 @@ class TestTrain:
         assert_refused(run("train", recipe, *options), *words)
         assert not calls
 
+    def test_a_dry_run_shows_the_recipe_and_its_data_and_writes_nothing(self, run, calls, recipe, images, tmp_path):
+        (images / "bad.png").write_bytes(b"")
+        names = [path.name for path in images.iterdir()]
+        (images / "metadata.csv").write_text("\n".join(["file_name,caption", *(f"{name},a {name}" for name in names)]))
+        before = sorted(tmp_path.rglob("*"))
+        output = tmp_path / "run"
+        options = ["train", recipe, "--dry-run", "--source", images, "--seed", "7", "--output_dir", output]
+        answer = json.loads(run(*options, "--json").stdout)
+        assert answer["recipe"]["training"] == {"seed": 7, "output_dir": str(output)}
+        assert answer["splits"] == {
+            name: {"num_images": 1, "num_captions": 1} for name in ("train", "validation", "test")
+        }
+        assert [Path(item["path"]).name for item in answer["skipped"]] == ["bad.png"]
+        assert answer["output_dir"] == str(output)
+        assert answer["start"] == {"": "starts anew"}
+        text = run(*options).stdout
+        assert "  seed: 7\n" in text
+        assert "Inputs that would be skipped: 1" in text
+        assert "It starts anew" in text
+        assert sorted(tmp_path.rglob("*")) == before
+        assert not calls
+
+    def test_a_dry_run_says_what_would_be_resumed_or_refused(self, run, recipe, images, tmp_path):
+        names = [path.name for path in images.iterdir()]
+        (images / "metadata.csv").write_text("\n".join(["file_name,caption", *(f"{name},a {name}" for name in names)]))
+        output = tmp_path / "run"
+        options = ["train", recipe, "--source", images, "--output_dir", output, "--use_cpu", "true"]
+        options += ["--num_train_epochs", "1"]
+        assert run(*options).exit_code == 0
+        assert_refused(run(*options, "--dry-run"), "holds a finished run")
+        assert "It replaces the run that is there" in run(*options, "--dry-run", "--overwrite").stdout
+        (output / "results.json").unlink()
+        assert "It resumes from" in run(*options, "--dry-run").stdout
+        assert "checkpoint-1" in run(*options, "--dry-run").stdout
+
     def test_no_such_recipe(self, run, calls):
         assert_refused(run("train", "nothing"), "nothing", "demo")
 
@@ -313,10 +368,10 @@ class TestErrors:
     @pytest.fixture
     def fail_with(self, monkeypatch, run, tiny_folder, images):
         def fail(error, *options):
-            def load_model(name):
+            def load_encoder(name):
                 raise error
 
-            monkeypatch.setattr(clipmini.inference.encode, "load_model", load_model)
+            monkeypatch.setattr(clipmini.inference.encoders, "load_encoder", load_encoder)
             return run(*options, "search", tiny_folder, images, "a")
 
         return fail
@@ -359,16 +414,16 @@ class TestErrors:
 
 
 def test_warnings_are_short_lines(run, tiny_folder, images, monkeypatch):
-    load_model = clipmini.inference.encode.load_model
+    load_encoder = clipmini.inference.encoders.load_encoder
 
     def noisy_load(name):
         warnings.warn("mind\n the gap", stacklevel=2)
         logging.getLogger("transformers.somewhere").warning("from %s", "transformers")
         logging.getLogger("timm").warning("from timm")
         sys.stdout.write("from print\n")
-        return load_model(name)
+        return load_encoder(name)
 
-    monkeypatch.setattr(clipmini.inference.encode, "load_model", noisy_load)
+    monkeypatch.setattr(clipmini.inference.encoders, "load_encoder", noisy_load)
     handlers = list(logging.getLogger().handlers)
     result = run("search", tiny_folder, images, "a", "--json")
     assert json.loads(result.stdout)["num_skipped"] == 0
@@ -404,3 +459,16 @@ class TestTeach:
         assert b'"logit_scale": 50.0' in pq.read_schema(out).metadata[teacher.METADATA_KEY]
         monkeypatch.setattr(teacher, "load_encoder", lambda _: Unscaled())
         assert_refused(run(*again), "model theirs has no logit scale", "pass --logit-scale, such as 50")
+
+
+class TestCache:
+    def test_is_listed_and_cleared(self, run):
+        keys = np.zeros((1, 16), np.uint8)
+        stored_rows({}, keys, lambda _: np.ones((1, 3)), dtype="float16", chunk_rows=1, description="some numbers")
+        assert "some numbers" in run("cache").stdout
+        assert run("cache", "--older-than", "1", "--json").stdout == '{\n  "kept": []\n}\n'
+        (kept,) = json.loads(run("cache", "--json").stdout)["kept"]
+        assert (kept["description"], kept["num_rows"]) == ("some numbers", 1)
+        assert json.loads(run("cache", "--clear", "--json").stdout)["removed"][0]["folder"] == kept["folder"]
+        assert json.loads(run("cache", "--json").stdout) == {"kept": []}
+        assert_refused(run("cache", "--clear", "--older-than", "-1"), "--older-than")

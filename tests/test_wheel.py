@@ -46,7 +46,7 @@ def test_it_holds_all_that_is_needed_and_no_more(site):
         f"{'clipmini/' if package in ('training', 'configuration') else ''}{path.relative_to(ROOT)}"
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".yaml", ".html")
+        if path.suffix in (".py", ".yaml", ".html", ".typed")
     }
     assert shipped == {*expected, "clipmini/publishing/model_card.md"}
 

@@ -128,6 +128,7 @@ class ClipMiniTrainingArguments(TrainingArguments):
         self._check_numbers()
         self._check_choices()
         self._check_towers()
+        self._warn_of_options_without_effect()
         if self.augment is None and self.num_views > 1:
             raise ValueError(f"num_views={self.num_views} without `augment` would be the same view again and again.")
         # Read, and so checked, now, before anything is loaded.
@@ -170,7 +171,6 @@ class ClipMiniTrainingArguments(TrainingArguments):
                 raise ValueError(f"freeze_{tower} and lora={self.lora!r} contradict each other; leave one out.")
         if self.vision_stages is not None and (self.freeze_vision or "vision" in self.lora_towers):
             raise ValueError("vision_stages contradicts freeze_vision and LoRA on the vision tower; leave one out.")
-        self._warn_of_options_without_effect()
 
     def _warn_of_options_without_effect(self) -> None:
         for tower in TOWERS:

@@ -21,12 +21,7 @@ from modeling_clipmini.images_clipmini import read_named
 
 
 class PairSampler(torch.utils.data.Sampler[tuple[int, int]]):
-    """Yield (row, epoch) once for each image, in another order in each epoch.
-
-    Args:
-        num_images: number of rows.
-        seed: seed of the order.
-    """
+    """Yield (row, epoch) once for each image, in another order for each seed and epoch."""
 
     def __init__(self, num_images: int, *, seed: int = 0) -> None:
         self.num_images, self.seed, self.epoch = num_images, seed, 0
@@ -35,7 +30,7 @@ class PairSampler(torch.utils.data.Sampler[tuple[int, int]]):
         return self.num_images
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the next iteration yields."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -44,16 +39,7 @@ class PairSampler(torch.utils.data.Sampler[tuple[int, int]]):
 
 
 def draw_index(count: int, epoch: int, *seed: int) -> int:
-    """Draw an index without replacement: each is drawn once in `count` epochs.
-
-    Args:
-        count: number of indices, at least 1.
-        epoch: the epoch, from 0.
-        *seed: seed of the order, such as those of the run and the image.
-
-    Returns:
-        An index in [0, count).
-    """
+    """Draw an index in [0, count) without replacement: in `count` epochs, from 0, each is drawn once."""
     cycle, position = divmod(epoch, count)
     return int(np.random.default_rng((*seed, cycle)).permutation(count)[position])
 
@@ -102,12 +88,16 @@ class EpochPairs(torch.utils.data.Dataset):
         item: dict[str, Any] = {"image_id": pairs.image_ids[row], "row": row}
         needs_row = pairs.image_features is None or pairs.text_features is None
         content = pairs.rows[row] if needs_row else {}
-        if pairs.image_features is None:
-            item.update(self._prepare_image(content, row, epoch))
-        else:
+        if pairs.image_features is not None:
             view = draw_index(pairs.image_features.shape[1], epoch, self.seed, row, VIEW)
             name = "pooled_image" if pairs.frozen_stages is None else "vision_hidden"
             item[name] = torch.tensor(pairs.image_features[row, view], dtype=torch.float32)
+        elif self.augment is not None:
+            image = read_named(content["image"], f"image_id {content['image_id']}")
+            seed = draw_seed(self.seed, row, epoch, AUGMENTATION)
+            item["pixels"] = self.augment.draw(image, content["captions"], seed)
+        else:
+            item["image"] = content["image"]
         if pairs.text_features is None:
             item["caption"] = content["captions"][caption]
         else:
@@ -116,13 +106,6 @@ class EpochPairs(torch.utils.data.Dataset):
         if self.teacher is not None:
             item["teacher_image"], item["teacher_text"] = self.teacher.rows(row, caption)
         return item
-
-    def _prepare_image(self, content: dict[str, Any], row: int, epoch: int) -> dict[str, Any]:
-        if self.augment is None:
-            return {"image": content["image"]}
-        image = read_named(content["image"], f"image_id {content['image_id']}")
-        seed = draw_seed(self.seed, row, epoch, AUGMENTATION)
-        return {"pixels": self.augment.draw(image, content["captions"], seed)}
 
     def names(self, rows: Sequence[int]) -> list[str]:
         """Return names of images for messages: their paths, or their image ids where they have none."""
@@ -143,9 +126,6 @@ class ClipMiniCollator:
     Items are those of [`EpochPairs`], in which everything is drawn, or plain rows of [`load_pairs`] (`image`,
     `captions`, `image_id`), as transformers' own `Trainer` passes them: one of their captions is drawn with torch's
     random state.
-
-    Attributes:
-        processor: the model's processor.
     """
 
     processor: ClipMiniProcessor
@@ -194,10 +174,10 @@ def pool_by_length(model: ClipMiniModel, input_ids: Tensor, attention_mask: Tens
         model: the dual encoder.
         input_ids: (B, L), padded on the right.
         attention_mask: (B, L).
-        num_groups: number of groups, at least 1; at most B are made.
+        num_groups: of which at most B are made.
 
     Returns:
-        (B, W) pooled outputs of the text tower, in the order of the batch.
+        (B, W) pooled outputs, in the order of the batch.
     """
     lengths = attention_mask.sum(dim=1)
     order = lengths.argsort(stable=True)

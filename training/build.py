@@ -7,7 +7,6 @@ from typing import Any
 import timm
 from transformers import AutoTokenizer, DistilBertTokenizer, TimmWrapperConfig
 
-from clipmini.inference.encode import load_model
 from clipmini.inference.trust import refuse_code
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.processing_clipmini import image_processor_for
@@ -38,11 +37,11 @@ class ModelPreset:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-def build_model(preset: ModelPreset) -> tuple[ClipMiniModel, ClipMiniProcessor]:
+def build_model(preset: ModelPreset) -> ClipMiniModel:
     """Build the untrained dual encoder of a preset.
 
     Returns:
-        The model, in eval mode, and its processor.
+        The model, in eval mode, with its processor.
 
     Raises:
         ValueError: a tower or a config field is invalid.
@@ -58,7 +57,8 @@ def build_model(preset: ModelPreset) -> tuple[ClipMiniModel, ClipMiniProcessor]:
         refuse_code(tower)
     model = ClipMiniModel.from_vision_text_pretrained(vision, text, **preset.config)
     _change_preparation(model.config.vision_config, preset.pretrained_cfg)
-    return model, ClipMiniProcessor.from_towers(model.config, AutoTokenizer.from_pretrained(text))
+    model.processor = ClipMiniProcessor.from_towers(model.config, AutoTokenizer.from_pretrained(text))
+    return model
 
 
 def _change_preparation(tower: TimmWrapperConfig, changes: dict[str, Any]) -> None:
@@ -79,20 +79,7 @@ def _change_preparation(tower: TimmWrapperConfig, changes: dict[str, Any]) -> No
         raise ValueError(f"pretrained_cfg={changes!r} is not allowed: {error}") from error
 
 
-def load_for_fine_tuning(name_or_path: str, config: dict[str, Any]) -> tuple[ClipMiniModel, ClipMiniProcessor]:
-    """Load a saved model, from a folder or the Hub, and its processor, to train it further.
-
-    Raises:
-        ValueError: it is not a clipmini model; or `config` is not empty, but that of a trained model is fixed.
-    """
-    if config:
-        raise ValueError(
-            f"model_config={config!r} cannot change {name_or_path}: its heads are trained already; remove it."
-        )
-    return load_model(name_or_path)
-
-
-def _random_model(preset: ModelPreset) -> tuple[ClipMiniModel, ClipMiniProcessor]:
+def _random_model(preset: ModelPreset) -> ClipMiniModel:
     if not isinstance(preset.text, dict):
         raise ValueError(
             f"text={preset.text!r} cannot be used with `pretrained: false`; use fields of a DistilBERT config."
@@ -108,7 +95,9 @@ def _random_model(preset: ModelPreset) -> tuple[ClipMiniModel, ClipMiniProcessor
         **preset.config,
     )
     _change_preparation(config.vision_config, preset.pretrained_cfg)
-    return ClipMiniModel(config).eval(), ClipMiniProcessor.from_towers(config, tokenizer)
+    model = ClipMiniModel(config).eval()
+    model.processor = ClipMiniProcessor.from_towers(config, tokenizer)
+    return model
 
 
 def character_tokenizer() -> DistilBertTokenizer:

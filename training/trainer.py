@@ -3,12 +3,11 @@
 import copy
 import functools
 import logging
-import math
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,21 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from clipmini.data.augment import normalize_pixels
+from clipmini.data.augment import ImageAugmenter, normalize_pixels
 from clipmini.data.pairs import PairDataset
-from clipmini.evaluation.intervals import interval_ends
-from clipmini.evaluation.measure import chance_level, evaluate_retrieval, evaluate_with_intervals
+from clipmini.evaluation.measure import measure_pairs, measure_split
+from clipmini.evaluation.naming import METRIC_LABELS
+from clipmini.evaluation.retrieval import DIRECTIONS
 from clipmini.files import versions
 from clipmini.inference.teacher import TeacherEmbeddings
 from clipmini.publishing.card import render_card
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import CARD, explain_refusals, make_repository, prepare_push, push
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini.encoding_clipmini import channels_last
 
 from .arguments import ClipMiniTrainingArguments
 from .batches import ClipMiniCollator, EpochPairs, PairSampler, pool_by_length
-from .features import TowerFeatures
 from .gradient_cache import Batch, cached_backward, check_batch_norm, moving_batch_norms
 from .lora import add_lora, has_adapters, load_adapter, merge_lora, save_adapter
 from .objective import ContrastiveObjective, Embeddings, world_size
@@ -45,11 +45,7 @@ logger = logging.getLogger(__name__)
 
 MAX_NAMES = 8  # of images, in an error
 BAR_FIGURES = {"loss": "{:.3f}", "logit_scale": "{:.1f}", "grad_norm": "{:.2f}", "pairs_per_second": "{:.0f}"}
-RECALLS = {
-    f"{direction}_r{k}": f"{direction.replace('_', ' ')} R@{k}"
-    for direction in ("text_to_image", "image_to_text")
-    for k in (1, 5)
-}
+BAR_RECALLS = [f"{direction}_r{k}" for direction in DIRECTIONS for k in (1, 5)]
 
 
 class ClipMiniTrainer(Trainer):
@@ -64,12 +60,16 @@ class ClipMiniTrainer(Trainer):
     the number of data workers, nor on whether the run was interrupted and resumed. Cached views are made once and are
     the same for every seed; the seed chooses which of them an epoch meets.
 
+    Constructing it computes nothing. Where parts of the towers are frozen, pass what `prepare_features` returns in
+    place of the data sets: training then skips those parts, instead of running them at every step.
+
     Args:
-        model: the dual encoder.
-        args: see `ClipMiniTrainingArguments`.
-        train_dataset: one row per image with `image`, `captions` and `image_id`, as `load_pairs` returns it.
+        model: the dual encoder; what the arguments do not train is frozen.
+        args: see `ClipMiniTrainingArguments`; left unchanged.
+        train_dataset: one row per image with `image`, `captions` and `image_id`, as `load_pairs` returns it; or with
+            features, from `prepare_features`.
         eval_dataset: likewise, to be measured by `evaluate`; or a dict of several.
-        processing_class: the model's processor.
+        processing_class: the model's processor, which becomes its `processor`; by default the one that it has.
         **kwargs: passed to `Trainer`: `callbacks`, `optimizers`, ...
 
     Raises:
@@ -83,14 +83,14 @@ class ClipMiniTrainer(Trainer):
     model: ClipMiniModel
     processing_class: ClipMiniProcessor
     objective: ContrastiveObjective
-    train_dataset: Any  # EpochPairs, once the features are there
+    train_dataset: Any  # EpochPairs
 
     def __init__(
         self,
         model: ClipMiniModel,
         args: ClipMiniTrainingArguments,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Dataset | PairDataset | None = None,
+        eval_dataset: Dataset | PairDataset | dict[str, Dataset | PairDataset] | None = None,
         processing_class: ClipMiniProcessor | None = None,
         **kwargs: Any,
     ) -> None:
@@ -101,8 +101,11 @@ class ClipMiniTrainer(Trainer):
                 f"torchrun --nproc_per_node {args.n_gpu} -m clipmini.cli train ..., or set "
                 "CUDA_VISIBLE_DEVICES=0."
             )
-        if processing_class is None:
+        if processing_class is not None:
+            model.processor = processing_class
+        elif getattr(model, "processor", None) is None:
             raise ValueError("ClipMiniTrainer needs the model's processor: pass processing_class=processor.")
+        args = copy.copy(args)  # Trainer changes its arguments
         _check_options(model, args)
         _freeze(model, args)
         _check_processes(model, args)
@@ -111,50 +114,37 @@ class ClipMiniTrainer(Trainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            data_collator=kwargs.pop("data_collator", None) or ClipMiniCollator(processing_class),
+            processing_class=model.processor,
+            data_collator=kwargs.pop("data_collator", None) or ClipMiniCollator(model.processor),
             **kwargs,
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingBar)
-        self.features = TowerFeatures(self.model, processing_class, args)
         self.last_logged: tuple[float, int] | None = None
-        self.objective = ContrastiveObjective(
-            label_smoothing=args.label_smoothing_factor,
-            matryoshka_dims=args.matryoshka_widths,
-        )
         self.sampler: PairSampler | None = None
+        self.objective = ContrastiveObjective(
+            label_smoothing=args.label_smoothing_factor, matryoshka_dims=args.matryoshka_widths
+        )
         if train_dataset is not None:
             self._prepare_training(train_dataset)
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {
-                name: self.features.for_evaluation(split) for name, split in self.eval_dataset.items()
-            }
-        elif self.eval_dataset is not None:
-            self.eval_dataset = self.features.for_evaluation(self.eval_dataset)
 
-    def _prepare_training(self, pairs: Dataset) -> None:
-        args = self.args
-        teacher = None
+    def _prepare_training(self, pairs: Dataset | PairDataset) -> None:
+        """Set how the pairs of each epoch are drawn."""
+        args, pairs = self.args, pairs if isinstance(pairs, PairDataset) else PairDataset(pairs)
+        teacher = augment = None
         if args.teacher_options is not None:
-            teacher = TeacherEmbeddings.load(Path(args.teacher_options.file), pairs)
+            teacher = TeacherEmbeddings.load(Path(args.teacher_options.file), pairs.rows)
             self.objective = replace(
                 self.objective, distillation=args.teacher_options.weight, teacher_scale=teacher.logit_scale
             )
-        cached = self.features.for_training(pairs)
+        if pairs.image_features is None and args.image_augmentation is not None:
+            augment = ImageAugmenter(self.processing_class.image_processor, args.image_augmentation)
         seed = args.seed if args.data_seed is None else args.data_seed
-        batch_size = self._train_batch_size * args.world_size
-        if len(pairs) < batch_size:
+        if len(pairs) < self._train_batch_size * args.world_size:
             args.dataloader_drop_last = False  # without the only batch there would be nothing to train on
-        sampler = PairSampler(len(pairs), seed=seed)
-        self.sampler = sampler
-        self.add_callback(_NextEpoch(sampler))
-        self.train_dataset = EpochPairs(
-            cached,
-            seed=seed,
-            augment=self.features.augmenter if cached.image_features is None else None,
-            teacher=teacher,
-        )
+        self.sampler = PairSampler(len(pairs), seed=seed)
+        self.add_callback(_NextEpoch(self.sampler))
+        self.train_dataset = EpochPairs(pairs, seed=seed, augment=augment, teacher=teacher)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer` does, and measure the speed anew."""
@@ -182,12 +172,7 @@ class ClipMiniTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Accumulate the gradient of one batch.
-
-        Args:
-            model: the dual encoder, possibly wrapped for distributed training.
-            inputs: a batch from `ClipMiniCollator`.
-            num_items_in_batch: passed by `Trainer`, and ignored.
+        """Accumulate the gradient of one batch from `ClipMiniCollator`.
 
         Returns:
             The detached loss; its mean over the processes is the loss of the global batch.
@@ -200,59 +185,56 @@ class ClipMiniTrainer(Trainer):
         batch = self._prepare_inputs(inputs)
         rows, image_ids = batch.pop("rows"), batch.pop("image_ids")
         teacher = (batch.pop("teacher_image", None), batch.pop("teacher_text", None))
-        scale, bias = self.model.get_logit_scale(), self.model.logit_bias
+        bias = self.model.logit_bias
+        scalars = [self.model.get_logit_scale(), *([] if bias is None else [bias])]
         # Gradients are averaged over processes, while the loss is the sum of their shares.
         factor = world_size() / self.current_gradient_accumulation_steps
 
-        def loss_of(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        def loss_of(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
             loss = factor * self._current_objective()(Embeddings(image, text, image_ids, *teacher), scale, bias)
             if not loss.isfinite():
                 is_broken = ~(image.isfinite().all(dim=1) & text.isfinite().all(dim=1))
                 names = self.train_dataset.names(rows[is_broken if is_broken.any() else ...].tolist())
-                check_finite(loss.detach(), self.state.global_step + 1, names)
+                raise NonFiniteLossError(loss.item(), self.state.global_step + 1, names)
             return loss
 
         embed = functools.partial(self._embed, model)
         if self.args.gradient_cache_chunk is None:
-            loss = loss_of(*embed(batch), scale, bias)
+            loss = loss_of(*embed(batch), *scalars)
             self.accelerator.backward(loss)
             return loss.detach()
         check_batch_norm(self.model)
         # Separate leaves, whose gradients reach the parameters with the last chunk, when the processes synchronize.
-        leaf_scale = scale.detach().requires_grad_()
-        leaf_bias = None if bias is None else bias.detach().requires_grad_()
+        leaves = [scalar.detach().requires_grad_() for scalar in scalars]
 
-        def scalars() -> Tensor:
-            pairs = [(scale, leaf_scale)] + ([] if bias is None or leaf_bias is None else [(bias, leaf_bias)])
-            return torch.stack([value * leaf.grad for value, leaf in pairs if leaf.grad is not None]).sum()
+        def carried() -> Tensor:
+            pairs = zip(scalars, leaves, strict=True)
+            return torch.stack([scalar * leaf.grad for scalar, leaf in pairs if leaf.grad is not None]).sum()
 
         return cached_backward(
             embed,
-            lambda image, text: loss_of(image, text, leaf_scale, leaf_bias),
+            lambda image, text: loss_of(image, text, *leaves),
             batch,
             self.args.gradient_cache_chunk,
             backward=self.accelerator.backward,
             no_sync=functools.partial(self.accelerator.no_sync, model),
-            last=scalars,
+            last=carried,
         )
 
     def _embed(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the image and the caption embeddings of a batch, each (B, D) and of length 1."""
         inputs = dict(batch)
-        rest_of_tower: AbstractContextManager = nullcontext()
-        if "vision_hidden" in inputs:
-            assert self.features.frozen_stages is not None
-            inputs["pixel_values"] = inputs.pop("vision_hidden")
-            rest_of_tower = self.features.frozen_stages.resuming()
         if "pixels" in inputs:
             inputs["pixel_values"] = normalize_pixels(self.processing_class.image_processor, inputs.pop("pixels"))
-        if "pixel_values" in inputs and inputs["pixel_values"].ndim == 4:  # activations may be tokens
-            inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
-        if "input_ids" in inputs and self.args.length_groups > 1:
-            captions = (inputs.pop("input_ids"), inputs.pop("attention_mask"))
-            with self.accelerator.autocast():  # it wraps only the model's forward
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = channels_last(inputs["pixel_values"])
+        with self.compute_loss_context_manager(), self.accelerator.autocast():  # which wraps only the model's forward
+            if "vision_hidden" in inputs:
+                stages = self.train_dataset.pairs.frozen_stages
+                inputs["pooled_image"] = stages.resume(self.model, inputs.pop("vision_hidden"))
+            if "input_ids" in inputs and self.args.length_groups > 1:
+                captions = (inputs.pop("input_ids"), inputs.pop("attention_mask"))
                 inputs["pooled_text"] = pool_by_length(self.model, *captions, self.args.length_groups)
-        with self.compute_loss_context_manager(), rest_of_tower:
             output = model(**inputs, return_loss=False, return_logits=False)
         return output.image_embeds, output.text_embeds
 
@@ -280,12 +262,7 @@ class ClipMiniTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Measure retrieval over the whole split.
-
-        Args:
-            eval_dataset: by default the constructor's; each of a dict is measured.
-            ignore_keys: passed by `Trainer`, and ignored.
-            metric_key_prefix: begins every key.
+        """Measure retrieval over the whole split; of a dict, over each.
 
         Returns:
             `{prefix}_text_to_image_r1`, ..., `{prefix}_mean_recall` in [0, 1]; the same with the suffix `_at_{width}`
@@ -313,13 +290,7 @@ class ClipMiniTrainer(Trainer):
     def measure(self, pairs: Dataset | PairDataset) -> dict[str, float]:
         """Measure retrieval as `evaluate` does, without logging and without a prefix."""
         with self.autocast_smart_context_manager():
-            return evaluate_retrieval(
-                self.model,
-                self.processing_class,
-                self.features.for_evaluation(pairs),
-                self.args.per_device_eval_batch_size,
-                self.args.matryoshka_widths,
-            )
+            return measure_pairs(self.model, pairs, self.args.per_device_eval_batch_size, self.args.matryoshka_widths)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, or while LoRA trains its adapter; `merge_lora` makes a plain model of it.
@@ -358,13 +329,11 @@ class ClipMiniTrainer(Trainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository of `hub_model_id`, as `Trainer` does when `push_to_hub` is set.
 
-        Args:
-            token: a token with write access; by default `hub_token`, else that of the login.
-            private: whether only the owner may see it; by default `hub_private_repo`. An existing public repository is
-                refused.
+        The defaults are `hub_token`, else that of the login, and `hub_private_repo`.
 
         Raises:
-            ValueError: the Hub refused or cannot be reached; the message says what to do.
+            ValueError: the Hub refused, cannot be reached, or has a public repository where a private one is wanted;
+                the message says what to do.
         """
         if not self.is_world_process_zero():
             return
@@ -413,12 +382,12 @@ class ClipMiniTrainer(Trainer):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clipmini-"))) / "model"
             model = copy.deepcopy(self.model) if has_adapters(self.model) else self.model
             merge_lora(model)
-            save_model_folder(model, self.processing_class, folder, card)
+            save_model_folder(model, folder, card)
             prepared = prepare_push(folder, repo_id)  # before anything is created on the Hub
             cleanup = stack.pop_all()
         branch = revision or args.hub_revision
 
-        def upload() -> CommitInfo:
+        def upload() -> CommitInfo | None:
             with cleanup:
                 return push(prepared, private=private, revision=branch, message=commit_message, token=token).commit
 
@@ -492,45 +461,31 @@ class ClipMiniTrainer(Trainer):
         splits: dict[str, PairDataset | None] = given if isinstance(given, dict) else {"validation": given}
         batch_size, widths = self.args.per_device_eval_batch_size, self.args.matryoshka_widths
         return {
-            name: measure_split(self.model, self.processing_class, pairs, batch_size, widths)
+            name: measure_split(self.model, pairs, batch_size, widths)
             for name, pairs in splits.items()
             if pairs is not None
         }
 
 
-def measure_split(
-    model: ClipMiniModel,
-    processor: ClipMiniProcessor,
-    pairs: Dataset | PairDataset,
-    batch_size: int,
-    widths: Sequence[int] = (),
-) -> dict[str, Any]:
-    """Measure retrieval on a split with intervals, in the form of `results.json`.
+class NonFiniteLossError(ValueError):
+    """Raised for a loss that is NaN or infinite, since every weight would be NaN after the next step.
 
     Args:
-        model: the trained model.
-        processor: the model's processor.
-        pairs: the split.
-        batch_size: images per forward pass.
-        widths: Matryoshka widths to measure too.
-
-    Returns:
-        `num_images`, `num_captions`, and by metric `chance`, `after` training, and `intervals` of the latter.
+        loss: the loss of a batch.
+        step: optimizer step of the batch.
+        names: the batch's images, of which the first are named.
     """
-    if not isinstance(pairs, PairDataset):
-        pairs = PairDataset(pairs)
-    metrics = evaluate_with_intervals(model, processor, pairs, batch_size, tuple(widths))
-    return {
-        "num_images": len(pairs),
-        "num_captions": sum(pairs.num_captions),
-        "chance": chance_level(pairs),
-        "after": {name: interval.value for name, interval in metrics.items()},
-        "intervals": interval_ends(metrics),
-    }
 
-
-class NonFiniteLossError(ValueError):
-    """Raised for a loss that is NaN or infinite, since every weight would be NaN after the next step."""
+    def __init__(self, loss: float, step: int, names: Sequence[str]) -> None:
+        where = f"at step {step}"
+        if names:
+            where += f", on the images {', '.join(names[:MAX_NAMES])}"
+        if len(names) > MAX_NAMES:
+            where += f" and {len(names) - MAX_NAMES} more"
+        super().__init__(
+            f"the loss is {loss} {where}; lower learning_rate, clip gradients with max_grad_norm=1, or train in "
+            "float32 or bf16 if it was fp16."
+        )
 
 
 class TrainingBar(ProgressCallback):
@@ -552,39 +507,12 @@ class TrainingBar(ProgressCallback):
         """Write the recalls in percent."""
         super().on_evaluate(args, state, control, **kwargs)
         if self.training_bar is not None:
-            measured = {name: value for name, value in (metrics or {}).items() if isinstance(value, float)}
+            measured = {name: (metrics or {}).get(f"eval_{name}") for name in BAR_RECALLS}
             parts = [
-                f"{words} {100 * measured[f'eval_{name}']:.1f}"
-                for name, words in RECALLS.items()
-                if f"eval_{name}" in measured
+                f"{METRIC_LABELS[name]} {100 * value:.1f}" for name, value in measured.items() if value is not None
             ]
             line = f"step {state.global_step}/{state.max_steps}, epoch {state.epoch or 0:.4g}: {', '.join(parts)}"
             self.training_bar.write(line, file=sys.stderr)
-
-
-def check_finite(loss: Tensor | float, step: int, names: Sequence[str]) -> None:
-    """Check that the loss of a batch is a finite number.
-
-    Args:
-        loss: scalar.
-        step: optimizer step of the batch.
-        names: the batch's images.
-
-    Raises:
-        NonFiniteLossError: the loss is NaN or infinite; the message names step, images and remedies.
-    """
-    value = float(loss)
-    if math.isfinite(value):
-        return
-    where = f"at step {step}"
-    if names:
-        where += f", on the images {', '.join(names[:MAX_NAMES])}"
-    if len(names) > MAX_NAMES:
-        where += f" and {len(names) - MAX_NAMES} more"
-    raise NonFiniteLossError(
-        f"the loss is {value} {where}; lower learning_rate, clip gradients with max_grad_norm=1, or train in float32 "
-        "or bf16 if it was fp16."
-    )
 
 
 class _NextEpoch(TrainerCallback):

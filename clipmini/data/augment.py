@@ -111,31 +111,32 @@ class ImageAugmenter:
                 image = image.crop((left, top, left + box["width"], top + box["height"]))
                 geometry = {"do_resize": True, "size": self.crop_size, "do_center_crop": False}
             pixels = raw_pixels(self.image_processor, image, **geometry)
-            if self._may_flip(captions) and torch.rand(()) < 0.5:
+            if self.may_flip(captions) and torch.rand(()) < 0.5:
                 pixels = pixels.flip(-1)
         return pixels
 
     def describe(self) -> str:
-        """Describe what the pixels depend on besides the arguments of a call, for the key of cached features.
-
-        Returns:
-            JSON with the augmentation, the settings of the image processor and the versions of the libraries.
-        """
+        """Describe in JSON what the pixels depend on besides the arguments of a call, for the keys of features."""
         parts = {
             # `resolution` is in `crop_size`.
             "augmentation": {key: value for key, value in asdict(self.augmentation).items() if key != "resolution"},
             "crop": repr(self.crop),
-            "processor": self.image_processor.to_dict(),
+            "processor": describe_processor(self.image_processor),
             "crop_size": self.crop_size,  # the size before the crop is in proportion
-            "versions": [
-                f"{library.__name__} {library.__version__}" for library in (torch, torchvision, transformers)
-            ],
         }
         return json.dumps(parts, sort_keys=True)
 
-    def _may_flip(self, captions: Sequence[str]) -> bool:
+    def may_flip(self, captions: Sequence[str]) -> bool:
+        """Return whether views of an image with these captions are mirrored at random."""
         flip = self.augmentation.flip
         return flip == "always" or (flip == "safe" and not names_a_side(captions))
+
+
+def describe_processor(image_processor: Any) -> str:
+    """Describe in JSON what the pixels of a stock image processor depend on: its settings and the libraries."""
+    settings = {name: value for name, value in image_processor.to_dict().items() if name != "auto_map"}
+    versions = {library.__name__: library.__version__ for library in (torch, torchvision, transformers)}
+    return json.dumps({**settings, **versions}, sort_keys=True, default=str)
 
 
 def raw_pixels(image_processor: Any, image: Image.Image, **geometry: Any) -> Tensor:

@@ -5,7 +5,6 @@ describes. Even with every image twice in the training data this cost nothing th
 benchmarks/README.md). A copy in the test split inflates its metrics.
 """
 
-import hashlib
 import itertools
 import unicodedata
 from collections import Counter
@@ -14,10 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from PIL import Image
-from tqdm.auto import tqdm
 
-from modeling_clipmini.images_clipmini import read_named
+from .scan import scan_readable
 
 MAX_EXAMPLES = 5  # groups in `as_dict`, and ids of each: a gray placeholder can have thousands
 
@@ -86,8 +83,6 @@ def find_duplicates(pairs: DatasetDict | Dataset) -> DuplicateReport:
     with the same pixels that differ in their metadata or (lossless) compression, but not an image that was saved again
     as JPEG. Captions are compared after [`normalize_caption`].
 
-    Every image is read and decoded, one at a time, with a progress bar; only hashes and captions stay in memory.
-
     Args:
         pairs: what `load_pairs` returns, or one split of it; image ids are unique over all splits.
 
@@ -98,15 +93,14 @@ def find_duplicates(pairs: DatasetDict | Dataset) -> DuplicateReport:
         ImageError: an image cannot be read; the message names it. `load_pairs` leaves out such images.
     """
     splits = pairs if isinstance(pairs, DatasetDict) else DatasetDict({str(pairs.split or "pairs"): pairs})
-    ids_of_image: dict[str, set[int]] = {}
+    ids_of_image: dict[bytes, set[int]] = {}
     ids_of_caption: dict[str, set[int]] = {}
     split_of: dict[int, str] = {}
-    image_of: dict[int, str] = {}
+    image_of: dict[int, bytes] = {}
     for split, dataset in splits.items():
         image_ids = dataset["image_id"][:]
-        images = tqdm(dataset["image"], desc=f"comparing images of {split}", unit="image", leave=False)
-        for image_id, image in zip(image_ids, images, strict=True):
-            digest = hash_image(read_named(image, f"image_id {image_id}"))
+        for image_id, pixels in zip(image_ids, scan_readable(dataset).pixels, strict=True):
+            digest = pixels.tobytes()
             ids_of_image.setdefault(digest, set()).add(image_id)
             image_of[image_id], split_of[image_id] = digest, str(split)
         for image_id, captions in zip(image_ids, dataset["captions"], strict=True):
@@ -139,10 +133,3 @@ def normalize_caption(caption: str) -> str:
     """
     folded = unicodedata.normalize("NFKC", caption).casefold()
     return " ".join("".join(" " if unicodedata.category(letter)[0] == "P" else letter for letter in folded).split())
-
-
-def hash_image(image: Image.Image) -> str:
-    """Return a digest of an image's size and pixels, which is the same for copies."""
-    digest = hashlib.blake2b(f"{image.width}x{image.height} ".encode(), digest_size=16)
-    digest.update(image.tobytes())
-    return digest.hexdigest()

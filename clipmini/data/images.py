@@ -2,8 +2,9 @@
 
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,20 @@ def find_images(folder: str | Path) -> list[Path]:
     if not found:
         raise ValueError(f"{folder} has no images; looked for {', '.join(sorted(IMAGE_SUFFIXES))}.")
     return found
+
+
+def check_any_exists(images: Iterable[Any]) -> None:
+    """Check that there is at least one image: a file that exists, or anything but a path.
+
+    Raises:
+        ValueError: there is none; the message names the last path.
+    """
+    last = "there is none"
+    for image in images:
+        if not isinstance(image, (str, Path)) or Path(image).exists():
+            return
+        last = f"{image} does not exist"
+    raise ValueError(f"No image can be read: {last}.")
 
 
 def walk_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
@@ -86,14 +101,16 @@ class Skipped:
         if self.count <= MAX_LOGGED:
             logger.warning("skipped %d so far: %s: %s", self.count, name, reason)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was left out, ready for JSON, under the keys that all results use."""
+        return {
+            "num_skipped": self.count,
+            "skipped": [{"path": name, "reason": reason} for name, reason in self.items],
+        }
+
     def log_summary(self) -> None:
         """Log how many inputs were left out, if any."""
         if not self.items:
             return
         unlisted = f"; the first {MAX_LOGGED} are named above" if self.count > MAX_LOGGED else ""
         logger.warning("%d input%s skipped%s", self.count, "" if self.count == 1 else "s", unlisted)
-
-
-def first_sentence(error: Exception) -> str:
-    """Return the first sentence of an error, without its period: transformers appends a paragraph of advice."""
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from tqdm.auto import tqdm
 
-from modeling_clipmini.images_clipmini import find_fault
+from clipmini.names import check_name
 
 from .images import IMAGE_SUFFIXES, Skipped, walk_files
+from .scan import scan_images
 from .sources import IMAGE_COLUMNS, SPLITS, find_column, image_column_by_type, load_from_hub
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
@@ -69,9 +69,8 @@ def load_labeled(
         loaded: Mapping[Any, Dataset] = _read_folder(path)
     elif path.exists():
         raise ValueError(f"{source} is a file; name a folder with a sub-folder for each class.")
-    elif str(source).count("/") > 1 or str(source).startswith((".", "/")):
-        raise ValueError(f"{source} does not exist; name a folder, or a Hub id like org/name.")
     else:
+        check_name(source, "a folder")
         loaded = load_from_hub(str(source), config_name)
     features = next(iter(loaded.values())).features
     image_column = image_column or image_column_by_type(features)
@@ -93,7 +92,7 @@ def load_labeled(
 
 
 def keep_readable(rows: Dataset, split: str, skipped: Skipped) -> Dataset:
-    """Keep the images of a split that can be read and have a label, opening each one.
+    """Keep the images of a split that can be read and have a label; see `scan_images`.
 
     Args:
         rows: a split, as returned by `load_labeled`.
@@ -107,13 +106,13 @@ def keep_readable(rows: Dataset, split: str, skipped: Skipped) -> Dataset:
         ValueError: no image is left.
     """
     kept = []
-    images = tqdm(rows["image"], desc=f"checking images of {split}", unit="image", leave=False)
-    for row, (image, label) in enumerate(zip(images, rows["label"], strict=True)):
-        fault = find_fault(image) or ("has no label" if label < 0 else None)
+    facts = scan_images(rows)
+    for row, (path, fault, label) in enumerate(zip(facts.paths, facts.faults, rows["label"], strict=True)):
+        fault = fault or ("has no label" if label < 0 else None)
         if fault is None:
             kept.append(row)
         else:
-            skipped.add((image and image["path"]) or f"{split} row {row + 1}", fault)
+            skipped.add(path or f"{split} row {row + 1}", fault)
     if not kept:
         raise ValueError(f"The split {split} has no image that can be read and has a label.")
     return rows.select(kept)

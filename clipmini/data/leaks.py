@@ -11,18 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import imagehash
 import numpy as np
 import sklearn
 from datasets import Dataset
 from sklearn.metrics import pairwise_distances_argmin_min
-from tqdm.auto import tqdm
 
-from modeling_clipmini.images_clipmini import read_named
+from .duplicates import normalize_caption
+from .scan import HASH_BITS, scan_readable
 
-from .duplicates import hash_image, normalize_caption
-
-HASH_BITS = 64
 MAX_BITS = 4  # in which the perceptual hashes of near-duplicates may differ
 MAX_EXAMPLES = 20  # near-duplicates to list, to be judged by eye
 MEMORY_MIB = 128  # for distances between hashes
@@ -70,7 +66,7 @@ class LeakReport:
 
 
 def find_leaks(train: Dataset, held_out: Dataset) -> LeakReport:
-    """Compare an evaluation split with the training data, reading every image once.
+    """Compare an evaluation split with the training data.
 
     Args:
         train: one row per image, as returned by `load_pairs`; or only images, in the column `image`.
@@ -82,14 +78,15 @@ def find_leaks(train: Dataset, held_out: Dataset) -> LeakReport:
     Raises:
         ImageError: an image cannot be read; the message names it.
     """
-    train_digests, train_hashes = _hash_images(train, "training")
-    digests, hashes = _hash_images(held_out, "evaluation")
-    seen = set(train_digests)
-    exact = [row for row, digest in enumerate(digests) if digest in seen]
+    train_facts, facts = scan_readable(train), scan_readable(held_out)
+    seen = {pixels.tobytes() for pixels in train_facts.pixels}
+    exact = [row for row, pixels in enumerate(facts.pixels) if pixels.tobytes() in seen]
     near_duplicates: list[tuple[int, int]] = []
-    if digests and train_digests:
+    if len(train) and len(held_out):
         with sklearn.config_context(working_memory=MEMORY_MIB):
-            nearest, distances = pairwise_distances_argmin_min(hashes, train_hashes, metric="hamming")
+            nearest, distances = pairwise_distances_argmin_min(
+                facts.perceptual_hashes, train_facts.perceptual_hashes, metric="hamming"
+            )
         distances[exact] = 1
         near = [row for row in np.argsort(distances, kind="stable") if distances[row] <= MAX_BITS / HASH_BITS]
         near_duplicates = [(int(row), int(nearest[row])) for row in near]
@@ -104,15 +101,3 @@ def find_leaks(train: Dataset, held_out: Dataset) -> LeakReport:
 
 def _captions(pairs: Dataset) -> Iterator[str]:
     return itertools.chain.from_iterable(pairs["captions"] if "captions" in pairs.column_names else ())
-
-
-def _hash_images(pairs: Dataset, split: str) -> tuple[list[str], np.ndarray]:
-    """Return a digest of each image's pixels, and the perceptual hashes as (N, 64) booleans."""
-    digests = []
-    hashes = np.empty((len(pairs), HASH_BITS), dtype=bool)
-    ids = pairs["image_id"][:] if "image_id" in pairs.column_names else None
-    for row, image in enumerate(tqdm(pairs["image"], desc=f"looking for leaks: {split}", unit="image", leave=False)):
-        image = read_named(image, f"row {row + 1}" if ids is None else f"image_id {ids[row]}")
-        digests.append(hash_image(image))
-        hashes[row] = imagehash.phash(image).hash.ravel()
-    return digests, hashes

@@ -15,17 +15,16 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, DatasetDict, List, Value
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from modeling_clipmini.images_clipmini import find_fault
+from clipmini.store import StoredRows
 
 from .images import Skipped
+from .scan import scan_images
 from .sources import RawPairs, SourceReader
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-NOT_OF_LOAD_PAIRS = ("strict", "split_seed")
 
 
 @dataclass
@@ -40,8 +39,6 @@ class DataArguments:
         validation_fraction: share of the images for validation, if the data has no such split.
         test_fraction: share of the images for testing, if the data has neither split.
         split_seed: seed of the split.
-        check_images: open every image once before training, and leave out those that cannot be read. Otherwise the
-            first of them stops the run.
         strict: stop at the first image or caption that cannot be used, instead of leaving it out.
     """
 
@@ -52,7 +49,6 @@ class DataArguments:
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
     split_seed: int = 0
-    check_images: bool = True
     strict: bool = False
 
 
@@ -63,14 +59,14 @@ class PairDataset:
     Attributes:
         rows: one row per image, with `image`, `captions` and `image_id`.
         image_features: features of K views of each image, or None to read the images: (I, K, V) pooled outputs of the
-            vision tower or, with `frozen_stages`, (I, K, ...) activations that enter its first trainable stage.
+            vision tower or, with `frozen_stages`, (I, K, ...) activations that enter its first trained stage.
         text_features: (T, W) pooled outputs of the text tower for all captions in order, or None to read the captions.
         frozen_stages: the frozen first stages of the vision tower that computed `image_features`.
     """
 
     rows: Dataset
-    image_features: np.ndarray | None = None
-    text_features: np.ndarray | None = None
+    image_features: StoredRows | None = None
+    text_features: StoredRows | None = None
     frozen_stages: Any = None
     image_ids: list[int] = field(init=False)
     num_captions: list[int] = field(init=False)
@@ -101,7 +97,6 @@ def load_pairs(
     validation_fraction: float = 0.1,
     test_fraction: float = 0.1,
     seed: int = 0,
-    check_images: bool = True,
     skipped: Skipped | None = None,
 ) -> DatasetDict:
     """Load image-caption pairs, one row per image with all its captions.
@@ -128,9 +123,8 @@ def load_pairs(
         image_root: folder that paths are relative to; None for the folder of the table, or one up to two levels below
             it that has the first images.
         validation_fraction: share of the images to draw for validation; 0 for none.
-        test_fraction: share of the images to draw for the test split; 0 for none.
+        test_fraction: likewise.
         seed: another seed draws other images.
-        check_images: open every image once, and leave out those that cannot be read.
         skipped: collects what is left out; None to warn, and to log a summary at the end.
 
     Returns:
@@ -140,8 +134,7 @@ def load_pairs(
 
     Raises:
         ValueError: the source or its columns cannot be found, it has no usable pair, there are too few images to
-        split,
-            or `skipped` is strict and something had to be left out.
+            split, or `skipped` is strict and something had to be left out.
     """
     fractions = {"validation": validation_fraction, "test": test_fraction}
     if min(fractions.values()) < 0 or sum(fractions.values()) >= 1:
@@ -154,9 +147,12 @@ def load_pairs(
     root = None if image_root is None else Path(image_root).expanduser()
     reader = SourceReader(image_column, caption_column, root, skipped)
     images, keys, splits = _group_by_image(reader.read(source), skipped)
-    if check_images and len(images):
-        kept = _find_readable(images, skipped)
-        images, keys, splits = images.select(kept), keys[kept], splits[kept]
+    facts = scan_images(images)
+    for path, image_id, fault in zip(facts.paths, images["image_id"], facts.faults, strict=True):
+        if fault is not None:
+            skipped.add(path or f"row {image_id + 1}", fault)
+    kept = np.flatnonzero([fault is None for fault in facts.faults])
+    images, keys, splits = images.select(kept), keys[kept], splits[kept]
     if len(images) == 0:
         name, reason = skipped.items[0]
         raise ValueError(f"{source} has no usable pair; {skipped.count} inputs skipped, the first {name}: {reason}.")
@@ -169,32 +165,13 @@ def load_pairs(
 
 
 def load_data(data: DataArguments, skipped: Skipped) -> DatasetDict:
-    """Load the pairs that a recipe or a command describes; see `load_pairs`.
-
-    Args:
-        data: the source, and how to read and split it.
-        skipped: collects what is left out.
-
-    Returns:
-        The splits; exact copies of an image have different ids.
-
-    Raises:
-        ValueError: as in `load_pairs`.
-    """
-    options = {name: value for name, value in vars(data).items() if name not in NOT_OF_LOAD_PAIRS}
+    """Load the pairs that a recipe or a command describes, as `load_pairs` does."""
+    options = {name: value for name, value in vars(data).items() if name not in ("strict", "split_seed")}
     return load_pairs(**options, seed=data.split_seed, skipped=skipped)
 
 
 def choose_split(splits: Mapping[str, Any], wanted: str | None, source: str) -> str:
-    """Choose the split to measure on.
-
-    Args:
-        splits: the existing splits.
-        wanted: name of a split; None for test, else validation, else train.
-        source: their source, for the error message.
-
-    Returns:
-        The name of the split.
+    """Return the split of `source` to measure on: the wanted one, or else test, validation or train.
 
     Raises:
         ValueError: there is no such split.
@@ -216,70 +193,42 @@ def _group_by_image(raw: RawPairs, skipped: Skipped) -> tuple[Dataset, np.ndarra
         The data set, and for each row its key and its split ("" if the source does not name it).
     """
     splits = np.array([split or "" for split in raw.splits], dtype=object)
-    groups, firsts = _number_groups(pa.array(raw.keys), pa.array(splits, pa.string()))
+    first_rows: dict[tuple[str, str], int] = {}
+    pairs = zip(raw.keys, splits, strict=True)
+    image_ids = np.array([first_rows.setdefault(pair, row) for row, pair in enumerate(pairs)], dtype=np.int64)
     texts = pc.list_flatten(raw.captions).combine_chunks()
-    group_of_text = groups[pc.list_parent_indices(raw.captions).to_numpy()]
-    order = np.argsort(group_of_text, kind="stable")
-    texts, group_of_text = texts.take(pa.array(order)), group_of_text[order]
+    image_of_text = image_ids[pc.list_parent_indices(raw.captions).to_numpy()]
+    order = np.argsort(image_of_text, kind="stable")
+    texts, image_of_text = texts.take(pa.array(order)), image_of_text[order]
 
     is_usable = texts.is_valid().to_numpy(zero_copy_only=False)
-    counts = np.bincount(group_of_text[is_usable], minlength=len(firsts))
-    starts = np.searchsorted(group_of_text, np.arange(len(firsts)))
+    counts = np.bincount(image_of_text[is_usable], minlength=len(image_ids))  # at the first row of each image
     for index in np.flatnonzero(~is_usable):
-        group = group_of_text[index]
-        if counts[group]:
-            name = _name_row(raw.images, firsts[group], firsts[group])
-            skipped.add(f"{name} caption {index - starts[group] + 1}", "is empty or no text")
-    for row in firsts[counts == 0]:
-        skipped.add(_name_row(raw.images, row, row), "has no caption that is a text")
+        row = image_of_text[index]
+        if counts[row]:
+            number = index - np.searchsorted(image_of_text, row) + 1
+            skipped.add(f"{_name_row(raw.images, row)} caption {number}", "is empty or no text")
+    for row in first_rows.values():
+        if not counts[row]:
+            skipped.add(_name_row(raw.images, row), "has no caption that is a text")
 
-    counts_by_row = np.zeros(len(groups), dtype=np.int32)
-    counts_by_row[firsts] = counts
-    offsets = np.concatenate([[0], np.cumsum(counts_by_row)]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     captions = pa.ListArray.from_arrays(pa.array(offsets), texts.filter(pa.array(is_usable)))
     images = _add_column(raw.images, "captions", captions, List(Value("string")))
-    images = _add_column(images, "image_id", pa.array(firsts[groups]), Value("int64"))
-    kept = firsts[counts > 0]
+    images = _add_column(images, "image_id", pa.array(image_ids), Value("int64"))
+    kept = np.flatnonzero(counts)
     return images.select(kept), np.array(raw.keys, dtype=object)[kept], splits[kept]
 
 
-def _number_groups(*columns: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Number the distinct rows of some columns from 0 in order of appearance.
-
-    Returns:
-        Each row's number, and the first row of each number.
-    """
-    code = np.zeros(len(columns[0]), dtype=np.int64)
-    for column in columns:
-        encoded = column.dictionary_encode()
-        code = code * len(encoded.dictionary) + encoded.indices.to_numpy()
-    _, firsts, groups = np.unique(code, return_index=True, return_inverse=True)
-    order = np.argsort(firsts)
-    number_of = np.empty_like(order)
-    number_of[order] = np.arange(len(order))
-    return number_of[groups], firsts[order]
-
-
-def _name_row(images: Dataset, row: int, image_id: int) -> str:
-    struct = images[int(row)]["image"]
-    return (struct and struct["path"]) or f"row {image_id + 1}"
+def _name_row(images: Dataset, row: int) -> str:
+    image = images[int(row)]["image"]
+    return (image and image["path"]) or f"row {row + 1}"
 
 
 def _add_column(images: Dataset, name: str, values: pa.Array, feature: Any) -> Dataset:
     # Without a given fingerprint, all values would be hashed. A random one also keeps `datasets` from reusing what it
     # computed from files that have changed since.
     return images.add_column(name, values, new_fingerprint=os.urandom(8).hex(), feature=feature)
-
-
-def _find_readable(images: Dataset, skipped: Skipped) -> np.ndarray:
-    """Open every image, and return the rows of those that can be read."""
-    kept = []
-    for row, image in enumerate(tqdm(images["image"], desc="checking images", unit="image", leave=False)):
-        if fault := find_fault(image):
-            skipped.add(_name_row(images, row, images[row]["image_id"]), fault)
-        else:
-            kept.append(row)
-    return np.array(kept, dtype=np.int64)
 
 
 def _warn_of_leaks(keys: np.ndarray, splits: np.ndarray, source: str) -> None:
@@ -293,7 +242,7 @@ def _warn_of_leaks(keys: np.ndarray, splits: np.ndarray, source: str) -> None:
 
 
 def _draw_splits(keys: np.ndarray, splits: np.ndarray, fractions: dict[str, float], seed: int) -> np.ndarray:
-    """Assign every image to a split, and draw the splits that the source does not have; see `load_pairs`."""
+    """Assign every image to a split, and draw the splits that the source does not have."""
     splits = np.where(splits == "", "train", splits)
     given = set(splits)
     train = np.flatnonzero(splits == "train")

@@ -1,15 +1,20 @@
-"""Find, read and change recipe files, and check each section against its dataclass."""
+"""Find, read and change recipe files, and check their names; then build a section's dataclass, with its types.
+
+Nothing slow is imported here, so that a wrong recipe is refused at once: the names that a section may hold are read
+from the source of its classes.
+"""
 
 import contextlib
 import copy
 import datetime
 import difflib
-import inspect
+import functools
 import logging
 import os
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from importlib.resources import files
 from pathlib import Path
@@ -17,14 +22,34 @@ from typing import Any
 
 import yaml
 
-from clipmini.data.pairs import DataArguments
+from clipmini.declared import Option, declared_options
 from clipmini.files import RECIPE_FILE
-from modeling_clipmini import ClipMiniConfig
+from clipmini.names import check_name, is_hub_id
 
 logger = logging.getLogger(__name__)
 
-TOP_LEVEL = ("model", "model_config", "license", "data", "training", "stages")
+# The sections whose keys need no prefix, and the classes that declare their keys, the nearest first.
+SECTIONS = {
+    "data": (("clipmini.data.pairs", "DataArguments"),),
+    "model_config": (("modeling_clipmini.configuration_clipmini", "ClipMiniConfig"),),
+    "training": (
+        ("clipmini.training.arguments", "ClipMiniTrainingArguments"),
+        ("transformers.training_args", "TrainingArguments"),
+    ),
+}
+RECIPE_KEYS = {  # beside the sections
+    "model": Option("", "A preset, a YAML file like one, or the folder or Hub id of a model to train further."),
+    "license": Option("null", "License of the trained model, as the Hub writes it; a push needs it."),
+    "stages": Option("{}", "Changes to `training` by name of a stage, one after the other."),
+}
+TOP_LEVEL = (*RECIPE_KEYS, *SECTIONS)
+TOWERS = ("vision_config", "text_config")  # of the config; a recipe's `model` has them
 SOURCE_KEYS = ("image_column", "caption_column", "image_root")  # of `data`; like `license`, for one source only
+# One folder, one seed and one repository serve a whole run.
+NOT_BY_STAGE = (
+    *("output_dir", "seed", "data_seed"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"),
+)
 MOVED_KEYS = {
     "license": "`license` at the top of the recipe, which states the model's",
     "lora_rank": "lora: {parts: ..., rank: ...}",
@@ -32,6 +57,7 @@ MOVED_KEYS = {
     "hard_negative_start": "hard_negatives: {weight: ..., start: ...}",
     "distillation_weight": "teacher: {file: ..., weight: ...}",
     "feature_cache_dir": "the environment variable CLIPMINI_CACHE",
+    "check_images": "nothing instead: every image is checked once, and what was found is kept",
 }
 TYPE_WORDS = {
     bool: "true or false",
@@ -42,38 +68,149 @@ TYPE_WORDS = {
     list: "a list",
     type(None): "null",
 }
-DATA_ONLY: Mapping[str, type] = {"data": DataArguments}
+
+
+@functools.cache
+def section_options(section: str) -> list[dict[str, Option]]:
+    """Return the options of a section of a recipe, class by class, in the order of `SECTIONS`."""
+    declared = [declared_options(*place) for place in SECTIONS[section]]
+    seen: set[str] = set(TOWERS)
+    for options in declared:
+        for name in seen & options.keys():
+            del options[name]
+        seen |= options.keys()
+    return declared
+
+
+def section_keys(section: str) -> list[str]:
+    """List the keys of a section of a recipe."""
+    return [name for options in section_options(section) for name in options]
 
 
 def preset_names(kind: str) -> list[str]:
-    """List the presets in the package; `kind` is "models" or "recipes"."""
+    """List the presets in the package; `kind` is "models", "recipes" or "templates"."""
     folder = files("clipmini.configuration") / kind
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def read_recipe(name_or_path: str, overrides: Sequence[str], sections: Mapping[str, type]) -> dict[str, Any]:
-    """Read a recipe, apply overrides, and check the names of its sections.
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Parse changes to a recipe as the command line has them.
 
-    Where an override sets another source, the recipe's license and columns, which hold for its own data, are dropped.
+    Args:
+        texts: "key=value" strings; the value is YAML.
+
+    Raises:
+        ValueError: a text has no key or no "=".
+    """
+    changes = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise ValueError(f"--set {text!r} is not of the form key=value.")
+        try:
+            changes[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):  # ValueError: it looks like a date, but is not one
+            changes[key] = value
+    return changes
+
+
+def read_recipe(name_or_path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a recipe, change it, and check all names in it.
+
+    Where a change sets another source, the recipe's license and columns, which hold for its own data, are dropped.
 
     Args:
         name_or_path: a YAML file, or the name of a recipe in the package.
-        overrides: "key=value" strings; the key may be dotted or bare.
-        sections: the dataclass of each section that a bare key may belong to.
+        changes: values by key. A key is dotted ("training.learning_rate", "stages.heads.learning_rate", "lora.rank")
+            or, if only one section has it, bare ("learning_rate"). A mapping for a section changes the keys in it.
 
     Returns:
-        The values as read from YAML, not yet checked.
+        The values as read from YAML, and `training.output_dir`; their types are not yet checked.
 
     Raises:
-        ValueError: the file or a key is wrong.
+        ValueError: the file or a name is wrong; the message says what is allowed.
     """
+    values = _read(name_or_path, changes)
+    values.setdefault("training", {})
+    for section in SECTIONS:
+        check_keys(check_mapping(values.get(section, {}), section), section_keys(section), section)
+    values["training"].setdefault("output_dir", f"runs/{Path(name_or_path).stem}")
+    if not values["training"]["output_dir"]:
+        raise ValueError("training.output_dir is empty; set it to a folder.")
+    if "source" not in values.get("data", {}):
+        raise ValueError("data.source is missing; set it.")
+    model, license = values.get("model"), values.get("license")
+    if not isinstance(model, str):
+        raise ValueError(f"{name_or_path}: model={model!r} is not allowed; use a preset, a YAML file or a model.")
+    find_model(model)
+    if license is not None and not isinstance(license, str):
+        raise ValueError(f"{name_or_path}: license={license!r} is not allowed; use a name such as apache-2.0.")
+    for name, stage in check_mapping(values.get("stages", {}), "stages").items():
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", str(name)) or name == "model":
+            raise ValueError(
+                f"stages: {name!r} cannot be the folder name of a stage; use lower-case letters, digits, - and _, "
+                "but not 'model'."
+            )
+        where = f"stages.{name}"
+        check_keys(check_mapping(stage, where), section_keys("training"), where)
+        for key in stage:
+            if key in NOT_BY_STAGE:
+                raise ValueError(f"{where}.{key}: one value serves all stages; set training.{key}.")
+    return values
+
+
+def read_data_section(name_or_source: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the data section of a recipe, or make one for a source of pairs.
+
+    Args:
+        name_or_source: a recipe; or a source of pairs, which is not split.
+        changes: values by key of the section, with or without "data." before it.
+
+    Returns:
+        The section's values; their types are not yet checked.
+
+    Raises:
+        ValueError: the file or a name is wrong.
+    """
+    changes = {f"data.{key.removeprefix('data.')}": value for key, value in changes.items()}
+    if name_or_source in preset_names("recipes") or name_or_source.endswith((".yaml", ".yml")):
+        # Not the whole recipe, whose training may need a GPU that is not here.
+        values = _read(name_or_source, changes)
+    else:
+        data = {"source": name_or_source, "validation_fraction": 0.0, "test_fraction": 0.0}
+        values = _change({"data": data}, changes)
+    data = check_mapping(values.get("data", {}), "data")
+    if Path(name_or_source).name == RECIPE_FILE:  # an earlier version may have written keys that are gone
+        data = {key: value for key, value in data.items() if key in section_keys("data")}
+    check_keys(data, section_keys("data"), "data")
+    return data
+
+
+def check_start(values: Mapping[str, Any], stage: str | None = None) -> None:
+    """Check that what a recipe would start with could exist: its data, and the stage that is wanted.
+
+    Raises:
+        ValueError: the source is neither a path that exists nor a Hub id, or there is no such stage.
+    """
+    check_stage(stage, values.get("stages", {}))
+    check_name(str(values["data"]["source"]), "a folder or a table")
+
+
+def check_stage(stage: str | None, stages: Collection[str]) -> None:
+    """Raise a `ValueError` if a stage is wanted that a recipe does not have."""
+    if stage is not None and stage not in stages:
+        raise ValueError(f"The recipe has no stage {stage!r}; it has {', '.join(stages) or 'none'}.")
+
+
+def _read(name_or_path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a recipe and change it; only the names at its top are checked."""
     values = read_yaml(find_preset("recipes", name_or_path))
-    changed = _override(values, overrides, sections)
+    changed = _change(values, changes)
     source, new_source = _source_in(values), _source_in(changed)
     if source and new_source and not _is_same(source, new_source):
         facts = {key: values["data"].pop(key) for key in SOURCE_KEYS if key in values["data"]}
         facts["license"] = values.pop("license", None)
-        changed = _override(values, overrides, sections)  # keeps what the overrides say about the new source
+        changed = _change(values, changes)  # keeps what the changes say about the new source
         dropped = {key: value for key, value in facts.items() if value and key not in {**changed, **changed["data"]}}
         if dropped:
             listed = ", ".join(f"{key}: {value}" for key, value in dropped.items())
@@ -83,11 +220,11 @@ def read_recipe(name_or_path: str, overrides: Sequence[str], sections: Mapping[s
     return changed
 
 
-def _override(values: dict[str, Any], overrides: Sequence[str], sections: Mapping[str, type]) -> dict[str, Any]:
-    """Return a copy of a recipe's values with overrides applied."""
+def _change(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a recipe's values with changes applied."""
     values = copy.deepcopy(values)
-    for override in overrides:
-        _apply_override(values, override, sections)
+    for key, value in changes.items():
+        _set(values, key, value)
     return values
 
 
@@ -100,40 +237,8 @@ def _is_same(source: str, other: str) -> bool:
     return source == other or (os.path.exists(source) and os.path.exists(other) and os.path.samefile(source, other))
 
 
-def load_data_arguments(name_or_source: str, overrides: Sequence[str] = ()) -> DataArguments:
-    """Read the data section of a recipe, or make one for a source of pairs.
-
-    Args:
-        name_or_source: a recipe; or a source of pairs, which is not split.
-        overrides: "key=value" strings, as in `load_recipe`; for a source, with keys of `DataArguments`.
-
-    Returns:
-        The arguments.
-
-    Raises:
-        ValueError: a file, a key or a value is wrong.
-    """
-    if name_or_source in preset_names("recipes") or name_or_source.endswith((".yaml", ".yml")):
-        # Not the whole recipe, whose training may need a GPU that is not here.
-        values = read_recipe(name_or_source, overrides, DATA_ONLY)
-    else:
-        data = {"source": name_or_source, "validation_fraction": 0.0, "test_fraction": 0.0}
-        values = _override({"data": data}, overrides, DATA_ONLY)
-        check_keys(values, ("data",), f"--set {' '.join(overrides)}")
-    data = check_mapping(values.get("data", {}), "data")
-    if Path(name_or_source).name == RECIPE_FILE:  # an earlier version may have written keys that are gone
-        data = {key: value for key, value in data.items() if key in field_names(DataArguments)}
-    return build_section(DataArguments, data, "data")
-
-
-def config_fields() -> list[str]:
-    """List the fields of `ClipMiniConfig`, without the towers' configs."""
-    names = inspect.signature(ClipMiniConfig.__init__).parameters
-    return [name for name in names if name not in ("self", "kwargs", "vision_config", "text_config")]
-
-
 def find_preset(kind: str, name_or_path: str) -> Any:
-    """Find a YAML file or a preset, as a path or a resource of the package; `kind` is "models" or "recipes".
+    """Find a YAML file or a preset, as a path or a resource of the package; `kind` is as in `preset_names`.
 
     Raises:
         ValueError: there is no such file or preset.
@@ -145,6 +250,20 @@ def find_preset(kind: str, name_or_path: str) -> Any:
     raise ValueError(
         f"{name_or_path} is neither a file nor among the {kind} in clipmini: {', '.join(preset_names(kind))}."
     )
+
+
+def find_model(name: str) -> Any:
+    """Find the preset that a recipe's `model` names, as `find_preset` does; None if it names a saved model.
+
+    Raises:
+        ValueError: it names neither.
+    """
+    if name in preset_names("models") or name.endswith((".yaml", ".yml")):
+        return find_preset("models", name)
+    if not Path(name).exists() and not is_hub_id(name):
+        known = ", ".join(preset_names("models"))
+        raise ValueError(f"model={name!r} is neither a preset ({known}) nor a YAML file, a folder or a Hub id.")
+    return None
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -187,45 +306,42 @@ def check_mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _apply_override(values: dict[str, Any], override: str, sections: Mapping[str, type]) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f"--set {override!r} is not of the form key=value.")
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted or bare key; of a section, a mapping sets the keys in it."""
     path = key.split(".")
+    if isinstance(value, Mapping) and (key in SECTIONS or (path[0] == "stages" and len(path) <= 2)):
+        for name, item in value.items():
+            _set(values, f"{key}.{name}", item)
+        return
     stages = check_mapping(values.get("stages", {}), "stages")
-    if path[0] not in (*TOP_LEVEL, *sections):  # a bare key, which may have keys of its own: "lora.rank"
-        path = [*_section_of(path[0], stages, sections), *path]
+    if path[0] not in TOP_LEVEL:  # a bare key, which may have keys of its own: "lora.rank"
+        path = [*_section_of(path[0], stages), *path]
     is_stage = path[0] == "stages" and len(path) > 2
     if is_stage and path[1] not in stages:
-        raise ValueError(f"--set {key}=...: the recipe has no such stage; it has {', '.join(stages) or 'none'}.")
+        raise ValueError(f"{key}: the recipe has no such stage; it has {', '.join(stages) or 'none'}.")
     below = path[2:] if is_stage else path[1:]
-    if len(below) > 2 or (below and not is_stage and path[0] not in (*sections, "model_config")):
-        raise ValueError(f"--set {key}=...: {_unknown(path[0], [*sections, 'model_config'])}")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: it looks like a date, but is not one
-        value = text
+    if len(below) > 2 or (below and not is_stage and path[0] not in SECTIONS):
+        raise ValueError(f"{key}: {_unknown(path[0], SECTIONS)}")
     section = values
     for part in path[:-1]:
         if section.get(part) is None:
             section[part] = {}
         section = check_mapping(section[part], part)
-    section[path[-1]] = value
+    section[path[-1]] = os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _section_of(key: str, stages: Mapping[str, Any], sections: Mapping[str, type]) -> list[str]:
+def _section_of(key: str, stages: Mapping[str, Any]) -> list[str]:
     """Find the section that a bare key belongs to, as parts of its dotted name."""
-    found = [name for name, cls in sections.items() if key in field_names(cls)]
-    if key in config_fields():
-        found.append("model_config")
+    found = [name for name in SECTIONS if key in section_keys(name)]
     # A stage that sets the key hides the value in `training`.
     found += [f"stages.{name}" for name, changes in stages.items() if isinstance(changes, dict) and key in changes]
     if len(found) > 1:
         choices = " or ".join(f"{section}.{key}" for section in found)
-        raise ValueError(f"--set {key}=... is ambiguous; use {choices}.")
+        raise ValueError(f"{key} is ambiguous; use {choices}.")
     if not found:
-        known = [*TOP_LEVEL, *config_fields(), *(name for cls in sections.values() for name in field_names(cls))]
-        raise ValueError(f"--set {key}=...: {_unknown(key, known)}")
+        raise ValueError(
+            _unknown(key, [*TOP_LEVEL, *(name for section in SECTIONS for name in section_keys(section))])
+        )
     return found[0].split(".")
 
 

@@ -10,7 +10,6 @@ import itertools
 import logging
 import os
 import re
-import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from datasets.table import InMemoryTable
 from tqdm.auto import tqdm
+
+from clipmini.names import TABLE_SUFFIXES, TOKEN_SUFFIXES, check_name, first_sentence
 
 from .images import Skipped, find_images, walk_files
 from .tables import NoPairsError, caption_texts, is_token_file, read_rows, valid_unicode
@@ -43,11 +44,8 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
-TOKEN_SUFFIXES = (".txt", ".token")
 TEXT_TYPES = (Value("string"), Value("large_string"))
 BINARY_TYPES = (Value("binary"), Value("large_binary"))
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 NUM_SAMPLED = 100  # rows that columns and the folder of the images are found from
 
 
@@ -103,16 +101,15 @@ class SourceReader:
             return self._read_folder(path)
         if path.exists():
             return self._read_table(path, split=None, base=None)
-        if isinstance(source, Path) or not HUB_ID.fullmatch(source) or path.suffix in TABLE_SUFFIXES + TOKEN_SUFFIXES:
-            raise ValueError(f"{source} does not exist. Name a folder, a table, or a Hub data set as owner/name.")
-        return self._from_splits(load_from_hub(source), source, folder=Path())
+        check_name(source, "a folder or a table")
+        return self._from_splits(load_from_hub(str(source)), str(source), folder=Path())
 
     def _read_folder(self, folder: Path) -> RawPairs:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             try:
                 saved = datasets.load_from_disk(str(folder))
             except Exception as error:
-                raise ValueError(f"{folder} cannot be read as a saved data set: {_one_line(error)}") from error
+                raise ValueError(f"{folder} cannot be read as a saved data set: {first_sentence(error)}") from error
             if isinstance(saved, Dataset):
                 return self._from_columns(saved, str(folder), folder)
             return self._from_splits(saved, str(folder), folder)
@@ -166,7 +163,7 @@ class SourceReader:
         try:
             dataset = Dataset.from_parquet(str(table))  # `load_dataset` would also report the download to a server
         except Exception as error:
-            raise ValueError(f"{table} cannot be read as parquet: {_one_line(error)}") from error
+            raise ValueError(f"{table} cannot be read as parquet: {first_sentence(error)}") from error
         return self._from_columns(dataset, str(table), table.parent, split, base)
 
     def _from_splits(self, loaded: DatasetDict, name: str, folder: Path) -> RawPairs:
@@ -252,7 +249,8 @@ def load_from_hub(name: str, config_name: str | None = None) -> DatasetDict:
     try:
         return datasets.load_dataset(name, config_name)
     except Exception as error:  # of a dozen kinds, from three packages
-        raise ValueError(f"{name} is no local path, and loading it from the Hub failed: {_one_line(error)}") from error
+        reason = first_sentence(error)
+        raise ValueError(f"{name} is no local path, and loading it from the Hub failed: {reason}.") from error
 
 
 def _find_tables(folder: Path) -> list[Path]:
@@ -370,7 +368,3 @@ def _concatenate(parts: Sequence[RawPairs]) -> RawPairs:
         [key for part in parts for key in part.keys],
         [split for part in parts for split in part.splits],
     )
-
-
-def _one_line(error: Exception) -> str:
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
+from scipy.sparse import csr_array
 from torch import Tensor
 
-from clipmini.inference.encoders import DualEncoder, check_widths
+from clipmini.inference.embed import DualEncoder
+from clipmini.inference.encoders import check_widths
 from clipmini.inference.zero_shot import embed_labels
 
 from .intervals import Interval, percentiles, resample_weights
@@ -64,9 +66,6 @@ def classification_metrics(
         num_resamples: sets of images drawn for the intervals.
         seed: seed of the draws.
 
-    Returns:
-        The metrics.
-
     Raises:
         ValueError: there are no images, or scores and labels do not match.
     """
@@ -93,22 +92,23 @@ def classification_metrics(
     is_found = {"top1": is_correct}
     if num_classes > TOP_K:
         is_found["top5"] = (rank < TOP_K).numpy()
-    (per_class,) = _per_class(is_correct, labels.numpy(), num_classes, np.ones((1, num_images)))
-    values = {**{name: found.mean() for name, found in is_found.items()}, "mean_per_class": np.nanmean(per_class)}
-    resampled: dict[str, list[np.ndarray]] = {name: [] for name in values}
-    for weights in resample_weights(num_images, num_resamples, seed):
-        for name, found in is_found.items():
-            resampled[name].append(weights @ found / num_images)
+
+    def shares(weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the (R,) shares under each row of (R, N) weights, which sum to N."""
         by_class = _per_class(is_correct, labels.numpy(), num_classes, weights)
-        resampled["mean_per_class"].append(np.nanmean(by_class, axis=1))
+        by_name = {name: weights @ found / num_images for name, found in is_found.items()}
+        return {**by_name, "mean_per_class": np.nanmean(by_class, axis=1)}
+
+    once = np.ones((1, num_images))
+    resampled = [shares(weights) for weights in resample_weights(num_images, num_resamples, seed)]
     return ClassificationMetrics(
         shares={
-            name: Interval(float(value), *percentiles(np.concatenate(resampled[name])))
-            for name, value in values.items()
+            name: Interval(float(value), *percentiles(np.concatenate([part[name] for part in resampled])))
+            for name, (value,) in shares(once).items()
         },
         chance=1 / num_classes,
         is_correct=is_correct,
-        per_class=per_class,
+        per_class=_per_class(is_correct, labels.numpy(), num_classes, once)[0],
         calibration_error=None if confidence is None else _calibration_error(confidence, is_correct),
         confusion=confusion.numpy(),
     )
@@ -116,13 +116,10 @@ def classification_metrics(
 
 def _per_class(is_correct: np.ndarray, labels: np.ndarray, num_classes: int, weights: np.ndarray) -> np.ndarray:
     """Return the accuracy of each class under each row of (R, N) weights: (R, C), NaN where a class has no image."""
-    order = np.argsort(labels, kind="stable")
-    present, starts = np.unique(labels[order], return_index=True)
-    weights = weights[:, order]
-    correct, total = (np.add.reduceat(values, starts, axis=1) for values in (weights * is_correct[order], weights))
-    accuracy = np.full((len(weights), num_classes), np.nan)
-    accuracy[:, present] = np.divide(correct, total, out=np.full(total.shape, np.nan), where=total > 0)
-    return accuracy
+    rows = np.arange(len(labels))
+    is_of_class = csr_array((np.ones(len(labels)), (rows, labels)), shape=(len(labels), num_classes))
+    with np.errstate(invalid="ignore"):  # no image of no image
+        return (weights * is_correct) @ is_of_class / (weights @ is_of_class)
 
 
 def _calibration_error(confidence: Tensor, is_correct: np.ndarray) -> float:
@@ -144,9 +141,6 @@ def measure_zero_shot(
         images: with the columns `image` and `label`, as `load_labeled` returns them.
         names: the C class names.
         templates: captions with `{}` for the name; the embeddings of a class's captions are averaged.
-
-    Returns:
-        The metrics.
 
     Raises:
         ImageError: an image cannot be read.

@@ -5,37 +5,37 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from clipmini.files import atomic_write
 
+from .naming import METRIC_LABELS
+from .retrieval import DIRECTIONS
+
 RECALL_STYLES = {
-    "eval_text_to_image_r1": ("text to image R@1", "tab:blue", "-"),
-    "eval_text_to_image_r5": ("text to image R@5", "tab:blue", "--"),
-    "eval_image_to_text_r1": ("image to text R@1", "tab:orange", "-"),
-    "eval_image_to_text_r5": ("image to text R@5", "tab:orange", "--"),
+    f"{direction}_r{k}": (color, style)
+    for direction, color in zip(DIRECTIONS, ("tab:blue", "tab:orange"), strict=True)
+    for k, style in ((1, "-"), (5, "--"))
 }
 TITLES = ("training loss", "retrieval on the validation split", "temperature", "learning rate, in units of 0.001")
 Histories = Mapping[str, Sequence[Mapping[str, float]]]
 
 
 def draw_curves(stages: Histories, out: Path) -> None:
-    """Draw loss, validation recalls, temperature and learning rate over the epochs.
+    """Draw loss, validation recalls, temperature and learning rate over the epochs, as a PNG.
 
     Args:
         stages: `trainer.state.log_history` of each stage by name, in order. Their epochs follow each other, with a
-            line where a stage begins; curves do not cross it, since batch sizes and learning rates differ between
-            stages.
-        out: the PNG to write.
+            line where a stage begins; curves do not cross it, since batch sizes and learning rates differ.
+        out: the file to write.
     """
     figure = Figure(figsize=(11, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
     (loss, recall), (temperature, rate) = figure.subplots(2, 2, sharex=True, height_ratios=(2, 1))
     _plot(loss, stages, "loss", color="tab:green")
     loss.set_ylabel("nats")
-    for key, (name, color, style) in RECALL_STYLES.items():
-        _plot(recall, stages, key, lambda value: 100 * value, color=color, linestyle=style, marker=".", label=name)
+    for name, (color, style) in RECALL_STYLES.items():
+        options = {"color": color, "linestyle": style, "marker": ".", "label": METRIC_LABELS[name]}
+        _plot(recall, stages, f"eval_{name}", lambda value: 100 * value, **options)
     recall.set_ylabel("recall, %")
     recall.set_ylim(bottom=0)
     if recall.lines:

@@ -13,14 +13,16 @@ from torch import Tensor
 from modeling_clipmini.modeling_clipmini import normalize
 
 PRECISIONS = {"float32": 32, "int8": 8, "binary": 1}  # bits per dimension
+MAX_VECTORS = 10_000  # uniformity compares all pairs of vectors; of more vectors, this many are sampled
+BLOCK = 1024  # rows of the matrix of all pairs in memory at once
+COLLAPSE_COSINE = 0.99  # a mean cosine of different vectors above this is a collapse
+COLLAPSE_RANK = 2.0  # and so is an effective rank below this
+MIN_VECTORS, MIN_WIDTH = 10, 4  # fewer vectors or dimensions cannot show a collapse
+LEVEL = 0.975  # of the one-sided test that captions are closer to their own image than to all images
 
 
 def truncate(embeds: Tensor, width: int) -> Tensor:
     """Keep the first dimensions (Matryoshka embeddings; Kusupati et al., 2022, arXiv:2205.13147).
-
-    Args:
-        embeds: (N, D).
-        width: number of dimensions to keep, at most D.
 
     Returns:
         (N, width), each of length 1.
@@ -50,14 +52,6 @@ def quantize(embeds: Tensor, precision: str) -> Tensor:
     if precision == "binary":
         return (embeds > 0).float() * 2 - 1
     return embeds
-
-
-MAX_VECTORS = 10_000  # uniformity compares all pairs of vectors; of more vectors, this many are sampled
-BLOCK = 1024  # rows of the matrix of all pairs in memory at once
-COLLAPSE_COSINE = 0.99  # a mean cosine of different vectors above this is a collapse
-COLLAPSE_RANK = 2.0  # and so is an effective rank below this
-MIN_VECTORS, MIN_WIDTH = 10, 4  # fewer vectors or dimensions cannot show a collapse
-LEVEL = 0.975  # of the one-sided test that captions are closer to their own image than to all images
 
 
 @dataclass(frozen=True)
@@ -108,15 +102,7 @@ def diagnose(
         text_image_ids: (T,) integers, the id of the image that each caption describes.
         image_ids: (I,) integers; by default 0 to I - 1.
         temperature: the model's.
-
-    Returns:
-        The figures and the faults.
-
-    Raises:
-        ValueError: there is no image or no caption.
     """
-    if not len(image_embeds) or not len(text_embeds):
-        raise ValueError(f"{len(image_embeds)} images and {len(text_embeds)} captions; pass at least one of each.")
     images, texts = image_embeds.double().cpu(), text_embeds.double().cpu()
     image_ids = torch.arange(len(images)) if image_ids is None else image_ids.cpu()
     matching, other, margins = _closeness(images, texts, image_ids, text_image_ids.cpu())
@@ -139,7 +125,7 @@ def uniformity(embeds: Tensor) -> float:
     """Return the logarithm of the mean of exp(-2 d^2) over all pairs of different rows at distance d.
 
     Args:
-        embeds: (N, D), of length 1; of more than 10,000 rows, so many are sampled, always the same.
+        embeds: (N, D), of length 1; of more than `MAX_VECTORS` rows, so many are sampled, always the same.
 
     Returns:
         In [-8, 0]; NaN for fewer than two rows.
@@ -160,11 +146,7 @@ def uniformity(embeds: Tensor) -> float:
 def effective_rank(embeds: Tensor) -> float:
     """Return exp of the entropy of the singular values around the mean: the number of dimensions in which rows vary.
 
-    Args:
-        embeds: (N, D).
-
-    Returns:
-        From 1 to D; 1 if all rows are equal, NaN if a value is not finite.
+    Of (N, D) embeddings it is from 1 to D; 1 if all rows are equal, NaN if a value is not finite.
     """
     if not embeds.isfinite().all():
         return math.nan
@@ -182,7 +164,7 @@ def _closeness(
 ) -> tuple[float, float, Tensor]:
     """Return the mean cosines of matching and other pairs, and (G,) how much closer captions are to their images."""
     ids, index = torch.cat([image_ids, text_image_ids]).unique(return_inverse=True)
-    image_index, text_index = index[: len(images)], index[len(images) :]
+    image_index, text_index = index.split([len(images), len(texts)])
     image_sums, text_sums = (
         torch.zeros(len(ids), images.shape[1], dtype=torch.double).index_add_(0, rows, embeds)
         for rows, embeds in ((image_index, images), (text_index, texts))

@@ -1,4 +1,4 @@
-"""Drawings of a report, as SVG elements to embed in its page."""
+"""Drawings of a report: each function returns an SVG element to embed in its page."""
 
 import io
 import re
@@ -11,11 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .diagnostics import PRECISIONS
+from .naming import DIRECTION_LABELS
+from .retrieval import DIRECTIONS
 
 INK, GRAY, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, GREEN = "#2563eb", "#d97706", "#059669"
-COLORS = {"text_to_image": BLUE, "image_to_text": ORANGE}
-LABELS = {"text_to_image": "text to image", "image_to_text": "image to text"}
+COLORS = dict(zip(DIRECTIONS, (BLUE, ORANGE), strict=True))
 SIZE = (5.2, 3.1)  # inches; half the width of the page
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text, which is smaller and takes the page's font
@@ -45,15 +46,12 @@ def draw_recall_curve(
     Args:
         curves: by model, then by direction, recalls in [0, 1] for k from 1; the second model is dashed.
         chance: by direction, the same for a random order.
-
-    Returns:
-        The SVG element.
     """
     with rc_context(STYLE):
         figure, axes = _new()
         for number, (model, by_direction) in enumerate(curves.items()):
             for direction, recalls in by_direction.items():
-                label = LABELS[direction] + (f", {model}" if len(curves) > 1 else "")
+                label = DIRECTION_LABELS[direction] + (f", {model}" if len(curves) > 1 else "")
                 ks = range(1, len(recalls) + 1)
                 style = "--" if number else "-"
                 axes.plot(ks, 100 * np.array(recalls), style, color=COLORS[direction], label=label)
@@ -72,14 +70,7 @@ def draw_recall_curve(
 
 
 def draw_ranks(ranks: Mapping[str, np.ndarray]) -> str:
-    """Draw a histogram of ranks.
-
-    Args:
-        ranks: by direction, ranks from 0.
-
-    Returns:
-        The SVG element.
-    """
+    """Draw a histogram of ranks, which count from 0, by direction."""
     edges = np.array([0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, 100_000, np.inf])
     names = ["1", "2", "3", "4-5", "6-10", "11-20", "21-50", "51-100", "101-200", "201-500", "501-1000"]
     names += ["to 10,000", "to 100,000", "beyond"]
@@ -90,7 +81,7 @@ def draw_ranks(ranks: Mapping[str, np.ndarray]) -> str:
             counts = np.histogram(values, bins=edges)[0][:last]
             shares = 100 * counts / max(1, len(values))
             x = np.arange(last) + 0.4 * number - 0.2
-            axes.bar(x, shares, 0.38, color=COLORS[direction], label=LABELS[direction])
+            axes.bar(x, shares, 0.38, color=COLORS[direction], label=DIRECTION_LABELS[direction])
         axes.set_xticks(range(last), names[:last], rotation=40, ha="right")
         axes.set(xlabel="rank of the best correct answer", ylabel="queries, in %")
         axes.grid(axis="x", visible=False)
@@ -99,19 +90,11 @@ def draw_ranks(ranks: Mapping[str, np.ndarray]) -> str:
 
 
 def draw_similarities(matching: np.ndarray, others: np.ndarray) -> str:
-    """Draw histograms of the similarities of captions to their own images and to others.
-
-    Args:
-        matching: cosines of captions with their own images.
-        others: cosines of captions with other images.
-
-    Returns:
-        The SVG element.
-    """
+    """Draw histograms of the cosines of captions with their own images and with others."""
     # float64, since a collapsed model's are all alike, and float32 has no 60 numbers between them.
     matching, others = (values[np.isfinite(values)].astype(float) for values in (matching, others))
-    both = np.concatenate([matching, others, [0.0]] if not len(matching) + len(others) else [matching, others])
-    bins = np.linspace(both.min(), both.max() + 1e-6, 61)
+    both = np.concatenate([matching, others])
+    bins = np.linspace(both.min(initial=1), both.max(initial=-1) + 1e-6, 61)
     with rc_context(STYLE):
         figure, axes = _new()
         for values, color, label in ((others, GRAY, "other images"), (matching, GREEN, "correct image")):
@@ -129,9 +112,6 @@ def draw_compression(by_width: Mapping[int, float], by_precision: Mapping[str, f
     Args:
         by_width: mean recall, in [0, 1], of embeddings truncated to some widths.
         by_precision: mean recall of embeddings of the largest of these widths, by name as in `PRECISIONS`.
-
-    Returns:
-        The SVG element.
     """
     largest = max(by_width)
     truncated = {4 * width: (str(width), recall) for width, recall in sorted(by_width.items())}
@@ -159,27 +139,16 @@ def draw_compression(by_width: Mapping[int, float], by_precision: Mapping[str, f
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> str:
-    """Draw a confusion matrix.
-
-    Args:
-        confusion: (C, C) number of images by label (row) and predicted class (column).
-        names: the C class names.
-
-    Returns:
-        The SVG element.
-    """
+    """Draw a confusion matrix: (C, C) numbers of images by label (row) and predicted class (column)."""
     shares = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
     has_names = len(names) <= MAX_NAMES
     edge = min(9.0, 3 + 0.22 * len(names)) if has_names else 6.0
     with rc_context({**STYLE, "axes.grid": False}):
         figure, axes = _new((edge + 1, edge))
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        if has_names:
-            axes.set_xticks(range(len(names)), names, rotation=60, ha="right", parse_math=False)
-            axes.set_yticks(range(len(names)), names, parse_math=False)
-        else:
-            axes.set_xticks([])
-            axes.set_yticks([])
+        shown = names if has_names else []
+        axes.set_xticks(range(len(shown)), shown, rotation=60, ha="right", parse_math=False)
+        axes.set_yticks(range(len(shown)), shown, parse_math=False)
         axes.set(xlabel="predicted", ylabel="label")
         return _svg(figure, "Confusion matrix.")
 

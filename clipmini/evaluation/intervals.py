@@ -54,17 +54,7 @@ def bootstrap_intervals(
     seed: int = 0,
     recall_at: Sequence[int] = RECALL_AT,
 ) -> dict[str, Interval]:
-    """Return every metric of `summarize_scores` with its 95 % interval; median ranks have none.
-
-    Args:
-        scores: as `retrieval_scores` returns them.
-        num_resamples: number of resamples to draw.
-        seed: seed of the draws.
-        recall_at: the values of k.
-
-    Returns:
-        The intervals by metric; NaN where there is no query.
-    """
+    """Return every metric of `summarize_scores` with its 95 % interval; median ranks and empty sets have none."""
     resampled = _resample(scores, num_resamples, seed, recall_at)
     return {
         name: Interval(value, *percentiles(resampled[name])) if name in resampled else Interval(value)
@@ -78,26 +68,14 @@ def interval_ends(metrics: Mapping[str, Interval]) -> dict[str, list[float]]:
 
 
 def paired_bootstrap(
-    first: Mapping[str, QueryScores],
-    second: Mapping[str, QueryScores],
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
+    first: Mapping[str, QueryScores], second: Mapping[str, QueryScores], num_resamples: int = NUM_RESAMPLES
 ) -> dict[str, Difference]:
-    """Return how much two models differ on the same set, with intervals.
+    """Return how much two models differ on the same queries: first minus second, by metric.
 
     Both are measured on the same resamples, so that images that are hard for both do not blur the difference.
 
-    Args:
-        first: as `retrieval_scores` returns them.
-        second: another model's, of the same queries in the same order.
-        num_resamples: number of resamples to draw.
-        seed: seed of the draws.
-
-    Returns:
-        First minus second, by metric. Lower is better for ranks, higher for all else.
-
     Raises:
-        ValueError: the queries are not the same.
+        ValueError: the queries are not the same, or not in the same order.
     """
     for direction, scores in first.items():
         if not torch.equal(scores.ids, second[direction].ids):
@@ -106,7 +84,7 @@ def paired_bootstrap(
                 f"{len(scores.ids)} and {len(second[direction].ids)} queries {direction.replace('_', ' ')}."
             )
     second_values = summarize_scores(second)
-    resampled, second_resampled = (_resample(scores, num_resamples, seed, RECALL_AT) for scores in (first, second))
+    resampled, second_resampled = (_resample(scores, num_resamples, 0, RECALL_AT) for scores in (first, second))
     return {
         name: _difference(value - second_values[name], resampled[name] - second_resampled[name])
         if name in resampled
@@ -115,24 +93,11 @@ def paired_bootstrap(
     }
 
 
-def paired_shares(
-    first: np.ndarray, second: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> Difference:
-    """Return how much two shares of the same images differ, such as the accuracies of two models.
-
-    Args:
-        first: (N,) booleans, the images that count for the first share.
-        second: (N,) likewise.
-        num_resamples: number of resamples to draw.
-        seed: seed of the draws.
-
-    Returns:
-        First minus second.
-    """
+def paired_shares(first: np.ndarray, second: np.ndarray) -> Difference:
+    """Return how much two shares of the same images differ: first minus second, each of (N,) booleans."""
     differences = first.astype(float) - second.astype(float)
-    num_images = len(differences)
-    resampled = [weights @ differences for weights in resample_weights(num_images, num_resamples, seed)]
-    return _difference(differences.mean(), np.concatenate(resampled) / num_images)
+    weights = resample_weights(len(differences), NUM_RESAMPLES, seed=0)
+    return _difference(differences.mean(), np.concatenate([part @ differences for part in weights]) / len(differences))
 
 
 def _difference(value: float, resampled: np.ndarray) -> Difference:
@@ -172,16 +137,7 @@ def _resample(
 
 
 def resample_weights(num_images: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Draw how often each image occurs in each resample.
-
-    Args:
-        num_images: images in the set, and in each resample.
-        num_resamples: number of resamples to draw.
-        seed: seed of the draws.
-
-    Yields:
-        (R, images) counts, R resamples at a time until there are `num_resamples`.
-    """
+    """Draw how often each image occurs in each resample: (R, images) counts, R resamples at a time."""
     random = np.random.default_rng(seed)
     at_once = max(1, MAX_WEIGHTS // max(1, num_images))
     for start in range(0, num_resamples, at_once):

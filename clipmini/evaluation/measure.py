@@ -1,7 +1,11 @@
-"""Measure retrieval over a whole split: every image and caption embedded once, metrics with intervals, failures."""
+"""Measure retrieval over a whole split, from a model and its data to results: training and `evaluate` both do it here.
 
-from collections.abc import Callable, Sequence
+Every image and caption is embedded once. Where frozen parts of the towers have run already, their features are used.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,13 +14,14 @@ from datasets import Dataset
 from torch import Tensor
 
 from clipmini.data.pairs import PairDataset
-from clipmini.inference.encode import encode_images, encode_texts
-from clipmini.inference.encoders import DualEncoder, check_widths
-from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
-from modeling_clipmini.encoding_clipmini import eval_mode
+from clipmini.inference.embed import DualEncoder, as_encoder
+from clipmini.inference.encoders import check_widths
+from modeling_clipmini import ClipMiniModel
+from modeling_clipmini.encoding_clipmini import embed_in_batches, eval_mode
+from modeling_clipmini.modeling_clipmini import normalize
 
 from .diagnostics import Diagnostics, diagnose, quantize, truncate
-from .intervals import Interval, bootstrap_intervals
+from .intervals import Interval, bootstrap_intervals, interval_ends
 from .retrieval import (
     DIRECTIONS,
     PRECISION_AT,
@@ -24,127 +29,14 @@ from .retrieval import (
     Ranking,
     chance_metrics,
     rank_candidates,
-    retrieval_metrics,
     retrieval_scores,
     score_rankings,
     summarize_scores,
 )
 
-CACHED_CHUNK_SIZE = 8192  # rows of cached features projected at once
+PROJECTED_AT_ONCE = 8192  # pooled outputs of a tower that only its projection has to process
 CURVE_END = 100  # the last k of a recall curve
 MAX_COMPARED = 2000  # images, and captions, in the histogram of similarities that do not match
-
-
-def embed_pairs(
-    model: ClipMiniModel, processor: ClipMiniProcessor, pairs: Dataset | PairDataset, batch_size: int = 16
-) -> tuple[Tensor, Tensor]:
-    """Embed all images and all captions of a pair data set.
-
-    Args:
-        model: in eval mode.
-        processor: the model's processor.
-        pairs: one row per image; of cached features the first view is used.
-        batch_size: images per forward pass; eight times as many captions.
-
-    Returns:
-        (I, D) image and (T, D) caption embeddings, float32 on the CPU, each of length 1; captions in the order of the
-        rows.
-    """
-    cached = _cached(pairs)
-    if cached.image_features is None:
-        image_embeds = encode_images(model, processor, cached.rows["image"], batch_size)
-    elif cached.frozen_stages is None:
-        image_embeds = _embed_features(model, cached.image_features[:, 0], "pooled_image", CACHED_CHUNK_SIZE)
-    else:
-        with cached.frozen_stages.resuming():
-            image_embeds = _embed_features(model, cached.image_features[:, 0], "pixel_values", batch_size)
-    if cached.text_features is None:
-        text_embeds = encode_texts(model, processor, cached.captions, 8 * batch_size)
-    else:
-        text_embeds = _embed_features(model, cached.text_features, "pooled_text", CACHED_CHUNK_SIZE)
-    return image_embeds, text_embeds
-
-
-def evaluate_retrieval(
-    model: ClipMiniModel,
-    processor: ClipMiniProcessor,
-    pairs: Dataset | PairDataset,
-    batch_size: int = 16,
-    widths: Sequence[int] = (),
-) -> dict[str, float]:
-    """Measure retrieval on a whole split with all captions of every image; see `summarize_scores`.
-
-    Args:
-        model: put in eval mode during the measurement.
-        processor: the model's processor.
-        pairs: one row per image.
-        batch_size: images per forward pass.
-        widths: also measure embeddings truncated to these widths.
-
-    Returns:
-        `text_to_image_r1`, ..., `mean_recall`, in [0, 1]; for each width the same with the suffix `_at_{width}`.
-    """
-    return _evaluate(summarize_scores, model, processor, pairs, batch_size, widths)
-
-
-def evaluate_with_intervals(
-    model: ClipMiniModel,
-    processor: ClipMiniProcessor,
-    pairs: Dataset | PairDataset,
-    batch_size: int = 16,
-    widths: Sequence[int] = (),
-) -> dict[str, Interval]:
-    """Measure as `evaluate_retrieval` does, and return each metric with its 95 % bootstrap interval over images."""
-    return _evaluate(bootstrap_intervals, model, processor, pairs, batch_size, widths)
-
-
-def _evaluate(
-    summarize: Callable[[dict[str, QueryScores]], dict[str, Any]],
-    model: ClipMiniModel,
-    processor: ClipMiniProcessor,
-    pairs: Dataset | PairDataset,
-    batch_size: int,
-    widths: Sequence[int],
-) -> dict[str, Any]:
-    with eval_mode(model):
-        embeds = embed_pairs(model, processor, pairs, batch_size)
-    ids = _ids(pairs)
-    metrics = summarize(retrieval_scores(*embeds, *ids))
-    for width in widths:
-        image_embeds, text_embeds = (truncate(rows, width) for rows in embeds)
-        at_width = summarize(retrieval_scores(image_embeds, text_embeds, *ids))
-        metrics |= {f"{name}_at_{width}": value for name, value in at_width.items()}
-    return metrics
-
-
-def chance_level(pairs: Dataset | PairDataset) -> dict[str, float]:
-    """Return the recalls of a random order on the same split, under the same keys."""
-    return chance_metrics(*_ids(pairs))
-
-
-def _ids(pairs: Dataset | PairDataset) -> tuple[Tensor, Tensor]:
-    """Return the image ids of all captions and of all rows."""
-    cached = _cached(pairs)
-    image_ids = torch.tensor(cached.image_ids)
-    return image_ids[cached.image_of_captions()], image_ids
-
-
-def _cached(pairs: Dataset | PairDataset) -> PairDataset:
-    return pairs if isinstance(pairs, PairDataset) else PairDataset(pairs)
-
-
-@torch.no_grad()
-def _embed_features(model: ClipMiniModel, features: np.ndarray, name: str, batch_size: int) -> Tensor:
-    """Pass cached features through the rest of their tower."""
-    results = []
-    for start in range(0, len(features), batch_size):
-        batch = torch.tensor(features[start : start + batch_size], dtype=torch.float32, device=model.device)
-        if batch.ndim == 4:
-            batch = batch.contiguous(memory_format=torch.channels_last)
-        output = model(**{name: batch})
-        embeds = output.text_embeds if name == "pooled_text" else output.image_embeds
-        results.append(embeds.float().cpu())
-    return torch.cat(results)
 
 
 @dataclass(frozen=True)
@@ -169,6 +61,10 @@ class Embeddings:
     def text_image_ids(self) -> Tensor:
         """Ids of the captions' images, (T,)."""
         return self.image_ids[self.row_of_text]
+
+    def scores(self, change: Callable[[Tensor], Tensor] = lambda vectors: vectors) -> dict[str, QueryScores]:
+        """Score every query, by direction, with the vectors as they are, or changed, such as truncated."""
+        return retrieval_scores(change(self.images), change(self.texts), self.text_image_ids, self.image_ids)
 
     def without(self, rows: Sequence[int], texts: Sequence[int]) -> "Embeddings":
         """Leave out some images with all their captions, and some captions more."""
@@ -210,9 +106,6 @@ class RetrievalResult:
     """A model's retrieval on a split.
 
     Attributes:
-        num_images: I.
-        num_texts: T.
-        width: D.
         metrics: as in `summarize_scores`, with 95 % intervals.
         chance: recalls of a random order, under the same names.
         diagnostics: the shape of the shared space.
@@ -220,15 +113,10 @@ class RetrievalResult:
         by_precision: metrics of embeddings rounded to fewer bits, by name as in `PRECISIONS`, "float32" first.
         recall_curve: by direction, R@k for k from 1 to 100, or to all candidates where there are fewer.
         chance_curve: the same for a random order.
-        matching_similarities: (T,) cosines of the captions with their own images.
-        other_similarities: cosines of captions with other images, of at most 2,000 of either.
         scores: scores of every query, to compare with another model's.
         misses: the captions whose images ranked lowest.
     """
 
-    num_images: int
-    num_texts: int
-    width: int
     metrics: dict[str, Interval]
     chance: dict[str, float]
     diagnostics: Diagnostics
@@ -236,32 +124,97 @@ class RetrievalResult:
     by_precision: dict[str, dict[str, float]]
     recall_curve: dict[str, list[float]]
     chance_curve: dict[str, list[float]]
-    matching_similarities: np.ndarray
-    other_similarities: np.ndarray
     scores: dict[str, QueryScores]
     misses: list[Miss]
 
 
-def embed_split(encoder: DualEncoder, pairs: Dataset) -> Embeddings:
+def embed_pairs(encoder: DualEncoder, pairs: Dataset | PairDataset, batch_size: int = 16) -> Embeddings:
     """Embed every image and every caption of a split once.
 
     Args:
-        encoder: the model.
-        pairs: one row per image, as `load_pairs` returns them.
-
-    Returns:
-        The embeddings, in the order of the rows.
+        encoder: the model, in eval mode.
+        pairs: one row per image, as `load_pairs` returns them; or with features of the frozen parts of the encoder's
+            towers, of which the first view is used.
+        batch_size: images per forward pass; eight times as many captions.
 
     Raises:
         ImageError: an image cannot be read.
         ValueError: images and captions are embedded in different widths.
     """
-    rows = PairDataset(pairs)
-    captions = rows.captions
-    images = encoder.encode_images(pairs["image"])
-    texts = encoder.encode_texts(captions)
+    data = pairs if isinstance(pairs, PairDataset) else PairDataset(pairs)
+    model: Any = encoder.module
+
+    def embed_image_features(rows: list[int]) -> Tensor:
+        assert data.image_features is not None
+        batch = torch.tensor(data.image_features[rows, 0], dtype=torch.float32, device=model.device)
+        pooled = batch if data.frozen_stages is None else data.frozen_stages.resume(model, batch)
+        return model.get_image_features(pooled_image=pooled).pooler_output
+
+    def embed_text_features(rows: list[int]) -> Tensor:
+        assert data.text_features is not None
+        batch = torch.tensor(data.text_features[rows], dtype=torch.float32, device=model.device)
+        return model.get_text_features(pooled_text=batch).pooler_output
+
+    captions = data.captions
+    if data.image_features is None:
+        images = encoder.encode_images(data.rows["image"], batch_size)
+    else:
+        size = PROJECTED_AT_ONCE if data.frozen_stages is None else batch_size
+        images = normalize(embed_in_batches(range(len(data)), embed_image_features, size))
+    if data.text_features is None:
+        texts = encoder.encode_texts(captions, 8 * batch_size)
+    else:
+        texts = normalize(embed_in_batches(range(len(captions)), embed_text_features, PROJECTED_AT_ONCE))
     check_widths(encoder, images, texts)
-    return Embeddings(images, texts, torch.tensor(rows.image_ids), captions, rows.image_of_captions())
+    return Embeddings(images, texts, torch.tensor(data.image_ids), captions, data.image_of_captions())
+
+
+def measure_pairs(
+    model: ClipMiniModel,
+    pairs: Dataset | PairDataset,
+    batch_size: int = 16,
+    widths: Sequence[int] = (),
+    summarize: Callable[[Mapping[str, QueryScores]], Mapping[str, Any]] = summarize_scores,
+) -> dict[str, Any]:
+    """Measure retrieval on a split with all captions of every image.
+
+    Args:
+        model: with its processor; put in eval mode during the measurement.
+        pairs: as in `embed_pairs`.
+        batch_size: images per forward pass.
+        widths: also measure embeddings truncated to these widths.
+        summarize: makes metrics of the scores: `summarize_scores`, or `bootstrap_intervals` for intervals too.
+
+    Returns:
+        `text_to_image_r1`, ..., `mean_recall`, in [0, 1]; for each width the same with the suffix `_at_{width}`.
+    """
+    with eval_mode(model):
+        embeds = embed_pairs(as_encoder(model), pairs, batch_size)
+    metrics = dict(summarize(embeds.scores()))
+    for width in widths:
+        truncated = summarize(embeds.scores(partial(truncate, width=width)))
+        metrics |= {f"{name}_at_{width}": value for name, value in truncated.items()}
+    return metrics
+
+
+def measure_split(
+    model: ClipMiniModel, pairs: Dataset | PairDataset, batch_size: int = 16, widths: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Measure retrieval on a split with intervals, in the form of `results.json`; arguments as in `measure_pairs`.
+
+    Returns:
+        `num_images`, `num_captions`, and by metric `chance`, `after` training, and `intervals` of the latter.
+    """
+    data = pairs if isinstance(pairs, PairDataset) else PairDataset(pairs)
+    metrics = measure_pairs(model, data, batch_size, widths, bootstrap_intervals)
+    image_ids = torch.tensor(data.image_ids)
+    return {
+        "num_images": len(data),
+        "num_captions": sum(data.num_captions),
+        "chance": chance_metrics(image_ids[data.image_of_captions()], image_ids),
+        "after": {name: interval.value for name, interval in metrics.items()},
+        "intervals": interval_ends(metrics),
+    }
 
 
 def measure_retrieval(
@@ -276,44 +229,32 @@ def measure_retrieval(
     """Measure retrieval in both directions, all captions of every image against all images and vice versa.
 
     Args:
-        embeds: as `embed_split` returns them.
+        embeds: as `embed_pairs` returns them.
         logit_scale: the model's; its inverse, the temperature, is reported with the diagnostics.
         widths: also measure embeddings truncated to these widths.
         precisions: also measure embeddings rounded to these, of `PRECISIONS`.
         num_misses: number of lowest ranking captions to list.
         num_resamples: resamples of the intervals.
-
-    Returns:
-        The result.
-
-    Raises:
-        ValueError: a width is below 1 or above that of the embeddings.
     """
     full_width = embeds.images.shape[1]
-    if any(not 1 <= width <= full_width for width in widths):
-        raise ValueError(f"widths={list(widths)} are not all allowed; embeddings are {full_width} wide.")
     ids = embeds.text_image_ids, embeds.image_ids
     rankings = rank_candidates(embeds.images, embeds.texts, *ids, PRECISION_AT)
     scores = score_rankings(rankings, *ids)
     metrics = bootstrap_intervals(scores, num_resamples)
     values = {name: interval.value for name, interval in metrics.items()}
     by_width = {
-        width: retrieval_metrics(truncate(embeds.images, width), truncate(embeds.texts, width), *ids)
+        width: summarize_scores(embeds.scores(partial(truncate, width=width)))
         for width in sorted(set(widths) - {full_width})
     }
     by_precision = {
-        name: retrieval_metrics(quantize(embeds.images, name), quantize(embeds.texts, name), *ids)
+        name: summarize_scores(embeds.scores(partial(quantize, precision=name)))
         for name in precisions
         if name != "float32"
     }
-    matching_similarities, other_similarities = _similarities(embeds)
     chance = chance_metrics(*ids, recall_at=range(1, CURVE_END + 1))
-    num_candidates = dict(zip(DIRECTIONS, (len(embeds.images), len(embeds.texts)), strict=True))
-    ks = {direction: range(1, min(CURVE_END, number) + 1) for direction, number in num_candidates.items()}
+    candidates = zip(DIRECTIONS, (embeds.images, embeds.texts), strict=True)
+    ks = {direction: range(1, min(CURVE_END, len(rows)) + 1) for direction, rows in candidates}
     return RetrievalResult(
-        num_images=len(embeds.images),
-        num_texts=len(embeds.texts),
-        width=full_width,
         metrics=metrics,
         chance=chance_metrics(*ids),
         diagnostics=diagnose(embeds.images, embeds.texts, *ids, logit_scale and 1 / logit_scale),
@@ -324,15 +265,13 @@ def measure_retrieval(
             for direction, score in scores.items()
         },
         chance_curve={direction: [chance[f"{direction}_r{k}"] for k in ks[direction]] for direction in DIRECTIONS},
-        matching_similarities=matching_similarities,
-        other_similarities=other_similarities,
         scores=scores,
         misses=_misses(embeds, rankings[0], num_misses),
     )
 
 
-def _similarities(embeds: Embeddings) -> tuple[np.ndarray, np.ndarray]:
-    """Return cosines of captions with their own images, and of some captions with some other images."""
+def pair_similarities(embeds: Embeddings) -> tuple[np.ndarray, np.ndarray]:
+    """Return the (T,) cosines of captions with their own images, and those of some captions with some other images."""
     matching = (embeds.texts * embeds.images[embeds.row_of_text]).sum(dim=1)
     generator = torch.Generator().manual_seed(0)
     texts, images = (

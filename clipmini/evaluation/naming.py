@@ -1,21 +1,21 @@
 """Metrics as people read them, in percent, and as a model card's metadata hold them."""
 
 import math
-import os
 from collections.abc import Mapping
-from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import EvalResult
 
-from clipmini.data.sources import HUB_ID
+from clipmini.names import hub_id, public_name
 
 from .intervals import Interval
+from .retrieval import DIRECTIONS
 
+DIRECTION_LABELS = {direction: direction.replace("_", " ") for direction in DIRECTIONS}
 METRIC_LABELS = {
     **{
-        f"{direction}_{metric}": f"{direction.replace('_', ' ')} {label}"
-        for direction in ("text_to_image", "image_to_text")
+        f"{direction}_{metric}": f"{words} {label}"
+        for direction, words in DIRECTION_LABELS.items()
         for metric, label in (
             ("r1", "R@1"),
             ("r5", "R@5"),
@@ -30,6 +30,11 @@ METRIC_LABELS = {
     "top5": "top-5 accuracy",
     "mean_per_class": "mean accuracy per class",
 }
+
+
+def format_number(value: float, num_digits: int) -> str:
+    """Format a number with so many decimals; "-" for NaN and infinity."""
+    return f"{value:.{num_digits}f}" if math.isfinite(value) else "-"
 
 
 def format_figure(name: str, value: float) -> str:
@@ -51,24 +56,13 @@ def format_with_interval(name: str, interval: Interval) -> str:
     return f"{format_figure(name, interval.value)} ({format_interval(name, interval)})"
 
 
-def hub_id(name: str) -> str | None:
-    """Return a name if it is a Hub id, or None if it is a path, or the name of something that exists here."""
-    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
-
-
-def public_name(name: str) -> str:
-    """Return a name that can be published: a Hub id as it is, and only the last part of a path."""
-    # Windows paths may have either separator.
-    return hub_id(name) or PureWindowsPath(os.path.abspath(name)).name or "data"
-
-
 def eval_results(task: str, data: Mapping[str, Any], metrics: Mapping[str, Interval]) -> list[EvalResult]:
     """Convert metrics to entries of a model card's metadata.
 
     Args:
         task: the task's name on the Hub, such as "image-text-retrieval".
         data: `source` and `split`.
-        metrics: by name as in `METRIC_LABELS`; shares in [0, 1].
+        metrics: by name as in `METRIC_LABELS`.
 
     Returns:
         One entry for each finite metric, with its interval.

@@ -26,7 +26,6 @@ class ProbeResult:
     """Metrics of two simple classifiers on frozen embeddings.
 
     Attributes:
-        num_train_images: N.
         linear: logistic regression, its L2 penalty chosen by cross-validation on the training images alone (Radford
             et al., 2021, appendix A.3).
         inverse_penalty: the inverse strength that was chosen.
@@ -35,7 +34,6 @@ class ProbeResult:
         num_neighbors: number of training images that vote.
     """
 
-    num_train_images: int
     linear: ClassificationMetrics
     inverse_penalty: float
     num_folds: int
@@ -54,9 +52,6 @@ def probe(
         test_embeds: (M, D), of length 1.
         test_labels: (M,) likewise.
         num_classes: C.
-
-    Returns:
-        The metrics on the test images.
 
     Raises:
         ValueError: there are too few training images, or an embedding is not finite.
@@ -87,7 +82,6 @@ def probe(
     num_neighbors = min(NUM_NEIGHBORS, len(train_embeds))
     votes = neighbor_votes(train_embeds, train_labels, test_embeds, num_classes, num_neighbors)
     return ProbeResult(
-        num_train_images=len(train_embeds),
         linear=classification_metrics(
             torch.from_numpy(scores), test_labels, confidence=torch.from_numpy(np.exp(scores.max(axis=1)))
         ),
@@ -101,18 +95,7 @@ def probe(
 def neighbor_votes(
     train_embeds: Tensor, train_labels: Tensor, test_embeds: Tensor, num_classes: int, num_neighbors: int
 ) -> Tensor:
-    """Count the votes of the nearest training images for their classes.
-
-    Args:
-        train_embeds: (N, D), of length 1.
-        train_labels: (N,) integers from 0 to C - 1.
-        test_embeds: (M, D), of length 1.
-        num_classes: C.
-        num_neighbors: number of training images that vote, at most N.
-
-    Returns:
-        (M, C) shares of the votes; each row sums to 1.
-    """
+    """Return the (M, C) shares of votes, those of each test image's nearest `num_neighbors` training images."""
     votes = torch.zeros(len(test_embeds), num_classes)
     for start in range(0, len(test_embeds), BLOCK):
         rows = slice(start, start + BLOCK)

@@ -1,6 +1,7 @@
 """Evaluate a model on data, given by name: retrieval, zero-shot classification or a probe."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +10,28 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from clipmini.data.images import Skipped
-from clipmini.data.labeled import LabeledImages, keep_readable, load_labeled
+from clipmini.data.labeled import keep_readable, load_labeled
 from clipmini.data.leaks import LeakReport, find_leaks
 from clipmini.data.pairs import DataArguments, choose_split, load_data
-from clipmini.data.recipe_files import load_data_arguments
-from clipmini.files import RECIPE_FILE
-from clipmini.inference.encoders import DualEncoder, load_encoder, load_encoders
-from clipmini.inference.zero_shot import DEFAULT_TEMPLATE, load_templates
+from clipmini.data.recipe_files import build_section
+from clipmini.html import thumbnail_uri
+from clipmini.inference.embed import DualEncoder
+from clipmini.inference.encoders import load_encoder, load_encoders
+from clipmini.inference.prompts import load_templates
+from clipmini.names import public_name
+from modeling_clipmini.handler import DEFAULT_TEMPLATE
 
 from .classification import ClassificationMetrics, measure_zero_shot
-from .diagnostics import PRECISIONS
+from .diagnostics import PRECISIONS, Diagnostics
 from .figures import draw_compression, draw_confusion, draw_ranks, draw_recall_curve, draw_similarities
 from .intervals import bootstrap_intervals, paired_bootstrap, paired_shares
-from .measure import Embeddings, RetrievalResult, embed_split, measure_retrieval
-from .naming import METRIC_LABELS, format_figure, public_name
+from .measure import Embeddings, RetrievalResult, embed_pairs, measure_retrieval, pair_similarities
+from .naming import METRIC_LABELS, format_figure, format_number
 from .probe import NEIGHBOR_TEMPERATURE, probe
-from .results import (
-    Evaluation,
-    Table,
-    build_evaluation,
-    format_number,
-    show_misses,
-    tabulate_differences,
-    tabulate_leaks,
-    tabulate_metrics,
-)
-from .retrieval import RECALL_AT, retrieval_scores
+from .request import PROBE, RETRIEVAL, ZERO_SHOT, Request
+from .results import Evaluation, Table, build_evaluation, tabulate_differences, tabulate_leaks, tabulate_metrics
+from .retrieval import RECALL_AT
 
-RETRIEVAL, ZERO_SHOT, PROBE = "retrieval", "zero-shot", "probe"
-OPTIONS = {RETRIEVAL: ("train_data", "baseline"), ZERO_SHOT: ("template", "baseline"), PROBE: ()}  # not of all tasks
-LABELED_KEYS = ("image_column", "label_column", "config_name")
 HEADLINE = ("text_to_image_r1", "image_to_text_r1", "mean_recall")
 MIN_WIDTH = 32  # embeddings are measured at half their width, a quarter, ..., down to this
 MAX_SIMILARITIES = 200_000_000  # of larger sets, embeddings are not measured again at other sizes
@@ -46,106 +39,29 @@ TEST_SHARE = 0.2  # of the images of each class, where a probe's data has only o
 FEW_IMAGES = 30  # of a class, below which its accuracy says little
 
 
-def evaluate(
-    model: str,
-    data: str,
-    task: str = RETRIEVAL,
-    *,
-    split: str | None = None,
-    baseline: str | None = None,
-    template: str | None = None,
-    train_data: str | None = None,
-    check_leaks: bool = True,
-    overrides: Sequence[str] = (),
-    skipped: Skipped | None = None,
-) -> Evaluation:
+def evaluate(request: Request, skipped: Skipped) -> Evaluation:
     """Measure a model, and build the report.
 
     Args:
-        model: whatever `load_encoder` takes.
-        data: for retrieval, a recipe, whose data section is used, or a source of pairs; data that the model was
-            trained on is split as it was in training. For the other tasks, whatever `load_labeled` takes; of data
-            with a single split, a probe holds out a fifth of each class.
-        task: "retrieval", "zero-shot" or "probe".
-        split: the split to measure; by default test, else validation, else train. A probe never takes train.
-        baseline: another model to compare with on the same images; not for a probe.
-        template: for zero-shot classification only; see `load_templates`.
-        train_data: for retrieval only: what the model was trained on, named as in `data`, to check for leaks; by
-            default the data's own train split.
-        check_leaks: look for images that are in the training data too; not for zero-shot classification. For a probe
-            that is the train split, on which it is fitted.
-        overrides: "key=value" strings: keys of the data section, or for labeled images `image_column`,
-            `label_column` and `config_name`.
+        request: the model, the data and the task.
         skipped: collects what cannot be read.
 
-    Returns:
-        The evaluation, not yet written.
-
     Raises:
-        ValueError: a model, the data, the split or the template cannot be used, or the task has no such option.
+        ValueError: a model, the data or the split cannot be used.
     """
-    if task not in OPTIONS:
-        raise ValueError(f"task={task!r} is not allowed; use one of {', '.join(OPTIONS)}.")
-    given = {"template": template, "train_data": train_data, "baseline": baseline}
-    for name, value in given.items():
-        if value is not None and name not in OPTIONS[task]:
-            raise ValueError(f"{name}={value!r} has no meaning for the task {task}; leave it out.")
-    if task == ZERO_SHOT and not check_leaks:
-        raise ValueError(
-            "check_leaks=False has no meaning for the task zero-shot, which does not check for leaks; leave it out."
-        )
-    found = Skipped() if skipped is None else skipped
-    if task == RETRIEVAL:
-        pairs = _data_arguments(model, data, overrides)
-        train_pairs = None if train_data is None else load_data_arguments(train_data)
-        evaluation = _evaluate_retrieval(model, pairs, split, baseline, train_pairs, check_leaks, found)
-    else:
-        templates = load_templates(template or DEFAULT_TEMPLATE)
-        images = load_labeled(data, **dict(_labeled_key(override) for override in overrides))
-        if task == ZERO_SHOT:
-            evaluation = _evaluate_zero_shot(model, data, images, split, baseline, templates, found)
-        else:
-            evaluation = _evaluate_probe(model, data, images, split, check_leaks, found)
-    if skipped is None:
-        found.log_summary()
-    return evaluation
+    evaluation = TASKS[request.task](request, skipped)
+    skipped.log_summary()
+    return replace(evaluation, skipped=skipped)
 
 
-def _data_arguments(model: str, data: str, overrides: Sequence[str]) -> DataArguments:
-    """Return the arguments of the pairs; for the model's own training data, those it was trained with."""
-    wanted = load_data_arguments(data, overrides)
-    recipe_file = Path(model).absolute().parent / RECIPE_FILE
-    if recipe_file.is_file():
-        source = load_data_arguments(str(recipe_file)).source
-        is_file = Path(source).exists() and Path(wanted.source).exists()
-        if source == wanted.source or (is_file and Path(source).samefile(wanted.source)):
-            return load_data_arguments(str(recipe_file), overrides)
-    return wanted
-
-
-def _labeled_key(override: str) -> tuple[str, str]:
-    key, separator, value = override.partition("=")
-    if not separator or key not in LABELED_KEYS:
-        raise ValueError(f"--set {override!r}: for labeled images, set one of {', '.join(LABELED_KEYS)}.")
-    return key, value
-
-
-def _evaluate_retrieval(
-    model: str,
-    data: DataArguments,
-    split: str | None,
-    baseline: str | None,
-    train_data: DataArguments | None,
-    check_leaks: bool,
-    skipped: Skipped,
-) -> Evaluation:
-    pairs = load_data(data, skipped)
-    name = choose_split(pairs, split, data.source)
-    train = _training_pairs(pairs, name, train_data, skipped) if check_leaks else None
+def _evaluate_retrieval(request: Request, skipped: Skipped) -> Evaluation:
+    source, pairs = _load_pairs(request.pairs, skipped)
+    name = choose_split(pairs, request.split, source)
+    train = _training_pairs(pairs, name, request, skipped) if request.check_leaks else None
     rows = pairs[name]
-    encoder, *others = load_encoders(*filter(None, (model, baseline)))
+    encoder, *others = load_encoders(*request.models)
     leaks = None if train is None else find_leaks(train, rows)  # before the hours: it may meet a broken image
-    embeds = embed_split(encoder, rows)
+    embeds = embed_pairs(encoder, rows)
     full_width = embeds.images.shape[1]
     is_large = len(embeds.images) * len(embeds.texts) > MAX_SIMILARITIES
     widths = [width for halvings in range(1, 16) if (width := full_width >> halvings) >= MIN_WIDTH]
@@ -160,18 +76,18 @@ def _evaluate_retrieval(
         "task": RETRIEVAL,
         "model": encoder.about(),
         "data": {
-            "source": public_name(data.source),
+            "source": public_name(source),
             "split": name,
-            "num_images": result.num_images,
-            "num_captions": result.num_texts,
+            "num_images": len(embeds.images),
+            "num_captions": len(embeds.texts),
         },
-        "embedding_width": result.width,
+        "embedding_width": full_width,
         **{attribute: getattr(result, attribute) for attribute in measured},
     }
     tables = [tabulate_metrics("Image-text retrieval", result.metrics, result.chance)]
     curves = {encoder.name: result.recall_curve}
     for other in others:
-        second = measure_retrieval(embed_split(other, rows), logit_scale=other.logit_scale)
+        second = measure_retrieval(embed_pairs(other, rows), logit_scale=other.logit_scale)
         differences = paired_bootstrap(result.scores, second.scores)
         facts["baseline"] = {
             "model": other.about(),
@@ -180,9 +96,8 @@ def _evaluate_retrieval(
             "differences": differences,
         }
         curves[other.name] = second.recall_curve
-        metrics = result.metrics, second.metrics
-        tables.append(tabulate_differences((encoder.name, other.name), metrics, differences))
-    tables += [_diagnostics_table(result), *_size_tables(result)]
+        tables.append(tabulate_differences(encoder.name, result.metrics, other.name, second.metrics, differences))
+    tables += [_diagnostics_table(result.diagnostics, full_width), *_size_tables(result)]
 
     warnings, leak_table = list(result.diagnostics.faults), None
     if name == "train":
@@ -191,26 +106,35 @@ def _evaluate_retrieval(
         facts["leaks"], leak_table = _retrieval_leaks(leaks, embeds, result)
     return build_evaluation(
         facts,
-        title="Image-text retrieval",
-        hub_task="image-text-retrieval",
-        size=f"{result.num_images:,} images, {result.num_texts:,} captions",
         headline=HEADLINE,
         tables=tables,
-        drawings=_retrieval_drawings(result, curves),
-        method=_retrieval_method(result, check_leaks, leaks is not None),
+        drawings=_retrieval_drawings(embeds, result, curves),
+        method=_retrieval_method(embeds, request.check_leaks, leaks is not None),
         warnings=warnings,
         leak_table=leak_table,
-        misses=show_misses(result.misses, rows),
+        misses=result.misses,
+        image_of=lambda row: _name_with_thumbnail(rows[row]),
     )
 
 
-def _training_pairs(
-    pairs: DatasetDict, split: str, train_data: DataArguments | None, skipped: Skipped
-) -> Dataset | None:
+def _name_with_thumbnail(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the name of an image, and the image itself as a data URI."""
+    image = row["image"]
+    path = image.get("path") if isinstance(image, Mapping) else None
+    return Path(path).name if path else f"image {row['image_id']}", thumbnail_uri(image) or ""
+
+
+def _load_pairs(section: Mapping[str, Any], skipped: Skipped) -> tuple[str, DatasetDict]:
+    """Return the source of the pairs that a data section describes, and its splits."""
+    data: DataArguments = build_section(DataArguments, section, "data")
+    return data.source, load_data(data, skipped)
+
+
+def _training_pairs(pairs: DatasetDict, split: str, request: Request, skipped: Skipped) -> Dataset | None:
     """Return the pairs that the model was, or may have been, trained on."""
-    if train_data is not None:
-        loaded = load_data(train_data, skipped)
-        return loaded[choose_split(loaded, "train", train_data.source)]
+    if request.train_pairs is not None:
+        source, splits = _load_pairs(request.train_pairs, skipped)
+        return splits[choose_split(splits, "train", source)]
     return pairs["train"] if split != "train" and "train" in pairs else None
 
 
@@ -218,15 +142,11 @@ def _retrieval_leaks(leaks: LeakReport, embeds: Embeddings, result: RetrievalRes
     """Return what `results.json` and the report say about leaks, with metrics of what is left without them."""
     facts = leaks.as_dict()
     metrics, rest = None, "nothing is left"
-    left = embeds.without(leaks.rows, leaks.captions) if leaks.rows or leaks.captions else None
-    if left is not None and len(left.images) and len(left.texts):
-        metrics = bootstrap_intervals(retrieval_scores(left.images, left.texts, left.text_image_ids, left.image_ids))
+    left = embeds.without(leaks.rows, leaks.captions)
+    if (leaks.rows or leaks.captions) and len(left.images) and len(left.texts):
+        metrics = bootstrap_intervals(left.scores())
         rest = f"{len(left.images):,} images, {len(left.texts):,} captions"
-        facts["without"] = {
-            "num_images": len(left.images),
-            "num_captions": len(left.texts),
-            "metrics": metrics,
-        }
+        facts["without"] = {"num_images": len(left.images), "num_captions": len(left.texts), "metrics": metrics}
     note = f"{leaks.summary()} {len(leaks.captions):,} captions also describe a training image, in the same words."
     shares = {
         METRIC_LABELS[name]: (result.metrics[name], None if metrics is None else metrics[name]) for name in HEADLINE
@@ -234,9 +154,8 @@ def _retrieval_leaks(leaks: LeakReport, embeds: Embeddings, result: RetrievalRes
     return facts, tabulate_leaks(leaks, note, shares, rest)
 
 
-def _diagnostics_table(result: RetrievalResult) -> Table:
-    shape = result.diagnostics
-    dimensions = f"1 to {result.width}"
+def _diagnostics_table(shape: Diagnostics, width: int) -> Table:
+    dimensions = f"1 to {width}"
     figures = [
         ("modality gap", shape.modality_gap, 3, "0 to 2", "distance of the mean image from the mean caption"),
         ("alignment", shape.alignment, 3, "0 to 4", "mean squared distance of a caption from its image"),
@@ -256,9 +175,10 @@ def _diagnostics_table(result: RetrievalResult) -> Table:
 
 
 def _size_tables(result: RetrievalResult) -> list[Table]:
+    full_width = max(result.by_width)
     sizes = [(f"{width} x float32", 4 * width, metrics) for width, metrics in result.by_width.items()]
     sizes += [
-        (f"{result.width} x {name}", result.width * PRECISIONS[name] // 8, metrics)
+        (f"{full_width} x {name}", full_width * PRECISIONS[name] // 8, metrics)
         for name, metrics in result.by_precision.items()
         if name != "float32"
     ]
@@ -273,7 +193,7 @@ def _size_tables(result: RetrievalResult) -> list[Table]:
 
 
 def _retrieval_drawings(
-    result: RetrievalResult, curves: Mapping[str, Mapping[str, Sequence[float]]]
+    embeds: Embeddings, result: RetrievalResult, curves: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> list[tuple[str, str, str]]:
     ranks = {direction: score.ranks.numpy() for direction, score in result.scores.items()}
     drawings = [
@@ -285,7 +205,7 @@ def _retrieval_drawings(
         ("Ranks", draw_ranks(ranks), "Rank of the best correct answer."),
         (
             "Similarities",
-            draw_similarities(result.matching_similarities, result.other_similarities),
+            draw_similarities(*pair_similarities(embeds)),
             "The less the two overlap, the better captions tell images apart.",
         ),
     ]
@@ -298,8 +218,7 @@ def _retrieval_drawings(
     return drawings
 
 
-def _retrieval_method(result: RetrievalResult, is_checked: bool, is_known: bool) -> list[str]:
-    k = ", ".join(map(str, RECALL_AT))
+def _retrieval_method(embeds: Embeddings, is_checked: bool, is_known: bool) -> list[str]:
     if is_known:
         leaks = (
             "Seen in training: the images and captions were compared with those of the data's train split, or of the "
@@ -309,26 +228,20 @@ def _retrieval_method(result: RetrievalResult, is_checked: bool, is_known: bool)
         why = ": no training data was named" if is_checked else ""
         leaks = f"Whether these images are in the training data too was not checked{why}."
     return [
-        f"Every caption is a query for its image among all {result.num_images:,}, and every image a query for any "
-        f"of its captions among all {result.num_texts:,}. R@k, for k of {k}, is the share of queries with a correct "
-        "answer among the first k; an image's other captions do not count against it. Mean recall is the mean of the "
-        "six.",
+        f"Every caption is a query for its image among all {len(embeds.images):,}, and every image a query for any of "
+        f"its captions among all {len(embeds.texts):,}. R@k, for k of {', '.join(map(str, RECALL_AT))}, is the share "
+        "of queries with a correct answer among the first k; an image's other captions do not count against it. Mean "
+        "recall is the mean of the six.",
         leaks,
     ]
 
 
-def _evaluate_zero_shot(
-    model: str,
-    source: str,
-    images: LabeledImages,
-    split: str | None,
-    baseline: str | None,
-    templates: Sequence[str],
-    skipped: Skipped,
-) -> Evaluation:
-    name = choose_split(images.splits, split, source)
+def _evaluate_zero_shot(request: Request, skipped: Skipped) -> Evaluation:
+    images = load_labeled(request.data, **request.changes)
+    source, templates = request.data, load_templates(request.template or DEFAULT_TEMPLATE)
+    name = choose_split(images.splits, request.split, source)
     rows, names = keep_readable(images.splits[name], name, skipped), images.names
-    encoder, *others = load_encoders(*filter(None, (model, baseline)))
+    encoder, *others = load_encoders(*request.models)
     metrics = measure_zero_shot(encoder, rows, names, templates)
     facts: dict[str, Any] = {"task": ZERO_SHOT, "templates": templates}
     tables = [_accuracy_table("Zero-shot classification", metrics)]
@@ -336,49 +249,37 @@ def _evaluate_zero_shot(
         second = measure_zero_shot(other, rows, names, templates)
         differences = {"top1": paired_shares(metrics.is_correct, second.is_correct)}
         facts["baseline"] = {"model": other.about(), "metrics": second.shares, "differences": differences}
-        tables.append(tabulate_differences((encoder.name, other.name), (metrics.shares, second.shares), differences))
+        tables.append(tabulate_differences(encoder.name, metrics.shares, other.name, second.shares, differences))
     examples = ", ".join(f"“{template}”" for template in templates[:3]) + ", ..." * (len(templates) > 3)
     method = [
         f"Each class name is put into {len(templates)} template{'s' * (len(templates) > 1)} ({examples}), the "
         "embeddings of these captions are averaged, and the predicted class of an image is the one whose embedding is "
         "closest. No training image of these classes is used."
     ]
-    return _report_classes(
-        encoder,
-        source,
-        name,
-        metrics,
-        names,
-        facts,
-        title="Zero-shot classification",
-        hub_task="zero-shot-image-classification",
-        tables=tables,
-        method=method,
-    )
+    return _report_classes(encoder, source, name, metrics, names, facts, tables, method)
 
 
-def _evaluate_probe(
-    model: str, source: str, images: LabeledImages, split: str | None, check_leaks: bool, skipped: Skipped
-) -> Evaluation:
-    splits, names = images.splits, images.names
+def _evaluate_probe(request: Request, skipped: Skipped) -> Evaluation:
+    images = load_labeled(request.data, **request.changes)
+    source, splits, names = request.data, images.splits, images.names
     only = next(iter(splits)) if len(splits) == 1 else None
     if only is not None:
         splits = _hold_out(keep_readable(splits[only], only, skipped))
     if "train" not in splits:
         raise ValueError(f"{source} has no train split to fit a probe on; it has {', '.join(splits)}.")
-    name = choose_split(splits, split, source)
+    name = choose_split(splits, request.split, source)
     if name == "train":
         raise ValueError("A probe is fitted on the train split; name another split to measure on.")
     if only is None:
         splits = {part: keep_readable(splits[part], part, skipped) for part in ("train", name)}
-    encoder = load_encoder(model)
-    leaks = find_leaks(splits["train"], splits[name]) if check_leaks else None
+    encoder = load_encoder(request.model)
+    leaks = find_leaks(splits["train"], splits[name]) if request.check_leaks else None
     train_embeds, embeds = (encoder.encode_images(splits[part]["image"]) for part in ("train", name))
     train_labels, labels = (torch.tensor(splits[part]["label"][:]) for part in ("train", name))
     result = probe(train_embeds, train_labels, embeds, labels, len(names))
     facts: dict[str, Any] = {
         "task": PROBE,
-        "num_train_images": result.num_train_images,
+        "num_train_images": len(train_labels),
         "inverse_penalty": result.inverse_penalty,
         "neighbors": {**result.neighbors.shares, "num_neighbors": result.num_neighbors},
     }
@@ -406,11 +307,11 @@ def _evaluate_probe(
     held_out = f"The only split is {only}: a fifth of each class was held out, and the rest is for training. "
     method = [
         ("" if only is None else held_out)
-        + f"Image embeddings are frozen. Linear probe: logistic regression on {result.num_train_images:,} training "
+        + f"Image embeddings are frozen. Linear probe: logistic regression on {len(train_labels):,} training "
         f"images, its L2 penalty (C = {result.inverse_penalty:g}) chosen by {result.num_folds}-fold cross-validation"
         f" on them. Nearest neighbors: {result.num_neighbors} training images vote, weighted by exp(cosine / "
         f"{NEIGHBOR_TEMPERATURE}).",
-        *([] if check_leaks else ["Whether these images are in the train split too was not checked."]),
+        *([] if request.check_leaks else ["Whether these images are in the train split too was not checked."]),
     ]
     return _report_classes(
         encoder,
@@ -419,14 +320,12 @@ def _evaluate_probe(
         result.linear,
         names,
         facts,
-        title="Linear probe",
-        hub_task="image-classification",
-        tables=[
+        [
             _accuracy_table("Linear probe", result.linear),
             _accuracy_table(f"{result.num_neighbors} nearest neighbors", result.neighbors),
         ],
-        method=method,
-        leak_table=leak_table,
+        method,
+        leak_table,
     )
 
 
@@ -455,12 +354,11 @@ def _report_classes(
     metrics: ClassificationMetrics,
     names: Sequence[str],
     facts: Mapping[str, Any],
-    *,
     tables: Sequence[Table],
-    **options: Any,
+    method: Sequence[str],
+    leak_table: Table | None = None,
 ) -> Evaluation:
     """Build the report of a classifier; `facts` and `tables` are what only this task has."""
-    num_images = len(metrics.is_correct)
     warnings = []
     num_present = int((metrics.confusion.sum(axis=1) > 0).sum())
     # Answering the same class for every image reaches 1 / num_present.
@@ -472,7 +370,7 @@ def _report_classes(
             "data": {
                 "source": public_name(source),
                 "split": split,
-                "num_images": num_images,
+                "num_images": len(metrics.is_correct),
                 "num_classes": len(names),
             },
             "metrics": metrics.shares,
@@ -486,7 +384,6 @@ def _report_classes(
             ],
             **facts,
         },
-        size=f"{num_images:,} images of {len(names):,} classes",
         headline=list(metrics.shares),
         tables=[*tables, _class_table(names, metrics)],
         drawings=[
@@ -496,8 +393,9 @@ def _report_classes(
                 "Each row is a label, each column a predicted class; darker is more.",
             )
         ],
+        method=method,
         warnings=warnings,
-        **options,
+        leak_table=leak_table,
     )
 
 
@@ -515,3 +413,6 @@ def _class_table(names: Sequence[str], metrics: ClassificationMetrics) -> Table:
         rows.append([names[label], str(counts[label]), format_figure("", float(metrics.per_class[label])), mostly])
     note = f"Hardest first. The accuracy of a class with fewer than {FEW_IMAGES} images says little."
     return Table("Class by class", ["class", "images", "accuracy in %", "mostly predicted as"], rows, note)
+
+
+TASKS = {RETRIEVAL: _evaluate_retrieval, ZERO_SHOT: _evaluate_zero_shot, PROBE: _evaluate_probe}

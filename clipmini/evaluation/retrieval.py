@@ -12,10 +12,10 @@ both directions. Images and captions are first sorted by id, so that few blocks 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import hypergeom
 from torch import Tensor
 
 IMAGE_BLOCK, TEXT_BLOCK = 768, 768  # similarities computed at once: 2 MB, which stay in the processor's cache
@@ -85,76 +85,59 @@ def rank_candidates(
     Raises:
         ValueError: the number of ids is not that of the embeddings.
     """
-    pairs = _SortedPairs(image_embeds, text_embeds, text_image_ids, image_ids)
-    of_text = _Direction(pairs.num_texts, num_kept, image_embeds.device)
-    of_image = _Direction(pairs.num_images, num_kept, image_embeds.device)
+    num_images, num_texts, device = len(image_embeds), len(text_embeds), image_embeds.device
+    if image_ids is None:
+        image_ids = torch.arange(num_images)
+    if len(image_ids) != num_images or len(text_image_ids) != num_texts:
+        raise ValueError(
+            f"{num_images} images with {len(image_ids)} ids and {num_texts} captions with {len(text_image_ids)} do "
+            "not match; pass one id for each."
+        )
+    image_ids, image_order = image_ids.to(device).sort(stable=True)
+    text_image_ids, text_order = text_image_ids.to(device).sort(stable=True)
+    of_text = _Direction(num_texts, num_kept, device)
+    of_image = _Direction(num_images, num_kept, device)
+    sorted_pairs = _in_order(image_embeds, image_order), _in_order(text_embeds, text_order), image_ids, text_image_ids
     # Correct candidates first: wrong ones ranked before the best of them are then counted block by block.
-    for block in pairs.blocks(only_with_correct=True):
-        assert block.is_correct is not None
-        of_image.take_correct(block.images, block.similarity, block.is_correct)
-        of_text.take_correct(block.texts, block.similarity.T, block.is_correct.T)
-    for block in pairs.blocks():
-        is_correct = block.is_correct
-        of_image.take_wrong(block.images, block.texts, block.similarity, is_correct)
-        is_correct = None if is_correct is None else is_correct.T
-        of_text.take_wrong(block.texts, block.images, block.similarity.T, is_correct)
+    for images, texts, similarity, is_correct in _blocks(*sorted_pairs, only_with_correct=True):
+        assert is_correct is not None
+        of_image.take_correct(images, similarity, is_correct)
+        of_text.take_correct(texts, similarity.T, is_correct.T)
+    for images, texts, similarity, is_correct in _blocks(*sorted_pairs):
+        of_image.take_wrong(images, texts, similarity, is_correct)
+        of_text.take_wrong(texts, images, similarity.T, None if is_correct is None else is_correct.T)
     return (
-        of_text.ranking(pairs.text_order, pairs.image_order, pairs.images_of_text),
-        of_image.ranking(pairs.image_order, pairs.text_order, pairs.texts_of_image),
+        of_text.ranking(text_order, image_order, count_ids(text_image_ids, image_ids)),
+        of_image.ranking(image_order, text_order, count_ids(image_ids, text_image_ids)),
     )
 
 
-class _Block(NamedTuple):
-    """Similarities of some images and some captions, both by their positions in the sorted order."""
+def _blocks(
+    images: Tensor, texts: Tensor, image_ids: Tensor, text_image_ids: Tensor, only_with_correct: bool = False
+) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
+    """Compute similarities block by block, of images and captions sorted by id.
 
-    images: slice
-    texts: slice
-    similarity: Tensor  # (images, texts); the next block overwrites it
-    is_correct: Tensor | None  # of the same shape; None where no pair is
-
-
-class _SortedPairs:
-    """Embeddings sorted by id, and the blocks of their similarities."""
-
-    def __init__(
-        self, image_embeds: Tensor, text_embeds: Tensor, text_image_ids: Tensor, image_ids: Tensor | None
-    ) -> None:
-        self.num_images, self.num_texts = len(image_embeds), len(text_embeds)
-        if image_ids is None:
-            image_ids = torch.arange(self.num_images)
-        if len(image_ids) != self.num_images or len(text_image_ids) != self.num_texts:
-            raise ValueError(
-                f"{self.num_images} images with {len(image_ids)} ids and {self.num_texts} captions with "
-                f"{len(text_image_ids)} do not match; pass one id for each."
-            )
-        device = image_embeds.device
-        self.image_ids, self.image_order = image_ids.to(device).sort(stable=True)
-        self.text_image_ids, self.text_order = text_image_ids.to(device).sort(stable=True)
-        self.images = _in_order(image_embeds, self.image_order)
-        self.texts = _in_order(text_embeds, self.text_order)
-        self.texts_of_image = count_ids(self.image_ids, self.text_image_ids)
-        self.images_of_text = count_ids(self.text_image_ids, self.image_ids)
-
-    def blocks(self, only_with_correct: bool = False) -> Iterator[_Block]:
-        """Compute the similarities block by block; if asked, only of blocks that may hold a correct pair."""
-        buffer = torch.empty(IMAGE_BLOCK * TEXT_BLOCK, device=self.images.device)
-        for text_start in range(0, self.num_texts, TEXT_BLOCK):
-            texts = slice(text_start, min(text_start + TEXT_BLOCK, self.num_texts))
-            ids = self.text_image_ids[texts]
-            # The images of these captions are consecutive, since both are sorted.
-            first = torch.searchsorted(self.image_ids, ids[0]).item()
-            end = torch.searchsorted(self.image_ids, ids[-1], right=True).item()
-            for image_start in range(0, self.num_images, IMAGE_BLOCK):
-                images = slice(image_start, min(image_start + IMAGE_BLOCK, self.num_images))
-                may_have_correct = images.start < end and first < images.stop
-                if only_with_correct and not may_have_correct:
-                    continue
-                shape = (images.stop - images.start, texts.stop - texts.start)
-                similarity = buffer[: shape[0] * shape[1]].view(shape)
-                with torch.autocast(self.images.device.type, enabled=False), torch.no_grad():
-                    torch.mm(self.images[images], self.texts[texts].T, out=similarity)
-                is_correct = self.image_ids[images, None] == ids[None, :] if may_have_correct else None
-                yield _Block(images, texts, similarity, is_correct)
+    Yields:
+        The rows of some images and of some captions, their (images, captions) similarities, which the next block
+        overwrites, and which of them are of correct pairs: None where no pair is. If asked, only blocks where one may.
+    """
+    buffer = torch.empty(IMAGE_BLOCK * TEXT_BLOCK, device=images.device)
+    for text_start in range(0, len(texts), TEXT_BLOCK):
+        text_rows = slice(text_start, text_start + TEXT_BLOCK)
+        some_texts, ids = texts[text_rows], text_image_ids[text_rows]
+        # The images of these captions are consecutive, since both are sorted.
+        first = torch.searchsorted(image_ids, ids[0]).item()
+        end = torch.searchsorted(image_ids, ids[-1], right=True).item()
+        for image_start in range(0, len(images), IMAGE_BLOCK):
+            image_rows = slice(image_start, image_start + IMAGE_BLOCK)
+            may_have_correct = image_rows.start < end and first < image_rows.stop
+            if only_with_correct and not may_have_correct:
+                continue
+            some_images = images[image_rows]
+            similarity = buffer[: len(some_images) * len(some_texts)].view(len(some_images), len(some_texts))
+            with torch.autocast(images.device.type, enabled=False), torch.no_grad():
+                torch.mm(some_images, some_texts.T, out=similarity)
+            yield image_rows, text_rows, similarity, image_ids[image_rows, None] == ids if may_have_correct else None
 
 
 class _Direction:
@@ -235,7 +218,7 @@ class QueryScores:
 
     Attributes:
         ranks: (Q,) rank of the best correct candidate among the wrong ones, from 0.
-        average_precision: (Q,) AP@10, in [0, 1]; see `Ranking.average_precision`.
+        average_precision: (Q,) AP@10, in [0, 1].
         ids: (Q,) the image that each query shows or describes.
     """
 
@@ -247,11 +230,7 @@ class QueryScores:
 def retrieval_scores(
     image_embeds: Tensor, text_embeds: Tensor, text_image_ids: Tensor, image_ids: Tensor | None = None
 ) -> dict[str, QueryScores]:
-    """Score every query of both directions, for metrics and their intervals; arguments as in `rank_candidates`.
-
-    Returns:
-        Scores by direction: "text_to_image" and "image_to_text".
-    """
+    """Score every query, by direction, for metrics and their intervals; arguments as in `rank_candidates`."""
     if image_ids is None:
         image_ids = torch.arange(len(image_embeds))
     rankings = rank_candidates(image_embeds, text_embeds, text_image_ids, image_ids, PRECISION_AT)
@@ -261,7 +240,7 @@ def retrieval_scores(
 def score_rankings(
     rankings: tuple[Ranking, Ranking], text_image_ids: Tensor, image_ids: Tensor
 ) -> dict[str, QueryScores]:
-    """Convert what `rank_candidates` found to scores; see `retrieval_scores`."""
+    """Convert what `rank_candidates` found to the scores of every query, by direction."""
     scores = {}
     for direction, ranking, ids in zip(DIRECTIONS, rankings, (text_image_ids, image_ids), strict=True):
         is_query = ranking.ranks >= 0
@@ -294,7 +273,7 @@ def summarize_scores(scores: Mapping[str, QueryScores], recall_at: Sequence[int]
     """Average the scores of all queries.
 
     Args:
-        scores: as `retrieval_scores` returns them.
+        scores: by direction.
         recall_at: the values of k.
 
     Returns:
@@ -309,37 +288,28 @@ def summarize_scores(scores: Mapping[str, QueryScores], recall_at: Sequence[int]
         metrics |= {name: value.mean().item() for name, value in values.items()}
         ranks = score.ranks.numpy() + 1
         metrics[f"{direction}_median_rank"] = float(np.median(ranks)) if len(ranks) else float("nan")
-    recalls = {name: metrics[name] for name in (f"{direction}_r{k}" for direction in scores for k in recall_at)}
+    recalls = {f"{direction}_r{k}": metrics[f"{direction}_r{k}"] for direction in scores for k in recall_at}
     return {**recalls, "mean_recall": sum(recalls.values()) / len(recalls), **metrics}
 
 
 def chance_metrics(
     text_image_ids: Tensor, image_ids: Tensor, recall_at: Sequence[int] = RECALL_AT
 ) -> dict[str, float]:
-    """Return the expected recalls of a random order, under the same keys as `retrieval_metrics`.
+    """Return the expected recalls of a random order, in [0, 1], under the same keys as `retrieval_metrics`.
 
-    A query with c correct ones among N candidates misses all of them in k draws without replacement with probability
-    C(N - c, k) / C(N, k).
+    The number of correct ones among the first k of N candidates, of which c are correct, is hypergeometric.
 
     Args:
         text_image_ids: (T,) integers, the id of the image that each caption describes.
         image_ids: (I,) integers.
         recall_at: the values of k.
-
-    Returns:
-        The recalls, in [0, 1].
     """
     metrics: dict[str, float] = {}
-    for direction, queries, candidates in zip(
-        DIRECTIONS, (text_image_ids, image_ids), (image_ids, text_image_ids), strict=True
-    ):
-        num_candidates = len(candidates)
-        num_correct = count_ids(queries, candidates.sort().values).double()
+    ids = ((text_image_ids, image_ids), (image_ids, text_image_ids))
+    for direction, (queries, candidates) in zip(DIRECTIONS, ids, strict=True):
+        num_correct = count_ids(queries, candidates.sort().values)
         num_correct, num_queries = num_correct[num_correct > 0].unique(return_counts=True)
         for k in recall_at:
-            drawn = torch.arange(min(k, num_candidates))
-            miss = (
-                ((num_candidates - num_correct[:, None] - drawn) / (num_candidates - drawn)).clamp(min=0).prod(dim=1)
-            )
-            metrics[f"{direction}_r{k}"] = ((1 - miss) @ num_queries.double() / num_queries.sum()).item()
+            found = hypergeom.sf(0, len(candidates), num_correct.numpy(), min(k, len(candidates)))
+            metrics[f"{direction}_r{k}"] = (torch.from_numpy(found) @ num_queries.double() / num_queries.sum()).item()
     return {**metrics, "mean_recall": sum(metrics.values()) / len(metrics)}

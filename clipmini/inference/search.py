@@ -1,269 +1,95 @@
-"""Search images with words: compare a query with every image of a folder, and draw what was found."""
+"""Search images with words: compare a query with every image."""
 
-import bisect
-import logging
-import math
-import textwrap
-import unicodedata
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, get_font_names
-from matplotlib.patches import Rectangle
-from matplotlib.textpath import text_to_path
+from PIL.Image import Image
 from torch import Tensor
 
-from clipmini.data.images import Skipped, find_images
-from clipmini.files import atomic_write
-from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
-from modeling_clipmini.images_clipmini import ImageError, read_image
+from clipmini.data.images import Skipped
+from clipmini.html import render
 
-from .encode import check_text, encode_files, encode_texts
-
-logger = logging.getLogger(__name__)
-
-DRAWING_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
-MAX_DRAWN = 100  # images per query; more could not be told apart
-MAX_TITLE_LINES = 3
-
-# Inches, and dots per inch.
-CELL_WIDTH, IMAGE_HEIGHT, CAPTION_HEIGHT, GAP, MARGIN, TITLE_LINE = 2.2, 1.75, 0.42, 0.12, 0.2, 0.27
-DPI, MAX_EDGE_DOTS = 150, 30_000
-MIN_COLUMNS = 2  # of page width, so that a title above a single image has room
-
-# DejaVu comes with matplotlib; the other fonts, where installed, have the characters that it lacks.
-FONT_CANDIDATES = (
-    "DejaVu Sans",
-    *("Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Devanagari", "Noto Emoji"),
-    *("Arial Unicode MS", "Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "Nirmala UI", "Segoe UI Emoji"),
-)
-FONTS = sorted(set(FONT_CANDIDATES) & set(get_font_names()), key=FONT_CANDIDATES.index)
-# A dollar sign in a query or a file name starts no formula.
-TEXT: dict[str, Any] = {"family": FONTS, "parse_math": False, "usetex": False, "va": "top"}
-TITLE = TEXT | {"fontsize": 14, "weight": "bold"}
-SCORE = TEXT | {"fontsize": 10, "weight": "bold"}
-NAME = TEXT | {"fontsize": 7.5, "color": "#666666"}
+MAX_SHOWN = 30  # in a notebook, whose file holds every thumbnail
+GRID = """<div style="font:13px system-ui,sans-serif"><p><b>{{ query }}</b></p>
+<div style="display:flex;flex-wrap:wrap;gap:12px">
+{%- for hit in hits %}
+<figure style="margin:0;width:128px">{{ picture(hit.image) }}
+<figcaption title="{{ hit.name }}" style="overflow:hidden;text-overflow:ellipsis;white-space:nowrap">
+<b>{{ "%.3f" | format(hit.score) }}</b> {{ hit.name }}</figcaption></figure>
+{%- endfor %}
+</div>{% if num_more %}<p>and {{ num_more }} more</p>{% endif %}</div>"""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that was found, and its cosine similarity to the query, in [-1, 1]."""
+    """An image that was found, by its path or itself, and its cosine similarity to the query, in [-1, 1]."""
 
-    path: Path
+    image: Path | Image
     score: float
 
+    @property
+    def name(self) -> str:
+        """The name of the image's file, or "" for a Pillow image without a file."""
+        return Path(getattr(self.image, "filename", "") if isinstance(self.image, Image) else self.image).name
 
-def search_folder(
-    model: ClipMiniModel,
-    processor: ClipMiniProcessor,
-    folder: str | Path,
-    query: str,
-    top: int = 9,
-    skipped: Skipped | None = None,
-) -> list[Hit]:
-    """Find the images of a folder that best match a query.
 
-    For several queries, embed the folder once with `embed_folder` and call `rank` for each query.
+@dataclass(frozen=True, repr=False)
+class Hits(Sequence[Hit]):
+    """What a search found: a sequence of `Hit`, the best first.
 
-    Args:
-        model: in eval mode.
-        processor: the model's processor.
-        folder: where to look, including subfolders.
-        query: what the image should show, in words.
-        top: number of images to return; fewer if the folder holds fewer.
-        skipped: collects the images that cannot be read; if None, a summary of them is logged at the end.
-
-    Returns:
-        The hits, best first.
-
-    Raises:
-        ValueError: `query` or `top` is not allowed, the folder has no readable image, or an image cannot be read and
-            `skipped` is strict.
+    Attributes:
+        query: what was searched for.
+        hits: the images that were found.
+        skipped: images that cannot be read.
     """
-    check_search(query, top)
-    paths, embeds = embed_folder(model, processor, folder, skipped)
-    return rank(paths, embeds, encode_texts(model, processor, [query])[0], top)
+
+    query: str
+    hits: list[Hit]
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.hits[index]
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} hits for {self.query!r}: {self[0].name} ({self[0].score:.3f}), ...>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the hits, ready for JSON; `path` is null for a Pillow image."""
+        hits = [
+            {"path": None if isinstance(hit.image, Image) else str(hit.image), "score": hit.score} for hit in self.hits
+        ]
+        return {"query": self.query, "hits": hits, **self.skipped.to_dict()}
+
+    def _repr_html_(self) -> str:
+        shown = self.hits[:MAX_SHOWN]
+        return render(GRID, query=self.query, hits=shown, num_more=len(self) - len(shown))
 
 
-def embed_folder(
-    model: ClipMiniModel,
-    processor: ClipMiniProcessor,
-    folder: str | Path,
-    skipped: Skipped | None = None,
-    batch_size: int = 16,
-) -> tuple[list[Path], Tensor]:
-    """Embed the images of a folder and its subfolders: `encode_files` of what `find_images` finds, in sorted order."""
-    return encode_files(model, processor, find_images(folder), skipped, batch_size)
-
-
-def rank(paths: Sequence[Path], embeddings: Tensor, query_embed: Tensor, top: int = 9) -> list[Hit]:
+def rank(images: Sequence[Path | Image], embeddings: Tensor, query_embed: Tensor, top: int = 9) -> list[Hit]:
     """Sort images by their similarity to a query, comparing it with every image.
 
+    For several queries, embed the images once with `DualEncoder.encode_files`.
+
     Args:
-        paths: I images.
+        images: I images.
         embeddings: (I, D), rows of length 1.
         query_embed: (D,), of length 1.
-        top: number of images to return.
+        top: number of images to return, at least 1.
 
     Returns:
-        The `top` best hits, best first; equal scores in the order of `paths`.
+        The `top` best hits, best first; equal scores in the order of `images`.
 
     Raises:
-        ValueError: `top` is below 1, or a similarity is not finite.
+        ValueError: a similarity is not finite.
     """
-    _check_top(top)
+    assert top >= 1, top
     scores = embeddings @ query_embed  # (I,)
     if not scores.isfinite().all():
         raise ValueError("The model returns similarities that are NaN: its weights are damaged.")
     order = scores.argsort(descending=True, stable=True)[:top].tolist()
-    return [Hit(paths[index], scores[index].item()) for index in order]
-
-
-def check_search(query: str, top: int = 9, out: str | Path | None = None) -> None:
-    """Check the arguments of a search before anything slow is done for it.
-
-    Args:
-        query: what the image should show.
-        top: number of images wanted.
-        out: file to draw them in, if any.
-
-    Raises:
-        ValueError: the query is blank or not UTF-8, `top` is below 1, or `out` cannot be written as a drawing.
-    """
-    if not query.strip():
-        raise ValueError("The query is empty; say in words what the image should show.")
-    check_text("query", query)
-    _check_top(top)
-    if out is not None:
-        _check_drawing(out)
-
-
-def _check_top(top: int) -> None:
-    if top < 1:
-        raise ValueError(f"top={top} is not allowed; ask for at least 1 image.")
-
-
-def _check_drawing(out: str | Path) -> None:
-    if Path(out).suffix.lower() not in DRAWING_SUFFIXES:
-        raise ValueError(f"A drawing cannot be written to {out}; end its name in {', '.join(DRAWING_SUFFIXES)}.")
-    if Path(out).expanduser().is_dir():
-        raise ValueError(f"A drawing cannot be written to {out}, which is a folder; name a file.")
-
-
-def draw_results(query_hits: Mapping[str, Sequence[Hit]], out: str | Path, columns: int | None = None) -> None:
-    """Draw each query above its best images, with scores and file names.
-
-    Args:
-        query_hits: hits of each query, best first; of each at most `MAX_DRAWN` are drawn, with a warning.
-        out: the file to write, whole or not at all; its folder is created.
-        columns: images per row; by default a row per query, or for a single query a square grid.
-
-    Raises:
-        ValueError: `out` cannot be such a file, there is nothing to draw, or an image can no longer be read.
-    """
-    _check_drawing(out)
-    drawn = {query: list(hits)[:MAX_DRAWN] for query, hits in query_hits.items() if hits}
-    if not drawn:
-        raise ValueError("There are no results to draw.")
-    most = max(map(len, query_hits.values()))
-    if most > MAX_DRAWN:
-        logger.warning("only the best %d of %d images are drawn", MAX_DRAWN, most)
-        most = MAX_DRAWN
-    columns = min(most, columns or (math.ceil(math.sqrt(most)) if len(drawn) == 1 else most))
-    out = Path(out).expanduser()
-    with warnings.catch_warnings():
-        # A character that no installed font has is drawn as a box.
-        warnings.filterwarnings("ignore", message=r"(?s).*[Gg]lyph .*")
-        figure = _draw_page(drawn, columns)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out) as temporary_path:
-            figure.savefig(temporary_path, format=out.suffix[1:].lower(), dpi=figure.dpi)
-
-
-def _draw_page(query_hits: Mapping[str, Sequence[Hit]], columns: int) -> Figure:
-    width = max(columns, MIN_COLUMNS) * (CELL_WIDTH + GAP) - GAP + 2 * MARGIN
-    titles = {query: _wrap_title(query, width - 2 * MARGIN) for query in query_hits}
-    row_height = IMAGE_HEIGHT + CAPTION_HEIGHT + GAP
-    heights = {
-        query: (len(titles[query]) + 0.6) * TITLE_LINE + math.ceil(len(hits) / columns) * row_height
-        for query, hits in query_hits.items()
-    }
-    height = sum(heights.values()) + 2 * MARGIN - GAP
-    # A huge page gets fewer dots per inch.
-    figure = Figure((width, height), dpi=min(DPI, MAX_EDGE_DOTS / max(width, height)), facecolor="white")
-    # Coordinates are inches from the top left corner.
-    page = figure.add_axes((0, 0, 1, 1), autoscale_on=False, xlim=(0, width), ylim=(height, 0))
-    page.set_axis_off()
-    top = MARGIN
-    for query, hits in query_hits.items():
-        for number, line in enumerate(titles[query]):
-            page.text(MARGIN, top + number * TITLE_LINE, line, **TITLE)
-        first_row = top + (len(titles[query]) + 0.3) * TITLE_LINE
-        for index, hit in enumerate(hits):
-            row, column = divmod(index, columns)
-            _draw_hit(page, hit, MARGIN + column * (CELL_WIDTH + GAP), first_row + row * row_height)
-        top += heights[query]
-    return figure
-
-
-def _draw_hit(page: Axes, hit: Hit, left: float, top: float) -> None:
-    """Draw an image as large as fits its cell, undistorted, above its score and file name."""
-    try:
-        image = read_image(hit.path)
-    except ImageError as error:
-        raise ValueError(f"{hit.path} {error}, and cannot be drawn.") from None
-    image.thumbnail((math.ceil(CELL_WIDTH * DPI), math.ceil(IMAGE_HEIGHT * DPI)))
-    page.add_patch(Rectangle((left, top), CELL_WIDTH, IMAGE_HEIGHT, facecolor="#f3f3f3", edgecolor="none", zorder=-1))
-    inches_per_pixel = min(CELL_WIDTH / image.width, IMAGE_HEIGHT / image.height)
-    half_width, half_height = image.width * inches_per_pixel / 2, image.height * inches_per_pixel / 2
-    x, y = left + CELL_WIDTH / 2, top + IMAGE_HEIGHT / 2
-    extent = (x - half_width, x + half_width, y + half_height, y - half_height)
-    page.imshow(image, extent=extent, aspect="auto", interpolation="antialiased")
-    bottom = top + IMAGE_HEIGHT
-    page.text(x, bottom + 0.05, f"{hit.score:.3f}", ha="center", **SCORE)
-    page.text(x, bottom + 0.23, _shorten_name(hit.path.name), ha="center", **NAME)
-
-
-def _wrap_title(title: str, width: float) -> list[str]:
-    """Break a title into at most `MAX_TITLE_LINES` lines that are no wider than `width` inches."""
-    title = _printable(title)
-
-    def lines_of(limit: int) -> list[str]:
-        return textwrap.wrap(title, limit, max_lines=MAX_TITLE_LINES, placeholder="…")
-
-    limits = range(2, max(3, min(len(title), 1000) + 1))
-    return lines_of(_largest(limits, lambda limit: all(_measure(line, TITLE) <= width for line in lines_of(limit))))
-
-
-def _shorten_name(name: str) -> str:
-    """Cut the middle out of a file name that is wider than a cell, since its ends tell more."""
-    name = _printable(name)
-    if _measure(name, NAME) <= CELL_WIDTH:
-        return name
-
-    def cut(half: int) -> str:
-        return f"{name[:half]}…{name[-half:]}"
-
-    return cut(_largest(range(1, max(2, len(name) // 2)), lambda half: _measure(cut(half), NAME) <= CELL_WIDTH))
-
-
-def _largest(limits: range, fits: Callable[[int], bool]) -> int:
-    """Return the largest limit that fits, or the smallest of all if none does."""
-    return limits[max(0, bisect.bisect_left(limits, True, key=lambda limit: not fits(limit)) - 1)]
-
-
-def _measure(text: str, style: Mapping[str, Any]) -> float:
-    """Return the width of one line of text, in inches."""
-    font = FontProperties(family=FONTS, size=style["fontsize"], weight=style.get("weight"))
-    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
-
-
-def _printable(text: str) -> str:
-    """Replace each run of white space by a space, and what is no character, as in some file names, by "?"."""
-    text = " ".join(text.encode("utf-8", "replace").decode().split())
-    return "".join("?" if unicodedata.category(character) == "Cc" else character for character in text)
+    return [Hit(images[index], scores[index].item()) for index in order]

@@ -18,23 +18,26 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from clipmini.data.scan import scan_images
 from clipmini.files import atomic_write
+from clipmini.store import StoredRows, digest, stored_rows
 from modeling_clipmini.images_clipmini import read_named
 
-from .encoders import DualEncoder, check_widths, load_encoder
+from .embed import hash_weights
+from .encoders import check_widths, load_encoder
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,13 @@ class Teacher:
 
 
 METADATA_KEY = b"clipmini_teacher"
-ROWS_PER_GROUP = 1024  # images that are embedded and written at once
+ROWS_PER_CHUNK = 1024  # images or captions that are embedded and kept at once, and images that are written
 
 
 def embed_with_teacher(
     model_name_or_path: str | Path,
-    pairs: Dataset | DatasetDict,
+    pairs: Dataset,
     out: Path,
-    batch_size: int = 16,
     logit_scale: float | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -73,9 +75,8 @@ def embed_with_teacher(
 
     Args:
         model_name_or_path: any model that `load_encoder` takes.
-        pairs: pairs as `load_pairs` returns them; the rows of all splits are written to the same file.
+        pairs: a split, or several concatenated, as `load_pairs` returns them.
         out: the file; it appears only when it is complete.
-        batch_size: images per forward pass; captions are embedded eight times as many at once.
         logit_scale: factor for the teacher's similarities, above 0; None for the one it was trained with.
         overwrite: replace the file if it exists.
 
@@ -83,10 +84,9 @@ def embed_with_teacher(
         ImageError: an image cannot be read; the message names it.
         ValueError: the file exists, there are no pairs, or the teacher cannot be used.
     """
-    splits = list(pairs.values()) if isinstance(pairs, DatasetDict) else [pairs]
     if out.exists() and not overwrite:
         raise ValueError(f"{out} already exists; pass --overwrite, or choose another file.")
-    if not any(map(len, splits)):
+    if not len(pairs):
         raise ValueError("There are no pairs for the teacher to embed.")
     if logit_scale is not None and not (0 < logit_scale < math.inf):
         raise ValueError(f"logit_scale={logit_scale} must be a finite number above 0.")
@@ -96,13 +96,60 @@ def embed_with_teacher(
         raise ValueError(
             f"The {encoder.kind} model {encoder.name} has no logit scale of its own; pass --logit-scale, such as 50."
         )
-    about = {"name": encoder.name, "logit_scale": logit_scale}
-    tables = _embed(encoder, splits, batch_size, {METADATA_KEY: json.dumps(about)})
-    first = next(tables)  # its schema has the teacher's width
+    captions = list(itertools.chain.from_iterable(pairs["captions"]))
+    check_widths(encoder, encoder.encode_images(pairs[:1]["image"]), encoder.encode_texts(captions[:1]))
+    space = {
+        "weights": hash_weights(encoder.module),
+        "architecture": digest(repr(encoder.module)).hex(),
+        "preparation": encoder.describe(),
+    }
+
+    def embed_images(indices: list[int]) -> np.ndarray:
+        chosen = pairs.select(indices)
+        named = zip(chosen["image"], chosen["image_id"], strict=True)
+        opened = (read_named(image, f"image_id {image_id}") for image, image_id in named)
+        return encoder.encode_images(opened).numpy()
+
+    def embed_texts(indices: list[int]) -> np.ndarray:
+        return encoder.encode_texts([captions[index] for index in indices]).numpy()
+
+    def store(kind: str, keys: np.ndarray, compute: Callable[[list[int]], np.ndarray]) -> StoredRows:
+        whole = {"kind": f"teacher, {kind}", **space}
+        return stored_rows(
+            whole, keys, compute, dtype=np.float16, chunk_rows=ROWS_PER_CHUNK, description=whole["kind"]
+        )
+
+    images = store("images", scan_images(pairs).pixels, embed_images)
+    keys = np.frombuffer(b"".join(map(digest, captions)), np.uint8).reshape(len(captions), -1)
+    texts = store("captions", keys, embed_texts)
+    _write(out, pairs, images, texts, {"name": encoder.name, "logit_scale": logit_scale})
+
+
+def _write(out: Path, rows: Dataset, images: StoredRows, texts: StoredRows, about: dict[str, Any]) -> None:
+    """Write the file, some rows at a time, whole or not at all."""
+    vector = pa.list_(pa.float16(), images.shape[1])
+    schema = pa.schema(
+        {
+            "image_id": pa.int64(),
+            "image_embedding": vector,
+            "text_embeddings": pa.list_(vector),
+            "captions_hash": pa.binary(8),
+        },
+        metadata={METADATA_KEY: json.dumps(about)},
+    )
+    starts = [0, *itertools.accumulate(map(len, rows["captions"]))]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out) as temporary_path, pq.ParquetWriter(temporary_path, first.schema) as writer:
-        for table in itertools.chain([first], tables):
-            writer.write_table(table)
+    with atomic_write(out) as temporary_path, pq.ParquetWriter(temporary_path, schema) as writer:
+        for start in range(0, len(rows), ROWS_PER_CHUNK):
+            stop = min(start + ROWS_PER_CHUNK, len(rows))
+            part, bounds = rows[start:stop], itertools.pairwise(starts[start : stop + 1])
+            columns = {
+                "image_id": part["image_id"],
+                "image_embedding": list(images[start:stop]),
+                "text_embeddings": [list(texts[first:last]) for first, last in bounds],
+                "captions_hash": list(map(_hash, part["captions"])),
+            }
+            writer.write_table(pa.table(columns, schema=schema))
 
 
 @dataclass
@@ -127,10 +174,7 @@ class TeacherEmbeddings:
 
         Args:
             path: a file that `embed_with_teacher` wrote.
-            pairs: the data set, with the same `image_id` and `captions` as then; the order of rows may differ.
-
-        Returns:
-            The embeddings, in the order of `pairs`.
+            pairs: with the same `image_id` and `captions` as then, in any order, which the embeddings follow.
 
         Raises:
             ValueError: the file is missing or of another kind, or lacks an image with these captions.
@@ -152,11 +196,7 @@ class TeacherEmbeddings:
         )
 
     def rows(self, row: int, caption: int) -> tuple[Tensor, Tensor]:
-        """Return the embeddings of a pair.
-
-        Args:
-            row: the image's row in the data set.
-            caption: index of the caption among those of the image.
+        """Return the embeddings of a pair, by its row and the number of the caption among the row's.
 
         Returns:
             (E,) of the image and (E,) of the caption: float32, of length 1 to the precision of float16.
@@ -164,39 +204,6 @@ class TeacherEmbeddings:
         start, stop = self.caption_starts[row : row + 2]
         assert 0 <= caption < stop - start
         return self.images[row].float(), self.texts[start + caption].float()
-
-
-def _embed(
-    encoder: DualEncoder, splits: Sequence[Dataset], batch_size: int, metadata: dict[bytes, str]
-) -> Iterator[pa.Table]:
-    """Embed up to `ROWS_PER_GROUP` images at a time, with all their captions."""
-    groups = (
-        split.select(range(start, min(start + ROWS_PER_GROUP, len(split))))
-        for split in splits
-        for start in range(0, len(split), ROWS_PER_GROUP)
-    )
-    with tqdm(total=sum(map(len, splits)), desc="teacher", unit="image") as progress:
-        for rows in groups:
-            ids, captions = rows["image_id"][:], rows["captions"][:]
-            opened = (
-                read_named(image, f"image_id {image_id}") for image, image_id in zip(rows["image"], ids, strict=True)
-            )
-            images = encoder.encode_images(opened, batch_size)
-            texts = encoder.encode_texts(list(itertools.chain(*captions)), 8 * batch_size)
-            check_widths(encoder, images, texts)
-            offsets = pa.array([0, *itertools.accumulate(map(len, captions))], pa.int32())
-            columns = {
-                "image_id": pa.array(ids, pa.int64()),
-                "image_embedding": _to_arrow(images),
-                "text_embeddings": pa.ListArray.from_arrays(offsets, _to_arrow(texts)),
-                "captions_hash": pa.array(map(_hash, captions), pa.binary(8)),
-            }
-            yield pa.table(columns, metadata=metadata)
-            progress.update(len(rows))
-
-
-def _to_arrow(embeddings: Tensor) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.half().numpy().ravel()), embeddings.shape[1])
 
 
 def _to_tensor(vectors: pa.ChunkedArray) -> Tensor:

@@ -13,8 +13,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from clipmini.data.images import first_sentence
-from modeling_clipmini import ClipMiniConfig
+from clipmini.names import MODEL_TYPE, first_sentence
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.json")  # large, and of words alone
 MODULES_FILE, OPEN_CLIP_FILE, PROCESSOR_FILE = "modules.json", "open_clip_config.json", "processor_config.json"
@@ -57,7 +56,7 @@ def refuse_code(name_or_path: str | Path) -> Path:
                 f"{first_sentence(error)}."
             ) from error
     config = read_json(folder / "config.json")
-    is_clipmini = isinstance(config, dict) and config.get("model_type") == ClipMiniConfig.model_type
+    is_clipmini = isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
     for file in sorted(glob.glob("**/*.json", root_dir=folder, recursive=True, include_hidden=True)):
         name = Path(file).name
         if name in VOCABULARY_FILES:

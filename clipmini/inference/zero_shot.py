@@ -1,23 +1,32 @@
 """Classify images by labels given as words, without training on them."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from importlib.resources import files
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from PIL.Image import Image
 from torch import Tensor
 
 from clipmini.data.images import Skipped
-from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
-from modeling_clipmini.loss_clipmini import pairwise_logits
+from clipmini.html import render
 from modeling_clipmini.modeling_clipmini import normalize
 
-from .encode import check_text, encode_files, encode_images, encode_texts
+from .embed import DualEncoder
+from .prompts import fill_template
 
-DEFAULT_TEMPLATE = "a photo of a {}."
+MAX_SHOWN, MAX_BARS = 30, 5  # in a notebook: images, and labels of each
+BARS = """<div style="font:13px system-ui,sans-serif;display:flex;flex-wrap:wrap;gap:18px">
+{%- for image in images %}
+<div style="display:flex;gap:10px">{{ picture(image.image) }}<table style="margin:0;font-size:13px">
+{%- for item in image.scores[:max_bars] %}
+<tr><td style="text-align:left">{{ item.label }}</td><td style="text-align:left">
+<div style="display:inline-block;height:9px;background:#2563eb;width:{{ (100 * item.score) | round(1) }}px"></div>
+{{ "%.1f" | format(100 * item.score) }} %</td></tr>
+{%- endfor %}
+</table></div>
+{%- endfor %}
+</div>{% if num_more %}<p>and {{ num_more }} more</p>{% endif %}"""
 
 
 @dataclass(frozen=True)
@@ -28,77 +37,103 @@ class LabelScore:
     score: float
 
 
+@dataclass(frozen=True)
+class ClassifiedImage:
+    """An image, by its path or itself, with all labels, the best first; their scores sum to 1."""
+
+    image: Path | Image
+    scores: list[LabelScore]
+
+    @property
+    def label(self) -> str:
+        """The best label."""
+        return self.scores[0].label
+
+
+@dataclass(frozen=True, repr=False)
+class Classification(Sequence[ClassifiedImage]):
+    """A sequence of `ClassifiedImage`, in the order of the images.
+
+    Attributes:
+        template: the caption of a label, or the name of a list of captions.
+        images: the images that could be read.
+        skipped: those that could not.
+    """
+
+    template: str | Sequence[str]
+    images: list[ClassifiedImage]
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.images[index]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        best = self[0].scores[0]
+        return f"<{len(self)} classified images: {best.label!r} ({best.score:.1%}), ...>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return labels and scores, ready for JSON; `path` is null for a Pillow image."""
+        results = [
+            {
+                "path": None if isinstance(item.image, Image) else str(item.image),
+                "scores": [asdict(score) for score in item.scores],
+            }
+            for item in self.images
+        ]
+        template = self.template if isinstance(self.template, str) else list(self.template)
+        return {"template": template, "results": results, **self.skipped.to_dict()}
+
+    def _repr_html_(self) -> str:
+        shown = self.images[:MAX_SHOWN]
+        return render(BARS, images=shown, num_more=len(self) - len(shown), max_bars=MAX_BARS)
+
+
 def classify(
-    model: ClipMiniModel,
-    processor: ClipMiniProcessor,
-    images: Iterable[Any],
+    encoder: DualEncoder,
+    images: Sequence[str | Path | Image],
     labels: Sequence[str],
-    template: str | Sequence[str] = DEFAULT_TEMPLATE,
-    batch_size: int = 16,
-) -> list[list[LabelScore]]:
+    templates: Sequence[str],
+    skipped: Skipped | None = None,
+) -> list[ClassifiedImage]:
     """Score labels for images, as transformers' zero-shot image classification pipeline does.
 
     Args:
-        model: in eval mode.
-        processor: the model's processor.
-        images: anything that `read_image` takes; read one batch at a time.
-        labels: what the images may show.
-        template: the caption of a label, with `{}` where the label goes, or several captions, whose embeddings are
-            averaged. A model trained on captions knows sentences better than single words.
-        batch_size: images per forward.
+        encoder: with a logit scale.
+        images: image files or Pillow images.
+        labels: as in `fill_template`.
+        templates: likewise; their embeddings are averaged. A model trained on captions knows sentences better than
+            single words.
+        skipped: collects the images that cannot be read.
 
     Returns:
-        For each image all labels, best first; their scores are the softmax of the model's logits and sum to 1.
+        Each image that could be read, in the order given; scores are the softmax of the model's logits.
 
     Raises:
-        ValueError: the labels or the template are not allowed, or (as `ImageError`) an image cannot be read.
+        ValueError: the labels or the templates are not allowed, or `encode_files` raises it.
     """
-    label_embeds = embed_labels(partial(encode_texts, model, processor), labels, template)
-    image_embeds = encode_images(model, processor, images, batch_size)
-    return _score(model, image_embeds, label_embeds, labels)
+    if encoder.logit_scale is None:
+        raise ValueError(f"The {encoder.kind} model {encoder.name} has no logit scale to make probabilities with.")
+    label_embeds = embed_labels(encoder.encode_texts, labels, templates)
+    kept, image_embeds = encoder.encode_files(images, skipped)
+    logits = encoder.logit_scale * image_embeds @ label_embeds.T  # (I, C); a bias would change no softmax
+    if not logits.isfinite().all():
+        raise ValueError("The model returns similarities that are NaN: its weights are damaged.")
+    return [
+        ClassifiedImage(image, sorted(map(LabelScore, labels, scores), key=lambda item: -item.score))
+        for image, scores in zip(kept, logits.softmax(dim=-1).tolist(), strict=True)
+    ]
 
 
-def classify_files(
-    model: ClipMiniModel,
-    processor: ClipMiniProcessor,
-    paths: Sequence[str | Path],
-    labels: Sequence[str],
-    template: str | Sequence[str] = DEFAULT_TEMPLATE,
-    skipped: Skipped | None = None,
-    batch_size: int = 16,
-) -> list[tuple[Path, list[LabelScore]]]:
-    """Score labels for image files, leaving out those that cannot be read.
-
-    Args:
-        model: in eval mode.
-        processor: the model's processor.
-        paths: the image files; read one batch at a time.
-        labels: what the images may show.
-        template: as in `classify`.
-        skipped: collects the files left out; if None, a summary of them is logged at the end.
-        batch_size: images per forward.
-
-    Returns:
-        Each file that could be read, in the order given, with what `classify` returns for it.
-
-    Raises:
-        ValueError: the labels or the template are not allowed, no image can be read, or one cannot and `skipped` is
-            strict.
-    """
-    label_embeds = embed_labels(partial(encode_texts, model, processor), labels, template)
-    kept, image_embeds = encode_files(model, processor, paths, skipped, batch_size)
-    return list(zip(kept, _score(model, image_embeds, label_embeds, labels), strict=True))
-
-
-def embed_labels(
-    encode: Callable[[Sequence[str]], Tensor], labels: Sequence[str], template: str | Sequence[str] = DEFAULT_TEMPLATE
-) -> Tensor:
+def embed_labels(encode: Callable[[Sequence[str]], Tensor], labels: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Embed each label as the mean direction of its captions (Radford et al., 2021, section 3.1.4).
 
     Args:
         encode: T captions to their (T, D) embeddings, rows of length 1.
         labels: C labels, as in `fill_template`.
-        template: one template or several.
+        templates: as in `fill_template`.
 
     Returns:
         (C, D), rows of length 1.
@@ -106,85 +141,8 @@ def embed_labels(
     Raises:
         ValueError: a label or a template is not allowed, or there is none.
     """
-    templates = [template] if isinstance(template, str) else template
     if not templates:
         raise ValueError("There is no template; give at least one.")
     captions = [caption for template in templates for caption in fill_template(labels, template)]
     embeds = encode(captions).view(len(templates), len(labels), -1)
     return normalize(embeds.mean(dim=0)) if len(templates) > 1 else embeds[0]
-
-
-def load_templates(name: str) -> list[str]:
-    """Load a list of templates.
-
-    Args:
-        name: a single template, which contains `{}`; the name of a list that comes with clipmini ("imagenet" or
-            "simple"); or the path of a YAML file with a list of templates.
-
-    Returns:
-        The templates, at least one.
-
-    Raises:
-        ValueError: there is no such list or file, or it is not a list of templates.
-    """
-    if "{}" in name:
-        return [name]
-    folder = files("clipmini.configuration") / "templates"
-    shipped = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    file = folder / f"{name}.yaml" if name in shipped else Path(name).expanduser()
-    if not file.is_file():
-        raise ValueError(
-            f"{name!r} is not a template; write one with {{}} where the label goes, or name a YAML file or one of "
-            f"{', '.join(shipped)}."
-        )
-    try:
-        templates = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name} is not YAML: {error}") from error
-    if not (isinstance(templates, list) and templates and all(isinstance(item, str) for item in templates)):
-        raise ValueError(f"{name} is not a list of templates; write one per line, each after a dash.")
-    for template in templates:
-        fill_template(["label"], template)
-    return templates
-
-
-def fill_template(labels: Sequence[str], template: str = DEFAULT_TEMPLATE) -> list[str]:
-    """Make a caption of each label.
-
-    Args:
-        labels: at least one, none blank, no two the same, in UTF-8.
-        template: contains `{}` where the label goes; other braces stay as they are. In UTF-8.
-
-    Returns:
-        A caption for each label.
-
-    Raises:
-        ValueError: a label or the template is not allowed.
-    """
-    if "{}" not in template:
-        raise ValueError(f"The template {template!r} has no {{}} where the label goes; try {DEFAULT_TEMPLATE!r}.")
-    check_text("template", template)
-    if isinstance(labels, str) or not labels:
-        raise ValueError(f"The labels {labels!r} are not allowed; give a list of at least one label.")
-    for number, label in enumerate(labels, start=1):
-        if not label.strip():
-            raise ValueError(f"Label {number} of {len(labels)} is blank; leave it out or fill it in.")
-        check_text("label", label)
-    if len(set(labels)) < len(labels):
-        repeated = next(label for label in labels if labels.count(label) > 1)
-        raise ValueError(f"The label {repeated!r} is given twice and would compete with itself; leave one out.")
-    return [template.replace("{}", label) for label in labels]
-
-
-def _score(
-    model: ClipMiniModel, image_embeds: Tensor, label_embeds: Tensor, labels: Sequence[str]
-) -> list[list[LabelScore]]:
-    scale = model.get_logit_scale().detach().float().cpu()
-    bias = None if model.logit_bias is None else model.logit_bias.detach().float().cpu()
-    logits = pairwise_logits(image_embeds, label_embeds, scale, bias)  # (I, C)
-    if not logits.isfinite().all():
-        raise ValueError("The model returns similarities that are NaN: its weights are damaged.")
-    return [
-        sorted(map(LabelScore, labels, scores), key=lambda item: -item.score)
-        for scores in logits.softmax(dim=-1).tolist()
-    ]

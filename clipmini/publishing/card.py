@@ -9,15 +9,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from clipmini.evaluation.intervals import NUM_RESAMPLES, Interval
-from clipmini.evaluation.naming import (
-    eval_results,
-    format_figure,
-    format_interval,
-    format_with_interval,
-    hub_id,
-    public_name,
-)
+from clipmini.evaluation.naming import eval_results, format_figure, format_interval, format_with_interval
 from clipmini.evaluation.retrieval import DIRECTIONS, RECALL_AT
+from clipmini.names import hub_id, public_name
 from modeling_clipmini import ClipMiniConfig
 from modeling_clipmini.processing_clipmini import image_processor_for
 
@@ -128,7 +122,7 @@ def render_card(
     )
     pixels = image_processor_for(config.vision_config)
     is_continued = STARTING_MODEL in [part.role for part in parts]
-    card: ModelCard = ModelCard.from_template(
+    return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
         name=name,
@@ -155,7 +149,6 @@ def render_card(
         count="{:,}".format,
         percent=lambda share: f"{100 * share:.1f}",
     )
-    return card
 
 
 def _interval(measured: Mapping[str, Any], metric: str) -> Interval:

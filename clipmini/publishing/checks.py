@@ -12,11 +12,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 import modeling_clipmini
-from clipmini.data.images import first_sentence
-from clipmini.evaluation.naming import public_name
 from clipmini.files import CURVES_FILE, MODEL_FOLDER, RECIPE_FILE, RESULTS_FILE, weights_sha256
-from clipmini.inference.encode import load_model
+from clipmini.inference.embed import load_model
 from clipmini.inference.trust import read_json, refuse_code
+from clipmini.names import first_sentence, public_name
 from modeling_clipmini import ClipMiniTextModel, ClipMiniVisionModel
 
 logger = logging.getLogger(__name__)

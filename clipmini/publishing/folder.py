@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 import modeling_clipmini
 from clipmini.files import RunRecord, atomic_write
-from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini import ClipMiniModel
 
 HANDLER = Path(modeling_clipmini.__file__).parent / "handler.py"  # Inference Endpoints look for it in the folder
 NOTICE_FILE = "NOTICE"
@@ -42,7 +42,6 @@ SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
 
 def save_model_folder(
     model: ClipMiniModel,
-    processor: ClipMiniProcessor,
     folder: Path,
     card: ModelCard | None = None,
     made_of: Iterable[str] = (),
@@ -55,8 +54,7 @@ def save_model_folder(
     found half written; it replaces a folder of the same name.
 
     Args:
-        model: the model to save.
-        processor: the model's processor.
+        model: the model to save, with its processor.
         folder: where to save it.
         card: saved as README.md.
         made_of: folders of the towers, or of the model that training started from; their NOTICE files are kept.
@@ -64,7 +62,7 @@ def save_model_folder(
     """
     with atomic_write(folder) as temporary:
         model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        model.processor.save_pretrained(temporary)
         # safetensors makes a file that only its owner can read.
         shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
         for name, content in SENTENCE_TRANSFORMERS_FILES.items():

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
 from PIL import ExifTags, Image
 
-from clipmini.data.images import first_sentence
 from clipmini.files import RESULTS_FILE
-from modeling_clipmini.images_clipmini import find_fault
+from clipmini.html import render
+from clipmini.names import check_repository, first_sentence
+from modeling_clipmini.images_clipmini import ImageError, read_image
 
 from .checks import (
     EVALUATIONS,
@@ -63,19 +63,37 @@ class PreparedPush:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pushed:
-    """A finished push.
+    """A push, finished or only prepared.
 
     Attributes:
-        commit: the commit that the branch is at.
+        repo_id: the repository on the Hub.
+        sizes: the size of each file in bytes, by path in the repository.
+        commit: the commit that the branch is at; None if nothing was uploaded.
         is_new: whether this push made the commit; False if the branch held all files already.
-        url: the address of the branch.
+        url: the address of the branch; None if nothing was uploaded.
     """
 
-    commit: CommitInfo
-    is_new: bool
-    url: str
+    repo_id: str
+    sizes: Mapping[str, int]
+    commit: CommitInfo | None = None
+    is_new: bool = False
+    url: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<{len(self.sizes)} files {f'at {self.url}' if self.url else f'for {self.repo_id}, not uploaded'}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the files and, if they were uploaded, the commit, ready for JSON."""
+        commit = {} if self.commit is None else {"commit": self.commit.oid, "is_new": self.is_new, "url": self.url}
+        files = [{"path": path, "size": size} for path, size in self.sizes.items()]
+        return {"repo_id": self.repo_id, "files": files, **commit}
+
+    def _repr_html_(self) -> str:
+        return render(
+            '<a href="{{ url }}">{{ text }}</a>' if self.url else "{{ text }}", url=self.url, text=repr(self)
+        )
 
 
 def prepare_push(
@@ -100,9 +118,7 @@ def prepare_push(
     Raises:
         ValueError: the folder must not or cannot be published as it is; the message says what to do.
     """
-    if repo_id.count("/") != 1:
-        raise ValueError(f"{repo_id!r} is not a repository on the Hub; name one as owner/name.")
-    validate_repo_id(repo_id)
+    check_repository(repo_id)
     model_files = {path: file for path, file in list_files(folder).items() if not matches(path, [EVALUATIONS])}
     files: dict[str, Path | bytes] = {
         path: public_results(file) if file.name == RESULTS_FILE else file
@@ -135,8 +151,10 @@ def _example_path(image: Path) -> str:
 def _add_example(card: ModelCard, image: Path, labels: Sequence[str]) -> None:
     """Check an example, and add it to the card's widget in place of one with the same name."""
     path = _example_path(image)
-    if fault := find_fault(image):
-        raise ValueError(f"{image} {fault}; name another example.")
+    try:
+        read_image(image)
+    except ImageError as error:
+        raise ValueError(f"{image} {error}; name another example.") from error
     if not matches(path, KNOWN_FILES):
         raise ValueError(f"{image} cannot be an example; save it as .jpg, .jpeg, .png or .webp.")
     with Image.open(image) as opened:
@@ -201,7 +219,7 @@ def push(
             repo_id, [*additions, *deletions], commit_message=message or "Upload model with clipmini", revision=branch
         )
     url = f"{api.endpoint}/{repo_id}" + ("" if branch == MAIN else f"/tree/{branch}")
-    return Pushed(commit, commit.oid != heads.get(branch, heads.get(MAIN)), url)
+    return Pushed(repo_id, prepared.sizes, commit, commit.oid != heads.get(branch, heads.get(MAIN)), url)
 
 
 def make_repository(api: HfApi, name: str, private: bool | None) -> str:
@@ -222,18 +240,6 @@ def make_repository(api: HfApi, name: str, private: bool | None) -> str:
     if private and not api.model_info(repo_id).private:
         raise ValueError(f"{repo_id} exists and is public; make it private on the Hub, or name another.")
     return repo_id
-
-
-def read_example(text: str) -> tuple[Path, list[str]]:
-    """Split an example for the widget, such as "image.jpg=a cat,a dog", into its image and its labels.
-
-    Raises:
-        ValueError: the text has another form.
-    """
-    image, separator, labels = text.rpartition("=")
-    if not separator:
-        raise ValueError(f"--example {text!r} is not of the form IMAGE=LABEL,LABEL.")
-    return Path(image), [label.strip() for label in labels.split(",")]
 
 
 def address_card(card: ModelCard, repo_id: str) -> None:

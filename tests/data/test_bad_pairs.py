@@ -53,11 +53,6 @@ class TestBadInput:
         assert skipped.items[0][0] == str(tmp_path / "1.png")
         assert len(caplog.records) == 6
 
-    def test_unchecked(self, tmp_path):
-        table = make_csv(write_images(tmp_path, 3))
-        (tmp_path / "1.png").unlink()
-        assert len(captions_of(table, check_images=False)) == 3
-
     def test_sums_up_by_itself(self, tmp_path, caplog):
         table = make_csv(write_images(tmp_path, 3))
         (tmp_path / "1.png").unlink()
@@ -139,27 +134,27 @@ class TestBadInput:
     def test_a_quote_that_is_never_closed_costs_its_row(self, tmp_path):
         lines = [f"{number}.png,{number}" for number in range(1000)]
         lines[2], lines[500], lines[999] = '2.png,"5 inch screen', '500.png,"two\nlines"', '999.png,"last'
-        table = tmp_path / "a.csv"
+        table = write_images(tmp_path, 1000) / "a.csv"
         table.write_text("image,caption\n" + "\n".join(lines))
         skipped = Skipped()
-        captions = captions_of(table, skipped=skipped, check_images=False)
+        captions = captions_of(table, skipped=skipped)
         assert captions == [[str(n)] if n != 500 else ["two\nlines"] for n in range(999) if n != 2]
         assert [Path(name).name for name, _ in skipped.items] == ["a.csv line 4", "a.csv line 1002"]
         assert "cannot be parsed" in skipped.items[0][1]
 
     def test_every_row_with_a_quote_that_is_never_closed(self, tmp_path):
-        table = tmp_path / "a.csv"
+        table = write_images(tmp_path, 1) / "a.csv"
         table.write_text("image,caption\n0.png,a\n" + '1.png,"b\n' * 20_000)
         skipped = Skipped()
-        assert captions_of(table, skipped=skipped, check_images=False) == [["a"]]
+        assert captions_of(table, skipped=skipped) == [["a"]]
         assert skipped.count == 20_000
 
     def test_quotes_in_a_table_with_tabs(self, tmp_path):
-        table = tmp_path / "a.tsv"
+        table = write_images(tmp_path, 5) / "a.tsv"
         lines = ["image\tcaption", '0.png\t"Stop" says the sign', '1.png\t"5 inch screen', '2.png\t"a ""red"" fish"']
         table.write_text("\r\n".join([*lines, "3.png\tlast", '4.png\t"a"\tb c"']), newline="")
         skipped = Skipped()
-        captions = captions_of(table, skipped=skipped, check_images=False)
+        captions = captions_of(table, skipped=skipped)
         assert captions == [['"Stop" says the sign'], ['"5 inch screen'], ['a "red" fish'], ["last"]]
         assert [(Path(name).name, reason) for name, reason in skipped.items] == [
             ("a.tsv line 6", "has 3 fields instead of 2")

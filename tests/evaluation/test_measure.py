@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from clipmini.evaluation.measure import Embeddings, embed_split, evaluate_retrieval, measure_retrieval
+from clipmini.evaluation.measure import Embeddings, embed_pairs, measure_pairs, measure_retrieval, pair_similarities
 from clipmini.evaluation.retrieval import retrieval_metrics
 from clipmini.inference.encoders import load_encoder
 
@@ -21,10 +21,10 @@ def make_embeddings(num_images=20, captions=2, seed=0):
 
 
 def test_a_split_is_measured_as_in_training(tiny_folder, tiny_model, tiny_processor, toy_pairs):
-    result = measure_retrieval(embed_split(load_encoder(tiny_folder), toy_pairs), num_resamples=10)
+    result = measure_retrieval(embed_pairs(load_encoder(tiny_folder), toy_pairs), num_resamples=10)
     values = {name: interval.value for name, interval in result.metrics.items()}
-    assert values == pytest.approx(evaluate_retrieval(tiny_model, tiny_processor, toy_pairs))
-    assert (result.num_images, result.num_texts, result.width) == (12, 24, 16)
+    assert values == pytest.approx(measure_pairs(tiny_model, toy_pairs))
+    assert list(result.by_width) == [16]
 
 
 def test_all_parts_agree():
@@ -44,8 +44,9 @@ def test_all_parts_agree():
         assert len(chance) == len(curve)
         assert chance[4] == pytest.approx(result.chance[f"{direction}_r5"])
         assert chance[-1] == pytest.approx(1)
-    assert len(result.matching_similarities) == 40
-    assert len(result.other_similarities) == 20 * 40 - 40
+    matching, others = pair_similarities(embeds)
+    assert len(matching) == 40
+    assert len(others) == 20 * 40 - 40
 
 
 def test_misses_are_the_lowest_ranks_with_the_images_that_beat_them():
@@ -77,8 +78,3 @@ def test_images_and_captions_can_be_left_out():
     assert rest.row_of_text.tolist() == [0, 1, 1, 2]
     assert rest.text_image_ids.tolist() == [5, 11, 11, 17]
     assert torch.equal(rest.texts, embeds.texts[[1, 4, 5, 8]])
-
-
-def test_wrong_widths_are_refused():
-    with pytest.raises(ValueError, match=r"widths=\[9\].*8 wide"):
-        measure_retrieval(make_embeddings(), widths=[9])

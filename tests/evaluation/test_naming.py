@@ -3,7 +3,8 @@ import math
 import pytest
 
 from clipmini.evaluation.intervals import Interval
-from clipmini.evaluation.naming import eval_results, format_figure, format_interval, hub_id, public_name
+from clipmini.evaluation.naming import eval_results, format_figure, format_interval
+from clipmini.names import hub_id, public_name
 
 
 @pytest.mark.parametrize(

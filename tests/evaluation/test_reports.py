@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from clipmini.cli import app
 from clipmini.evaluation.naming import format_figure
-from clipmini.evaluation.results import check_folder
+from clipmini.evaluation.request import check_folder
 
 FILES = ["model-index.yaml", "report.html", "results.json", "results.md", "written_files.json"]
 
@@ -105,16 +105,15 @@ def test_leaks_are_counted_and_metrics_without_them_reported(tiny_folder, pair_f
     assert "was not checked" in (out / "report.html").read_text()
 
 
-def test_training_data_can_be_named(tiny_folder, pair_folder, tmp_path):
+def test_the_train_split_is_warned_of_and_what_is_printed_is_written(tiny_folder, pair_folder, tmp_path):
     out = tmp_path / "report"
-    run(tiny_folder, pair_folder, "--split", "train", "--train-data", pair_folder, "--out", out)
-    assert json.loads((out / "results.json").read_text())["leaks"]["exact_images"] == 6
-
-
-def test_the_train_split_is_warned_of(tiny_folder, pair_folder, tmp_path):
-    result = run(tiny_folder, pair_folder, "--split", "train", "--out", tmp_path / "report")
+    result = run(tiny_folder, pair_folder, "--split", "train", "--train-data", pair_folder, "--out", out, "--json")
     assert "warning: This is the train split" in result.stderr
-    assert "This is the train split" in (tmp_path / "report" / "report.html").read_text()
+    assert "This is the train split" in (out / "report.html").read_text()
+    printed, stored = json.loads(result.stdout), json.loads((out / "results.json").read_text())
+    assert stored["leaks"]["exact_images"] == 6
+    assert (printed["folder"], printed["num_skipped"]) == (str(out), 0)
+    assert {name: printed[name] for name in stored} == stored
 
 
 def test_a_models_training_data_is_split_as_in_training(tiny_folder, pair_folder, tmp_path):
@@ -130,15 +129,6 @@ def test_a_models_training_data_is_split_as_in_training(tiny_folder, pair_folder
     other = shutil.copytree(pair_folder, tmp_path / "other")
     data = json.loads(run(model, other, "--json").stdout)["data"]
     assert (data["split"], data["num_images"]) == ("train", 12)
-
-
-def test_json_output_equals_the_file(tiny_folder, pair_folder, tmp_path):
-    result = run(tiny_folder, pair_folder, "--out", tmp_path / "report", "--json")
-    printed = json.loads(result.stdout)
-    stored = json.loads((tmp_path / "report" / "results.json").read_text())
-    assert printed["folder"] == str(tmp_path / "report")
-    assert printed["num_skipped"] == 0
-    assert {name: printed[name] for name in stored} == stored
 
 
 def test_the_report_goes_beside_the_model(tiny_folder, pair_folder, tmp_path):
@@ -213,7 +203,7 @@ def test_a_recipe_names_its_data(tiny_folder, pair_folder, tmp_path):
         (["--split", "dev"], "has no split 'dev'; it has train, test"),
         (["--set", "caption_column=none"], "none"),
         (["--set", "learning_rate=1"], "learning_rate"),
-        (["--baseline", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded"),
+        (["--baseline", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
         (["--train-data", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--task", "captioning"], "captioning"),
         (["--template", "a {}"], "template='a {}' has no meaning for the task retrieval"),
@@ -236,7 +226,7 @@ def test_zero_shot_with_a_baseline(tiny_folder, clip_folder, class_folder, tmp_p
     assert set(results["metrics"]) == {"top1", "mean_per_class"}
     assert set(results["per_class"]) == {"red fox", "sea", "tree"}
     assert sum(number for _, _, number in results["confusion"]) == 30
-    assert results["templates"] == ["a photo of a {}."]
+    assert results["templates"] == ["This is a photo of {}."]
     assert "top1" in results["baseline"]["differences"]
     page = (out / "report.html").read_text()
     assert "red fox" in page

@@ -2,12 +2,13 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, SiglipImageProcessor, SiglipModel
 
-from clipmini.inference.encode import encode_images, encode_texts, load_model
+from clipmini.inference.embed import as_encoder, load_model
 from clipmini.inference.encoders import load_encoder, load_encoders
 from modeling_clipmini.images_clipmini import ImageError, read_image
 from peer_models import letter_tokenizer, save_bert, save_open_clip
@@ -17,9 +18,13 @@ CAPTIONS = ["a red square", "disc", "a bar in blue, much longer than the model t
 
 def test_clipmini(tiny_folder, toy_pairs):
     encoder = load_encoder(tiny_folder)
-    model, processor = load_model(tiny_folder)
-    assert torch.equal(encoder.encode_images(toy_pairs["image"]), encode_images(model, processor, toy_pairs["image"]))
-    assert torch.equal(encoder.encode_texts(CAPTIONS), encode_texts(model, processor, CAPTIONS))
+    model = load_model(tiny_folder)
+    for other in (load_encoder(model), as_encoder(model)):
+        assert torch.equal(encoder.encode_images(toy_pairs["image"]), other.encode_images(toy_pairs["image"]))
+    images = [read_image(image) for image in toy_pairs["image"]]
+    assert np.allclose(encoder.encode_images(images), model.encode_image(images), atol=1e-6)
+    assert np.allclose(encoder.encode_texts(CAPTIONS), model.encode_text(CAPTIONS), atol=1e-6)
+    assert load_encoder(encoder) is encoder
     assert (encoder.name, encoder.kind) == (tiny_folder.parent.name, "ClipMiniModel")
     assert encoder.logit_scale == pytest.approx(model.get_logit_scale().item())
 
@@ -93,7 +98,7 @@ def test_encoders_of_the_same_name_get_their_paths_as_names(clip_folder, siglip_
 
 
 def test_a_model_that_is_no_dual_encoder_is_refused(tmp_path, siglip_folder, monkeypatch):
-    with pytest.raises(ValueError, match=r"nowhere cannot be loaded"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist"):
         load_encoder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"is a BertModel.*dual encoder"):
         load_encoder(save_bert(tmp_path / "bert"))

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from clipmini import cli
 from clipmini.inference import server
-from clipmini.inference.encode import load_model
+from clipmini.inference.embed import load_model
 from clipmini.inference.server import Limits, bind, create_app, make_server
 from modeling_clipmini.handler import RequestHandler
 from serving import serve_command
@@ -91,7 +91,7 @@ def png(size=(60, 40), color="red"):
 
 @pytest.fixture(scope="module")
 def handler(tiny_folder):
-    return RequestHandler(*load_model(tiny_folder))
+    return RequestHandler(load_model(tiny_folder))
 
 
 @pytest.fixture(scope="module")

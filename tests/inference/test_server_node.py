@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from clipmini.inference.encode import load_model
+from clipmini.inference.embed import load_model
 from modeling_clipmini.handler import RequestHandler
 from serving import serve_command
 
@@ -58,7 +58,7 @@ def test_the_client_gets_the_answers_of_the_handler(program, tiny_folder, tmp_pa
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
-    handler = RequestHandler(*load_model(tiny_folder))
+    handler = RequestHandler(load_model(tiny_folder))
     parameters = {"candidate_labels": LABELS, "hypothesis_template": "a photo of {}"}
     expected = handler({"inputs": image.read_bytes(), "parameters": parameters})
     for answer in (answers["blob"], answers["object"]):

@@ -6,11 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import DatasetDict
 from transformers import CLIPModel, CLIPProcessor
 
 from clipmini.inference import teacher
-from clipmini.inference.encode import encode_images, encode_texts, load_model
+from clipmini.inference.embed import as_encoder, load_model
 from clipmini.inference.teacher import TeacherEmbeddings, embed_with_teacher
 from modeling_clipmini.images_clipmini import ImageError, read_image
 
@@ -33,11 +32,11 @@ def with_captions(pairs, row, captions):
 
 
 def test_a_clipmini_folder_teaches_what_it_embeds(made, tiny_folder, toy_pairs):
-    model, processor = load_model(tiny_folder, "cpu")
-    images = encode_images(model, processor, toy_pairs["image"])
-    texts = encode_texts(model, processor, [text for captions in toy_pairs["captions"] for text in captions])
+    encoder = as_encoder(load_model(tiny_folder, "cpu"))
+    images = encoder.encode_images(toy_pairs["image"])
+    texts = encoder.encode_texts([text for captions in toy_pairs["captions"] for text in captions])
     embeddings = TeacherEmbeddings.load(made, toy_pairs)
-    assert embeddings.logit_scale == pytest.approx(model.get_logit_scale().item())
+    assert embeddings.logit_scale == pytest.approx(encoder.logit_scale)
     for row in range(12):
         for caption in range(2):
             image, text = embeddings.rows(row, caption)
@@ -47,7 +46,7 @@ def test_a_clipmini_folder_teaches_what_it_embeds(made, tiny_folder, toy_pairs):
 
 
 def test_clip_teaches_what_it_embeds(clip_folder, toy_pairs, tmp_path):
-    embed_with_teacher(clip_folder, toy_pairs, tmp_path / "clip.parquet", batch_size=5)
+    embed_with_teacher(clip_folder, toy_pairs, tmp_path / "clip.parquet")
     embeddings = TeacherEmbeddings.load(tmp_path / "clip.parquet", toy_pairs)
     model, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPProcessor.from_pretrained(clip_folder)
     row = toy_pairs[7]
@@ -79,14 +78,13 @@ def test_the_file_is_as_described(made, tiny_folder):
 
 
 def test_groups_and_splits_make_one_file_that_serves_each_split(tiny_folder, made, toy_pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher, "ROWS_PER_GROUP", 3)
+    monkeypatch.setattr(teacher, "ROWS_PER_CHUNK", 3)
     uneven = with_captions(toy_pairs, 4, ["a", "green disc", "a disc, green"])
-    splits = DatasetDict({"train": uneven.select(range(7)), "validation": uneven.select(range(7, 12))})
     path = tmp_path / "new" / "embeddings.parquet"
-    embed_with_teacher(tiny_folder, splits, path)
-    assert pq.ParquetFile(path).num_row_groups == 5
+    embed_with_teacher(tiny_folder, uneven, path)
+    assert pq.ParquetFile(path).num_row_groups == 4
     whole = TeacherEmbeddings.load(made, toy_pairs)
-    for split in splits.values():
+    for split in (uneven.select(range(7)), uneven.select(range(7, 12))):
         shuffled = split.shuffle(seed=1)
         embeddings = TeacherEmbeddings.load(path, shuffled)
         assert len(embeddings.images) == len(split)
@@ -169,7 +167,7 @@ def test_what_is_no_such_file_is_named(tmp_path, toy_pairs):
 def test_a_image_that_cannot_be_read_is_named_and_leaves_nothing(
     tiny_folder, toy_pairs, tmp_path, monkeypatch, image, name
 ):
-    monkeypatch.setattr(teacher, "ROWS_PER_GROUP", 1)  # the first group is on disk when the second fails
+    monkeypatch.setattr(teacher, "ROWS_PER_CHUNK", 1)  # the first group is on disk when the second fails
     rows = [toy_pairs[0], {**toy_pairs[1], "image": image}]
     pairs = type(toy_pairs).from_list(rows, features=toy_pairs.features)
     with pytest.raises(ImageError, match=name):
@@ -179,7 +177,7 @@ def test_a_image_that_cannot_be_read_is_named_and_leaves_nothing(
 
 def test_teachers_that_cannot_teach_are_named(tmp_path, toy_pairs, clip_folder, monkeypatch):
     out = tmp_path / "out" / "embeddings.parquet"
-    with pytest.raises(ValueError, match=r"nowhere cannot be loaded"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist"):
         embed_with_teacher(tmp_path / "nowhere", toy_pairs, out)
 
     def embed_in_5_dimensions(self, input_ids, **_):

@@ -220,6 +220,7 @@ def test_the_processor_is_read_once_and_can_be_set(model, tiny_processor):
 
 
 def test_a_model_from_nowhere_says_how_to_set_a_processor(tiny_model, tiny_processor, tiny_folder, tmp_path):
+    del tiny_model.processor
     assert not hasattr(tiny_model, "processor")
     with pytest.raises(AttributeError, match=r"not loaded from anywhere.*model\.processor = AutoProcessor"):
         tiny_model.encode_text("a cat")

@@ -20,7 +20,6 @@ from modeling_clipmini import images_clipmini
 from modeling_clipmini.images_clipmini import (
     ImageError,
     convert_to_rgb,
-    find_fault,
     image_size,
     read_image,
     read_named,
@@ -242,7 +241,6 @@ class TestFaults:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with pytest.raises(ImageError, match=reason) as caught:
                 read_image(source)
-            assert reason in find_fault(source)
         assert "a.jpg" not in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -292,7 +290,8 @@ class TestFaults:
 
     def test_own_limit_of_pillow_is_kept_and_not_needed(self, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-        assert "has 108.0 megapixels" in find_fault(FAULTS["108 megapixels"][0]())
+        with pytest.raises(ImageError, match=r"has 108\.0 megapixels"):
+            read_image(FAULTS["108 megapixels"][0]())
         monkeypatch.undo()
         limit = Image.MAX_IMAGE_PIXELS
         read_image(jpeg())
@@ -301,18 +300,7 @@ class TestFaults:
 
     @pytest.mark.parametrize("size", [(1, 1), (7, 7), (1, 9), (9, 9)])
     def test_the_smallest_jpegs(self, size):
-        assert find_fault(encode(noise(*size), "JPEG")) is None
-
-    @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 95}])
-    def test_reduced_check_agrees_with_reading_at_every_end(self, options):
-        data = encode(noise(133, 117), "JPEG", **options)
-        for cut in (*range(1, 40), *range(40, len(data), len(data) // 20)):
-            try:
-                read_image(data[:-cut])
-                is_good = True
-            except ImageError:
-                is_good = False
-            assert (find_fault(data[:-cut]) is None) == is_good, cut
+        assert read_image(encode(noise(*size), "JPEG")).size == size
 
     def test_damage_anywhere_raises_nothing_else(self):
         kinds = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "ICO", "JPEG2000")
@@ -322,7 +310,8 @@ class TestFaults:
                 damaged = data[:start] + b"\xff\x00\xa7" + data[start + 3 :]
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    find_fault(damaged)  # anything but ImageError would come through
+                    with contextlib.suppress(ImageError):
+                        read_image(damaged)
 
     def test_many_threads(self):
         good, bad = encode(row_of("RGB", RED)), truncate(jpeg(), 0.5)
@@ -330,14 +319,16 @@ class TestFaults:
 
         def work():
             for _ in range(20):
-                results.append((pixels(read_image(good)) == [RED], find_fault(bad) is not None))
+                with pytest.raises(ImageError):
+                    read_image(bad)
+                results.append(pixels(read_image(good)) == [RED])
 
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert results == [(True, True)] * 80
+        assert results == [True] * 80
 
 
 ODD_KINDS = {

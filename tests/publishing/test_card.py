@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from clipmini.data.recipe_files import parse_changes
 from clipmini.evaluation.retrieval import METRIC_NAMES
 from clipmini.publishing.folder import save_model_folder
 from clipmini.training.recipes import load_recipe, render_recipe_card
@@ -42,7 +43,7 @@ def results():
 
 
 def render(tiny_config, results, *overrides, recipe="demo"):
-    return render_recipe_card(load_recipe(recipe, overrides), tiny_config(), results)
+    return render_recipe_card(load_recipe(recipe, parse_changes(overrides)), tiny_config(), results)
 
 
 def test_it_describes_training_and_results(results, tiny_config):
@@ -185,7 +186,7 @@ def test_every_python_block_runs_where_clipmini_is_not_installed(
     tiny_model, tiny_processor, results, tiny_config, tmp_path
 ):
     folder = tmp_path / "model"
-    save_model_folder(tiny_model, tiny_processor, folder)
+    save_model_folder(tiny_model, folder)
     Image.linear_gradient("L").resize((200, 120)).convert("RGB").save(tmp_path / "image.jpg")
     blocks = python_blocks(render(tiny_config, results), folder)
     assert len(blocks) == 4

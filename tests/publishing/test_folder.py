@@ -14,7 +14,7 @@ from stranger import run_as_stranger
 
 def test_no_half_of_a_folder_is_ever_seen(tiny_model, tiny_processor, tmp_path, monkeypatch):
     folder = tmp_path / "model"
-    save_model_folder(tiny_model, tiny_processor, folder)
+    save_model_folder(tiny_model, folder)
     before = (folder / "config.json").read_bytes()
 
     def fail(*args, **kwargs):
@@ -22,7 +22,7 @@ def test_no_half_of_a_folder_is_ever_seen(tiny_model, tiny_processor, tmp_path, 
 
     monkeypatch.setattr(type(tiny_processor), "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_model_folder(tiny_model, tiny_processor, folder)
+        save_model_folder(tiny_model, folder)
     assert (folder / "config.json").read_bytes() == before
     assert [path.name for path in Path(tmp_path).iterdir()] == ["model"]
 
@@ -31,7 +31,7 @@ def test_a_link_to_a_folder_is_replaced_and_the_folder_left_alone(tiny_model, ti
     elsewhere, link = tmp_path / "elsewhere", tmp_path / "model"
     elsewhere.mkdir()
     link.symlink_to(elsewhere)
-    save_model_folder(tiny_model, tiny_processor, link)
+    save_model_folder(tiny_model, link)
     assert (link / "config.json").exists()
     assert list(elsewhere.iterdir()) == []
 
@@ -40,8 +40,8 @@ def test_a_notice_says_whose_the_parts_are_each_once(tiny_model, tiny_processor,
     tower, folder, second = tmp_path / "tower", tmp_path / "model", tmp_path / "second"
     tower.mkdir()
     (tower / "NOTICE").write_text("The tower is theirs.\n")
-    save_model_folder(tiny_model, tiny_processor, folder, made_of=[str(tower), "org/of-the-hub"])
-    save_model_folder(tiny_model, tiny_processor, second, made_of=[str(folder), str(tower)])
+    save_model_folder(tiny_model, folder, made_of=[str(tower), "org/of-the-hub"])
+    save_model_folder(tiny_model, second, made_of=[str(folder), str(tower)])
     notice = (folder / "NOTICE").read_text()
     assert notice.startswith("The code in this folder")
     assert notice.endswith("\n\nThe tower is theirs.\n")
@@ -49,20 +49,20 @@ def test_a_notice_says_whose_the_parts_are_each_once(tiny_model, tiny_processor,
 
 
 def test_it_says_which_packages_it_needs(tiny_model, tiny_processor, tmp_path):
-    save_model_folder(tiny_model, tiny_processor, tmp_path / "model")
+    save_model_folder(tiny_model, tmp_path / "model")
     lines = (tmp_path / "model" / "requirements.txt").read_text().splitlines()
     assert [re.match(r"[a-z]+", line)[0] for line in lines] == list(folders.NEEDED_BY_THE_MODEL)
     assert all(re.fullmatch(r"[a-z]+>=[\d.]+", line) for line in lines)
 
 
 def test_the_handler_comes_along(tiny_model, tiny_processor, tmp_path):
-    save_model_folder(tiny_model, tiny_processor, tmp_path / "model")
+    save_model_folder(tiny_model, tmp_path / "model")
     assert (tmp_path / "model" / "handler.py").read_bytes() == folders.HANDLER.read_bytes()
     assert b"class EndpointHandler" in folders.HANDLER.read_bytes()
 
 
 def test_what_sentence_transformers_reads_hides_no_clipmini_model(tiny_model, tiny_processor, tmp_path):
-    save_model_folder(tiny_model, tiny_processor, tmp_path / "model")
+    save_model_folder(tiny_model, tmp_path / "model")
     assert (tmp_path / "model" / "modules.json").exists()
     assert load_encoder(tmp_path / "model").kind == "ClipMiniModel"
 
@@ -74,7 +74,7 @@ def test_it_is_a_model_of_sentence_transformers(tiny_model, tiny_processor, tmp_
     images = [Image.linear_gradient("L").resize((90, 60)), Image.new("RGBA", (50, 50), (200, 0, 0, 0))]
     for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.png")
-    save_model_folder(tiny_model, tiny_processor, tmp_path / "model")
+    save_model_folder(tiny_model, tmp_path / "model")
     tiny_model.processor = tiny_processor
     expected = tiny_model.encode_text(texts), tiny_model.encode_image(images)
     code = """

@@ -1,12 +1,23 @@
+import inspect
 from dataclasses import replace
 
 import pytest
 
-from clipmini.data.recipe_files import load_data_arguments, preset_names
+from clipmini.data.pairs import DataArguments
+from clipmini.data.recipe_files import (
+    TOWERS,
+    field_names,
+    parse_changes,
+    preset_names,
+    read_data_section,
+    section_keys,
+)
+from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.build import ModelPreset, build_model
 from clipmini.training.lora import Lora
 from clipmini.training.objective import HardNegatives
 from clipmini.training.recipes import load_recipe
+from modeling_clipmini import ClipMiniConfig
 
 TINY_TEXT = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
 TINY = ModelPreset(vision="resnet18", text=TINY_TEXT, pretrained=False)
@@ -49,8 +60,8 @@ def test_values_arrive_with_their_types(tmp_path):
         (["training.learning_rate=1e-3"], lambda r: r.training.learning_rate, 1e-3),
         (["learning_rate=0.5"], lambda r: r.training.learning_rate, 0.5),
         (["source=other folder"], lambda r: r.data.source, "other folder"),
-        (["projection=mlp"], lambda r: r.model_config, {"projection": "mlp"}),
-        (["model_config.loss=sigmoid"], lambda r: r.model_config, {"loss": "sigmoid"}),
+        (["projection=mlp"], lambda r: r.values["model_config"], {"projection": "mlp"}),
+        (["model_config.loss=sigmoid"], lambda r: r.values["model_config"], {"loss": "sigmoid"}),
         (["model=org/name"], lambda r: r.model, "org/name"),
         (["freeze_vision=true", "num_train_epochs=3"], lambda r: r.training.num_train_epochs, 3),
         (["eval_strategy=no"], lambda r: r.training.eval_strategy.value, "no"),
@@ -61,7 +72,7 @@ def test_values_arrive_with_their_types(tmp_path):
     ],
 )
 def test_overrides(overrides, read, expected, tmp_path):
-    assert read(load_recipe(write(tmp_path, GOOD), overrides)) == expected
+    assert read(load_recipe(write(tmp_path, GOOD), parse_changes(overrides))) == expected
 
 
 @pytest.mark.parametrize(
@@ -104,7 +115,25 @@ def test_overrides(overrides, read, expected, tmp_path):
 )
 def test_what_is_wrong_is_said(text, overrides, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        load_recipe(write(tmp_path, text), overrides)
+        load_recipe(write(tmp_path, text), parse_changes(overrides))
+
+
+@pytest.mark.parametrize(("section", "cls"), [("data", DataArguments), ("training", ClipMiniTrainingArguments)])
+def test_the_keys_read_from_source_are_the_fields_of_the_class(section, cls):
+    assert sorted(section_keys(section)) == sorted(field_names(cls))
+
+
+def test_the_keys_of_the_config_are_its_arguments():
+    names = inspect.signature(ClipMiniConfig.__init__).parameters
+    assert section_keys("model_config") == [name for name in names if name not in ("self", "kwargs", *TOWERS)]
+
+
+def test_a_mapping_for_a_section_changes_the_keys_in_it(tmp_path):
+    changes = {"data": {"source": tmp_path}, "training": {"seed": 3}, "model_config": {"loss": "sigmoid"}}
+    recipe = load_recipe(write(tmp_path, GOOD), changes)
+    assert (recipe.data.source, recipe.data.validation_fraction) == (str(tmp_path), 0.2)
+    assert (recipe.training.seed, recipe.training.learning_rate) == (3, 5e-5)
+    assert recipe.values["model_config"] == {"loss": "sigmoid"}
 
 
 def test_a_missing_recipe_lists_the_presets():
@@ -146,16 +175,17 @@ def test_a_wrong_preset_file_is_refused(text, message, tmp_path):
     preset = tmp_path / "preset.yaml"
     preset.write_text(text)
     with pytest.raises(ValueError, match=message):
-        load_recipe(write(tmp_path, GOOD), [f"model={preset}"])
+        load_recipe(write(tmp_path, GOOD), {"model": preset})
 
 
 def test_a_frozen_towers_learning_rate_is_said_to_have_no_effect(tmp_path, caplog):
-    load_recipe(write(tmp_path, GOOD), ["freeze_vision=true", "vision_learning_rate=1e-4"])
+    load_recipe(write(tmp_path, GOOD), {"freeze_vision": True, "vision_learning_rate": 1e-4})
     assert "vision_learning_rate has no effect" in caplog.text
 
 
 def test_a_random_model_can_be_built_without_any_download(tmp_path):
-    model, processor = build_model(load_recipe(write(tmp_path, GOOD)).model)
+    model = build_model(load_recipe(write(tmp_path, GOOD)).model)
+    processor = model.processor
     token_ids = processor(text="A cat, 2 dogs!")["input_ids"]
     assert token_ids.max() < len(processor.tokenizer) == model.config.text_config.vocab_size
     assert processor.tokenizer.unk_token_id not in token_ids
@@ -178,8 +208,9 @@ def test_a_wrong_preset_is_refused(preset, message):
 
 
 def test_a_preset_can_change_how_images_are_prepared():
-    _, plain = build_model(TINY)
-    model, processor = build_model(replace(TINY, pretrained_cfg={"crop_pct": 1.0}))
+    plain = build_model(TINY).processor
+    model = build_model(replace(TINY, pretrained_cfg={"crop_pct": 1.0}))
+    processor = model.processor
     assert plain.image_processor.size["shortest_edge"] > plain.image_processor.crop_size["height"]
     assert processor.image_processor.size["shortest_edge"] == processor.image_processor.crop_size["height"]
     assert processor.image_processor.image_mean == plain.image_processor.image_mean
@@ -203,7 +234,7 @@ NO_FACTS = {"image_column": None, "caption_column": None, "image_root": None}
 )
 def test_what_a_recipe_knows_of_its_own_data_does_not_hold_for_other_data(override, kept, license, tmp_path, caplog):
     text = GOOD.replace("  source: photos\n", f"  source: photos\n{FACTS}")
-    recipe = load_recipe(write(tmp_path, f"license: cc0-1.0\n{text}"), override)
+    recipe = load_recipe(write(tmp_path, f"license: cc0-1.0\n{text}"), parse_changes(override))
     assert recipe.license == recipe.values.get("license") == license
     assert {name: getattr(recipe.data, name) for name in kept} == kept
     assert {name: recipe.values["data"].get(name) for name in kept} == kept
@@ -216,12 +247,12 @@ def test_what_a_recipe_knows_of_its_own_data_does_not_hold_for_other_data(overri
 
 def test_the_license_of_the_demo_is_not_claimed_for_other_images(tmp_path, monkeypatch):
     assert load_recipe("demo").license == "apache-2.0"
-    assert load_recipe("demo", ["source=mine"]).license is None
-    assert load_data_arguments("demo", ["source=mine"]).source == "mine"
+    assert load_recipe("demo", {"source": "mine"}).license is None
+    assert read_data_section("demo", {"source": "mine"})["source"] == "mine"
     same = tmp_path / "examples" / "photos"
     same.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert load_recipe("demo", [f"source={same}"]).license == "apache-2.0"  # by another name
+    assert load_recipe("demo", {"source": same}).license == "apache-2.0"  # by another name
 
 
 @pytest.mark.parametrize(
@@ -252,14 +283,15 @@ def test_yaml_that_merges_is_read(tmp_path):
 
 def test_of_a_recipe_whose_training_is_for_another_machine_the_data_can_be_read(tmp_path):
     text = GOOD.replace("bf16: false", "bf16: maybe")
-    data = load_data_arguments(str(write(tmp_path, text)), ["split_seed=4"])
-    assert (data.source, data.split_seed) == ("photos", 4)
+    data = read_data_section(str(write(tmp_path, text)), {"split_seed": 4})
+    assert (data["source"], data["split_seed"]) == ("photos", 4)
 
 
 def test_one_value_of_an_option_can_be_set(tmp_path):
     file = write(tmp_path, GOOD)
-    assert load_recipe(file, ["lora.parts=text", "training.lora.rank=4"]).training.lora_options == Lora("text", 4)
-    recipe = load_recipe(file, ["hard_negatives={weight: 0.5}", "hard_negatives.start=0.1"])
+    recipe = load_recipe(file, {"lora.parts": "text", "training.lora.rank": 4})
+    assert recipe.training.lora_options == Lora("text", 4)
+    recipe = load_recipe(file, {"hard_negatives": {"weight": 0.5}, "hard_negatives.start": 0.1})
     assert recipe.training.hard_negative_options == HardNegatives(0.5, 0.1)
 
 
@@ -272,16 +304,20 @@ def test_one_value_of_an_option_can_be_set(tmp_path):
         ("teacher={}", r"teacher\.file is missing; set it"),
         ("seed.x=1", "seed must hold `key: value` lines, not int"),
         ("data.license=mit", "no 'license' any more; set `license` at the top of the recipe"),
+        ("check_images=false", "no 'check_images' any more; set nothing instead: every image is checked once"),
         ("lora_rank=4", r"no 'lora_rank' any more; set lora: \{parts"),
         ("training.lora.rank.x=4", "there is no 'training'"),
     ],
 )
 def test_options_with_several_values_say_what_is_wrong(override, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        load_recipe(write(tmp_path, GOOD.replace("training:", "training:\n  seed: 1")), [override])
+        load_recipe(write(tmp_path, GOOD.replace("training:", "training:\n  seed: 1")), parse_changes([override]))
 
 
 def test_data_of_a_run_of_an_earlier_version_is_read(tmp_path):
-    text = GOOD.replace("  source: photos\n", "  source: photos\n  license: cc0-1.0\n  share_duplicate_ids: true\n")
+    text = GOOD.replace(
+        "  source: photos\n",
+        "  source: photos\n  license: cc0-1.0\n  share_duplicate_ids: true\n  check_images: true\n",
+    )
     (tmp_path / "recipe_as_run.yaml").write_text(text)
-    assert load_data_arguments(str(tmp_path / "recipe_as_run.yaml")).source == "photos"
+    assert read_data_section(str(tmp_path / "recipe_as_run.yaml"), {})["source"] == "photos"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from clipmini.data.recipe_files import parse_changes
 from clipmini.training.recipes import load_recipe
 from clipmini.training.run import train
 
@@ -26,7 +28,7 @@ stages:
     num_train_epochs: 2
   towers:
     vision_stages: 3
-    num_train_epochs: 3
+    num_train_epochs: 2
     save_strategy: steps
     eval_strategy: steps
     save_steps: 2
@@ -46,42 +48,69 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def make(photos, tmp_path):
-    file = tmp_path / "staged.yaml"
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("recipe") / "staged.yaml"
     file.write_text(RECIPE, encoding="utf-8")
+    return file
 
+
+@pytest.fixture(scope="module")
+def make_in(photos, recipe_file):
     def load(folder, *overrides):
-        return load_recipe(str(file), [f"source={photos}", f"output_dir={tmp_path / folder}", *overrides])
+        return load_recipe(str(recipe_file), {"source": photos, "output_dir": folder, **parse_changes(overrides)})
 
     return load
 
 
-def test_both_stages_run_and_leave_one_model(make, tmp_path):
-    result = train(make("run"))
-    run = tmp_path / "run"
-    assert result.results["stages"] == ["heads", "towers"]
-    assert result.results["duplicates"]["num_images"] == 16
-    assert result.results["versions"].keys() >= {"torch", "transformers", "timm"}
+@pytest.fixture
+def make(make_in, tmp_path):
+    return lambda folder, *overrides: make_in(tmp_path / folder, *overrides)
+
+
+@pytest.fixture(scope="module")
+def whole(make_in, tmp_path_factory):
+    """A run of both stages. Read only."""
+    return train(make_in(tmp_path_factory.mktemp("whole") / "run"))
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """The folder of a run of `make("run")`, which may be changed."""
+    shutil.copytree(whole.folder, tmp_path / "run")
+    recipe_as_run = tmp_path / "run" / "recipe_as_run.yaml"
+    recipe_as_run.write_text(recipe_as_run.read_text().replace(str(whole.folder), str(tmp_path / "run")))
+    return tmp_path / "run"
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_both_stages_run_and_leave_one_model(make, whole, run):
+    assert whole.results["stages"] == ["heads", "towers"]
+    assert whole.results["duplicates"]["num_images"] == 16
+    assert whole.results["versions"].keys() >= {"torch", "transformers", "timm"}
     for stage in ("heads", "towers"):
         logged = json.loads((run / stage / "stage.json").read_text())["log_history"]
         assert any("loss" in entry for entry in logged)
-    final = load_file(run / "model" / "model.safetensors")
-    heads = load_file(run / "heads" / "model" / "model.safetensors")
-    last = load_file(run / "towers" / "model" / "model.safetensors")
-    assert all(torch.equal(final[name], last[name]) for name in final)
-    tower = [name for name in final if name.startswith("vision_model") and not torch.equal(final[name], heads[name])]
-    assert tower
+    assert_same_weights(run, run / "towers")
+    final, heads = weights(run), weights(run / "heads")
+    assert any(name.startswith("vision_model") and not torch.equal(final[name], heads[name]) for name in final)
     with pytest.raises(ValueError, match="holds a finished run"):
         train(make("run"))
-    assert result.results["train_s"] > 0
+    assert whole.results["train_s"] > 0
     (run / "results.json").unlink()
     (run / "towers" / "stage.json").unlink()
     assert train(make("run")).results["train_s"] is None  # it went on from a checkpoint
 
 
-def test_stages_run_one_at_a_time_end_where_one_run_ends(make, tmp_path):
-    train(make("whole"))
+def test_stages_run_one_at_a_time_end_where_one_run_ends(make, whole, tmp_path):
     first = train(make("parts"), stage="heads")
     assert first.results["stages"] == ["heads"]
     second = train(make("parts"), stage="towers")
@@ -90,33 +119,39 @@ def test_stages_run_one_at_a_time_end_where_one_run_ends(make, tmp_path):
         json.loads((tmp_path / "parts" / name / "stage.json").read_text())["train_s"] for name in ("heads", "towers")
     ]
     assert second.results["train_s"] == pytest.approx(sum(times))
-    whole = load_file(tmp_path / "whole" / "model" / "model.safetensors")
-    parts = load_file(tmp_path / "parts" / "model" / "model.safetensors")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert_same_weights(whole.folder, tmp_path / "parts")
 
 
-def test_to_overwrite_a_stage_takes_those_after_it_away(make, tmp_path):
-    train(make("run"))
+def test_to_overwrite_a_stage_takes_those_after_it_away(make, run):
     again = train(make("run"), stage="heads", overwrite=True)
     assert again.results["stages"] == ["heads"]
-    assert not (tmp_path / "run" / "towers" / "stage.json").exists()
-    assert not list((tmp_path / "run" / "towers").glob("checkpoint-*"))
+    assert not (run / "towers" / "stage.json").exists()
+    assert not list((run / "towers").glob("checkpoint-*"))
 
 
 def test_a_stage_with_lora_begins_alike_alone_and_in_a_whole_run(make, tmp_path):
     pytest.importorskip("peft")
-    lora = ["stages.towers.vision_stages=null", "stages.towers.lora={parts: text}"]
+    changes = ["vision_stages=null", "lora={parts: text}", "num_train_epochs=1"]
+    lora = [f"stages.towers.{change}" for change in changes] + ["stages.heads.num_train_epochs=1"]
     train(make("whole", *lora))
     train(make("parts", *lora), stage="heads")
     torch.rand(3)  # what came before must not matter
     train(make("parts", *lora), stage="towers")
-    whole, parts = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_stage_without_the_one_before_begins_with_the_recipes_model(make, caplog):
     assert train(make("run"), stage="towers").results["stages"] == ["towers"]
     assert "stage heads has not been run" in caplog.text
+
+
+def test_a_stage_alone_does_not_count_one_that_it_does_not_build_on(photos, tmp_path):
+    file = tmp_path / "gap.yaml"
+    file.write_text(f"{RECIPE}  last:\n    max_steps: 1\n", encoding="utf-8")
+    changes = {"source": photos, "output_dir": tmp_path / "run", "stages.heads.num_train_epochs": 1}
+    for stage in ("heads", "last"):
+        results = train(load_recipe(str(file), changes), stage=stage).results
+        assert results["stages"] == [stage]
 
 
 def test_a_stage_that_is_not_there_is_named(make):
@@ -146,10 +181,9 @@ def test_a_key_of_one_stage_can_be_changed(make):
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_ends_with_the_weights_of_one_never_killed(make, tmp_path, photos):
+def test_a_run_killed_three_times_ends_with_the_weights_of_one_never_killed(recipe_file, tmp_path, photos):
     options = ["--set", "stages.towers.num_train_epochs=12", "--set", f"source={photos}", "--set"]
-    command = [sys.executable, "-m", "clipmini.cli", "train", str(tmp_path / "staged.yaml"), *options]
-    make("run")  # writes the recipe
+    command = [sys.executable, "-m", "clipmini.cli", "train", str(recipe_file), *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CLIPMINI_CACHE": str(tmp_path / "cache")}
     subprocess.run([*command, f"output_dir={tmp_path / 'whole'}"], env=env, check=True, capture_output=True)
 
@@ -168,16 +202,14 @@ def test_a_run_killed_three_times_ends_with_the_weights_of_one_never_killed(make
             kills += process.wait() == -signal.SIGKILL
     assert kills == 3
     subprocess.run([*command, f"output_dir={tmp_path / 'killed'}"], env=env, check=True, capture_output=True)
-    whole, killed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "killed"))
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.slow
-def test_two_processes_run_a_recipe_and_leave_one_model(make, tmp_path, photos):
-    make("run")  # writes the recipe
+def test_two_processes_run_a_recipe_and_leave_one_model(recipe_file, tmp_path, photos):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     options = ["--set", f"source={photos}", "--set", f"output_dir={tmp_path / 'two'}", "--json"]
-    command = [*launch, "clipmini.cli", "train", str(tmp_path / "staged.yaml"), *options]
+    command = [*launch, "clipmini.cli", "train", str(recipe_file), *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CLIPMINI_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -186,5 +218,4 @@ def test_two_processes_run_a_recipe_and_leave_one_model(make, tmp_path, photos):
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["stages"] == ["heads", "towers"]
     assert json.loads(done.stdout)["splits"] == results["splits"]  # printed once, not by every process
-    last, final = (load_file(tmp_path / "two" / part / "model.safetensors") for part in ("towers/model", "model"))
-    assert all(torch.equal(last[name], final[name]) for name in final)
+    assert_same_weights(tmp_path / "two", tmp_path / "two" / "towers")

@@ -92,8 +92,8 @@ def test_front_and_rest_are_the_whole(architecture):
         frozen_stages = FrozenStages.find(model, count, make_images(batch=1))
         activation = frozen_stages.run(images)
         assert not activation.requires_grad
-        with frozen_stages.resuming(), torch.no_grad():
-            torch.testing.assert_close(model(activation), whole, rtol=1e-6, atol=1e-6)
+        with torch.no_grad():
+            torch.testing.assert_close(frozen_stages.resumed(model)(activation), whole, rtol=1e-6, atol=1e-6)
         trainable = {name for stage in stage_parts(model)[-count:] for name in stage}
         assert not trainable & {
             f"{name}.{parameter}"
@@ -110,8 +110,7 @@ def test_the_rest_gets_the_gradients_of_the_whole(architecture):
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     expected = torch.autograd.grad(model(images).square().mean(), list(trained.values()))
     activation = frozen_stages.run(images)
-    with frozen_stages.resuming():
-        output = model(activation)
+    output = frozen_stages.resumed(model)(activation)
     gradients = torch.autograd.grad(output.square().mean(), list(trained.values()))
     for name, gradient, other in zip(trained, gradients, expected, strict=True):
         torch.testing.assert_close(gradient, other, msg=lambda text, name=name: f"{name}: {text}")
@@ -128,8 +127,7 @@ def test_the_front_runs_nothing_of_the_rest():
     assert ran[-1] == "layer2"  # the whole model's hook, "", would come last of all
     assert not any(name.startswith(("layer3", "layer4")) for name in ran)
     ran.clear()
-    with frozen_stages.resuming():
-        model(activation)
+    frozen_stages.resumed(model)(activation)
     assert "layer2.0.conv1" not in ran
     assert "layer3.0.conv1" in ran
 
@@ -154,16 +152,18 @@ def test_the_model_is_left_as_it_was():
         frozen_stages.run(make_images())
 
 
-def test_forwards_come_back_after_an_error():
-    model = make("test_resnet")
-    frozen_stages = FrozenStages.find(model, 2, make_images())
-    own = model.layer1[0].forward = model.layer1[0].forward  # as accelerate puts its own there
-    whole = model(make_images())
-    with pytest.raises(RuntimeError, match="channels"), frozen_stages.resuming():
-        model(torch.randn(2, 5, 8, 8))
-    assert model.layer1[0].forward is own
-    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == ["layer1.0"]
-    torch.testing.assert_close(model(make_images()), whole)
+def test_the_resumed_model_shares_weights_modes_and_hooks(tiny_model):
+    timm_model = tiny_model.vision_model.timm_model
+    frozen_stages = FrozenStages.find(timm_model, 2, make_images())
+    names = [name for name, _ in tiny_model.named_modules()]
+    resumed = frozen_stages.resumed(tiny_model)
+    assert resumed.text_model is tiny_model.text_model
+    assert resumed.vision_model.timm_model.layer4 is timm_model.layer4
+    assert resumed.vision_model.timm_model.layer1 is not timm_model.layer1
+    assert [name for name, _ in tiny_model.named_modules()] == names
+    tiny_model.train()
+    assert frozen_stages.resumed(tiny_model).vision_model.timm_model.training
+    assert not any("forward" in vars(module) for module in tiny_model.modules())
 
 
 def test_an_error_within_the_front_is_not_taken_for_its_end():
@@ -190,8 +190,8 @@ def test_channels_last(architecture):
     frozen_stages = FrozenStages.find(model, 2, images)
     activation = frozen_stages.run(images)
     assert activation.is_contiguous(memory_format=torch.channels_last)
-    with frozen_stages.resuming(), torch.no_grad():
-        from_cache = model(activation.contiguous())
+    with torch.no_grad():
+        from_cache = frozen_stages.resumed(model)(activation.contiguous())
     torch.testing.assert_close(from_cache, model(images), rtol=1e-4, atol=1e-4)
 
 
@@ -205,8 +205,7 @@ def test_gradient_checkpointing_runs_the_same(architecture):
     frozen_stages = FrozenStages.find(model, 2, images)
     freeze(frozen_stages)
     activation = frozen_stages.run(images)
-    with frozen_stages.resuming():
-        output = model(activation)
+    output = frozen_stages.resumed(model)(activation)
     torch.testing.assert_close(output, whole, rtol=1e-6, atol=1e-6)
     output.sum().backward()
 
@@ -217,8 +216,7 @@ def test_the_wrapper_of_transformers_resumes(tiny_model):
     freeze(frozen_stages)
     expected = tiny_model.pool_images(make_images())
     activation = frozen_stages.run(make_images())
-    with frozen_stages.resuming():
-        pooled = tiny_model.pool_images(activation)
+    pooled = frozen_stages.resumed(tiny_model).pool_images(activation)
     torch.testing.assert_close(pooled, expected, rtol=1e-6, atol=1e-6)
     pooled.sum().backward()
     trained = {name for name, parameter in tower.timm_model.named_parameters() if parameter.grad is not None}
@@ -332,7 +330,7 @@ def test_stages_out_of_order_leave_no_front(caplog):
     assert "no stage before it" in caplog.text
 
 
-def test_a_module_that_is_used_twice_comes_back_once():
+def test_a_module_that_is_used_twice_is_left_out_twice():
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
@@ -344,7 +342,7 @@ def test_a_module_that_is_used_twice_comes_back_once():
         group_matcher = Chain.group_matcher
         forward = Chain.forward
 
-    model = Shared()
+    model = Shared().eval()
     frozen_stages = FrozenStages.find(model, 1, torch.randn(3, 4))
     assert list(frozen_stages.modules) == ["one.0", "one.1", "two.0", "two.1"]
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(frozen_stages.resumed(model)(frozen_stages.run(torch.ones(3, 4))), model(torch.ones(3, 4)))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipmini.evaluation.measure import evaluate_retrieval
+from clipmini.evaluation.measure import measure_pairs
 from clipmini.files import cache_root
 from clipmini.inference.teacher import embed_with_teacher
 from clipmini.training.arguments import ClipMiniTrainingArguments
-from clipmini.training.features import TowerFeatures
+from clipmini.training.features import prepare_features
 from clipmini.training.trainer import ClipMiniTrainer, NonFiniteLossError
 from modeling_clipmini import ClipMiniModel
 
@@ -28,30 +28,17 @@ def make_trainer(tiny_config, tiny_processor, toy_pairs, tmp_path):
             "save_strategy": "no",
             "use_cpu": True,
         }
-        return ClipMiniTrainer(
-            model=ClipMiniModel(tiny_config(**dict(config))),
-            args=ClipMiniTrainingArguments(**{**defaults, **options}),
-            train_dataset=toy_pairs,
-            eval_dataset=toy_pairs,
-            processing_class=tiny_processor,
-        )
+        model, args = ClipMiniModel(tiny_config(**dict(config))), ClipMiniTrainingArguments(**{**defaults, **options})
+        model.processor = tiny_processor
+        features = prepare_features(model, {"train": toy_pairs, "validation": toy_pairs}, args)
+        return ClipMiniTrainer(model, args, features["train"], features["validation"])
 
     return make
 
 
 MAX_POOL = {"global_pool": "max"}
-NO_DROPOUT = {
-    "text_config": {
-        "dim": 32,
-        "n_layers": 2,
-        "n_heads": 2,
-        "hidden_dim": 64,
-        "max_position_embeddings": 64,
-        "vocab_size": 141,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-    }
-}
+SIZES = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 64, "vocab_size": 141}
+NO_DROPOUT = {"text_config": {**SIZES, "dropout": 0.0, "attention_dropout": 0.0}}
 
 
 def weights_after(trainer):
@@ -100,9 +87,10 @@ def test_a_gradient_cache_with_batch_norm_in_train_mode_is_refused(make_trainer)
 
 def test_batch_norm_statistics_are_kept_unless_asked_otherwise(make_trainer):
     name = "vision_model.timm_model.conv1.1.running_mean"
-    before = make_trainer().model.state_dict()[name].clone()
-    assert torch.equal(weights_after(make_trainer())[name], before)
-    assert not torch.equal(weights_after(make_trainer(freeze_batch_norm=False))[name], before)
+    trainer, other = make_trainer(max_steps=1), make_trainer(max_steps=1, freeze_batch_norm=False)
+    before = trainer.model.state_dict()[name].clone()
+    assert torch.equal(weights_after(trainer)[name], before)
+    assert not torch.equal(weights_after(other)[name], before)
 
 
 def test_training_the_last_stages_from_cached_activations_is_training_them_from_images(
@@ -119,7 +107,7 @@ def test_training_the_last_stages_from_cached_activations_is_training_them_from_
     assert not any(
         name.startswith(("vision_model.timm_model.conv1", "vision_model.timm_model.layer1")) for name in moved
     )
-    from_images = evaluate_retrieval(cached.model, tiny_processor, toy_pairs)
+    from_images = measure_pairs(cached.model, toy_pairs)
     assert cached.evaluate()["eval_mean_recall"] == pytest.approx(from_images["mean_recall"], abs=0.05)
 
 
@@ -127,9 +115,9 @@ def test_a_tower_of_tokens_trains_its_last_stages_from_cached_ones(make_trainer,
     side = tiny_processor.image_processor.crop_size["height"]
     vision = {"architecture": "mixer_s32_224", "model_args": {"img_size": side}}
     config = {**NO_DROPOUT, "vision_config": vision}
-    options = {"vision_stages": 2, "optim": "sgd", "max_steps": 2}
+    options = {"vision_stages": 2, "optim": "sgd", "max_steps": 1}
     split = make_trainer(config=config, **options)
-    assert split.features.frozen_stages is not None
+    assert split.train_dataset.pairs.frozen_stages is not None
     assert split.train_dataset[0, 0]["vision_hidden"].ndim == 2
     whole = make_trainer(config=config, **options, cache_features=False)
     assert_same(weights_after(split), weights_after(whole), 1e-3)
@@ -139,7 +127,7 @@ def test_activations_serve_where_no_level_lies_before_them(make_trainer):
     config = {**NO_DROPOUT, "vision_levels": [3, 4]}
     options = {"vision_stages": 2, "optim": "sgd", "max_steps": 2}
     split = make_trainer(config=config, **options)
-    assert split.features.frozen_stages is not None
+    assert split.train_dataset.pairs.frozen_stages is not None
     assert_same(weights_after(split), weights_after(make_trainer(config=config, **options, cache_features=False)))
 
 
@@ -160,7 +148,7 @@ def test_the_same_weights_in_another_architecture_give_other_features(make_train
         for change in ({}, changed)
     ]
     assert of[0].shape == of[1].shape
-    assert not torch.equal(*map(torch.tensor, of))
+    assert not torch.equal(*(torch.from_numpy(rows[:]) for rows in of))
 
 
 def test_a_saved_model_finds_the_features_of_the_one_it_was(make_trainer, tmp_path):
@@ -168,16 +156,17 @@ def test_a_saved_model_finds_the_features_of_the_one_it_was(make_trainer, tmp_pa
     trainer = make_trainer(**frozen)
     cached = set(cache_root().rglob("*"))
     trainer.model.save_pretrained(tmp_path / "model")
-    TowerFeatures(
-        ClipMiniModel.from_pretrained(tmp_path / "model"), trainer.processing_class, trainer.args
-    ).for_training(trainer.train_dataset.pairs.rows)
+    trainer.processing_class.save_pretrained(tmp_path / "model")
+    prepare_features(
+        ClipMiniModel.from_pretrained(tmp_path / "model"), {"train": trainer.train_dataset.pairs.rows}, trainer.args
+    )
     assert cached
     assert set(cache_root().rglob("*")) == cached
 
 
 def test_a_level_before_the_first_trained_stage_needs_the_whole_tower(make_trainer, caplog):
     trainer = make_trainer(config={"vision_levels": [1, 4]}, vision_stages=2)
-    assert trainer.features.frozen_stages is None
+    assert trainer.train_dataset.pairs.frozen_stages is None
     assert "vision_levels=[1, 4] needs feature maps from before" in caplog.text
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 
+from clipmini.data.recipe_files import parse_changes
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.build import character_tokenizer
 from clipmini.training.lora import merge_lora
@@ -152,7 +153,7 @@ def recipe(tmp_path):
     file.write_text("model: tiny\ntraining: {num_train_epochs: 1, use_cpu: true, push_to_hub: true}\n")
 
     def make(*overrides):
-        return load_recipe(str(file), [f"source={folder}", f"output_dir={tmp_path / 'run'}", *overrides])
+        return load_recipe(str(file), {"source": folder, "output_dir": tmp_path / "run", **parse_changes(overrides)})
 
     return make
 

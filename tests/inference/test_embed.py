@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from clipmini.inference import encode
-from clipmini.inference.encode import check_text, encode_images, load_model
+from clipmini.inference import embed
+from clipmini.inference.embed import as_encoder, hash_weights, load_model
+from clipmini.inference.prompts import check_text
 from modeling_clipmini.images_clipmini import ImageError, read_named
 
 
@@ -66,7 +68,7 @@ class TestLoadModel:
         def fail(*_, **__):
             raise KeyError
 
-        monkeypatch.setattr(encode.ClipMiniProcessor, "from_pretrained", fail)
+        monkeypatch.setattr(embed.ClipMiniProcessor, "from_pretrained", fail)
         with pytest.raises(ValueError, match=r"\(its processor\): KeyError\.$"):
             load_model(tiny_folder)
 
@@ -88,16 +90,16 @@ class TestErrorsNameTheImage:
     def test_readable_image(self):
         assert read_named(Image.new("RGB", (4, 3), "red"), "x").getpixel((0, 0)) == (255, 0, 0)
 
-    def test_when_encoding(self, tiny_model, tiny_processor, tmp_path):
+    def test_when_encoding(self, tiny_model, tmp_path):
         good = Image.new("RGB", (4, 3))
         with pytest.raises(ImageError, match=r"none\.png: does not exist$"):
-            encode_images(tiny_model, tiny_processor, [good, tmp_path / "none.png"])
+            as_encoder(tiny_model).encode_images([good, tmp_path / "none.png"])
         with pytest.raises(ImageError, match=r"^image 2: is empty"):
-            encode_images(tiny_model, tiny_processor, [good, b""])
+            as_encoder(tiny_model).encode_images([good, b""])
 
 
-def test_embeddings_have_length_one(tiny_model, tiny_processor):
-    embeds = encode_images(tiny_model, tiny_processor, [Image.new("RGB", (4, 3), color) for color in ("red", "blue")])
+def test_embeddings_have_length_one(tiny_model):
+    embeds = as_encoder(tiny_model).encode_images([Image.new("RGB", (4, 3), color) for color in ("red", "blue")])
     torch.testing.assert_close(embeds.norm(dim=1), torch.ones(2))
 
 
@@ -105,3 +107,32 @@ def test_check_text():
     check_text("query", "日本 🐟")
     with pytest.raises(ValueError, match=r"^The query 'a \\udcff fish' is not text in UTF-8"):
         check_text("query", "a \udcff fish")
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+def test_equal_weights_have_equal_hashes():
+    assert hash_weights(small_net()) == hash_weights(small_net())
+    assert hash_weights(small_net()) == hash_weights(small_net().to(memory_format=torch.channels_last))
+    assert hash_weights(small_net()) == hash_weights(small_net().requires_grad_(False).eval())
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"])
+def test_any_changed_number_changes_the_hash_of_weights(name):
+    net = small_net()
+    net.state_dict()[name].view(-1)[-1:] += 1
+    assert hash_weights(net) != hash_weights(small_net())
+
+
+def test_names_shapes_and_dtypes_are_part_of_the_hash_of_weights():
+    def holding(name, value):
+        module = nn.Module()
+        module.register_buffer(name, value)
+        return hash_weights(module)
+
+    zeros = torch.zeros(4)
+    others = [("b", zeros), ("a", zeros.view(2, 2)), ("a", zeros.view(torch.int32)), ("a", zeros.bfloat16())]
+    assert len({holding("a", zeros), *(holding(*other) for other in others)}) == 5

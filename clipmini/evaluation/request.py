@@ -1,0 +1,111 @@
+"""What to evaluate, and the folder of the report: checked before anything slow is imported."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from clipmini.data.recipe_files import read_data_section
+from clipmini.files import RECIPE_FILE, RESULTS_FILE, RunRecord
+from clipmini.inference.prompts import load_templates
+from clipmini.names import check_any_model, check_name
+
+RETRIEVAL, ZERO_SHOT, PROBE = "retrieval", "zero-shot", "probe"
+OPTIONS = {  # that only some tasks have
+    RETRIEVAL: ("train_data", "baseline", "check_leaks"),
+    ZERO_SHOT: ("template", "baseline"),
+    PROBE: ("check_leaks",),
+}
+LABELED_KEYS = ("image_column", "label_column", "config_name")
+TABLE_FILE, INDEX_FILE, PAGE_FILE = "results.md", "model-index.yaml", "report.html"
+FILES = (TABLE_FILE, INDEX_FILE, PAGE_FILE, RESULTS_FILE)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure: the arguments of `clipmini.evaluate`, which describes them, checked.
+
+    Raises:
+        ValueError: there is no such task, model, data or template, or the task has no such option.
+    """
+
+    model: Any
+    data: str
+    task: str = RETRIEVAL
+    split: str | None = None
+    baseline: Any = None
+    template: str | None = None
+    train_data: str | None = None
+    check_leaks: bool = True
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.task not in OPTIONS:
+            raise ValueError(f"task={self.task!r} is not allowed; use one of {', '.join(OPTIONS)}.")
+        for name in ("template", "train_data", "baseline", "check_leaks"):
+            value, default = getattr(self, name), getattr(Request, name)
+            if value is not default and name not in OPTIONS[self.task]:
+                raise ValueError(f"{name}={value!r} has no meaning for the task {self.task}; leave it out.")
+        for model in self.models:
+            check_any_model(model)
+        if self.task == RETRIEVAL:
+            for section in filter(None, (self.pairs, self.train_pairs)):
+                check_name(str(section.get("source")), "a folder or a table")
+            return
+        for key in self.changes:
+            if key not in LABELED_KEYS:
+                raise ValueError(f"{key} is not an option of labeled images; set one of {', '.join(LABELED_KEYS)}.")
+        check_name(self.data, "a folder")
+        if self.template is not None:
+            load_templates(self.template)
+
+    @property
+    def models(self) -> list[Any]:
+        """The model and, if there is one, the baseline."""
+        return [self.model] if self.baseline is None else [self.model, self.baseline]
+
+    @cached_property
+    def pairs(self) -> dict[str, Any]:
+        """The data section of the pairs; for the model's own training data, the one that it was trained with."""
+        wanted = read_data_section(self.data, self.changes)
+        folder = Path(self.model if isinstance(self.model, (str, Path)) else self.model.name_or_path)
+        recipe_file = folder.absolute().parent / RECIPE_FILE
+        if recipe_file.is_file():
+            source = str(read_data_section(str(recipe_file), {})["source"])
+            is_file = Path(source).exists() and Path(wanted["source"]).exists()
+            if source == wanted["source"] or (is_file and Path(source).samefile(wanted["source"])):
+                return read_data_section(str(recipe_file), self.changes)
+        return wanted
+
+    @cached_property
+    def train_pairs(self) -> dict[str, Any] | None:
+        """The data section of the pairs that the model was trained on, if they are named."""
+        return None if self.train_data is None else read_data_section(self.train_data, {})
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Check that an evaluation can be written to a folder, before hours are spent on it.
+
+    Raises:
+        ValueError: the path is not a folder, or cannot be written to; it holds a training run, or a file that no
+            evaluation wrote; or it holds an evaluation and `overwrite` is not set.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest} is a file; name a folder with --out.")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"{nearest} cannot be written to ({error.strerror}); name another with --out.") from error
+    if (folder / RECIPE_FILE).exists():
+        raise ValueError(
+            f"{folder} holds a training run, whose {RESULTS_FILE} would be lost; name another with --out."
+        )
+    recorded = RunRecord(folder).read()
+    if others := [name for name in FILES if (folder / name).exists() and name not in recorded]:
+        raise ValueError(f"{folder} holds {others[0]}, which no evaluation wrote; name another with --out.")
+    if (folder / RESULTS_FILE).exists() and not overwrite:
+        raise ValueError(f"{folder} holds an evaluation; pass --overwrite, or --out another folder.")

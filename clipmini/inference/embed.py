@@ -1,0 +1,208 @@
+"""Embed images and captions with a model, whatever library it comes from: images of a data set, files, captions."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from clipmini.data.augment import describe_processor
+from clipmini.data.images import Skipped
+from clipmini.names import check_model, first_sentence
+from clipmini.store import digest
+from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
+from modeling_clipmini.encoding_clipmini import by_length, embed_in_batches
+from modeling_clipmini.images_clipmini import ImageError, read_image, read_named
+from modeling_clipmini.modeling_clipmini import normalize
+
+from .trust import refuse_code
+
+
+@dataclass
+class DualEncoder:
+    """A model with an image tower and a text tower that share one embedding space, in eval mode.
+
+    Attributes:
+        name: what results call the model; see `load_encoder`.
+        kind: its class, or the library it comes from.
+        module: the model itself.
+        logit_scale: factor on similarities before a softmax, the inverse of the temperature; None if unknown.
+        prepare_image: an image of mode "RGB" to what `embed_images` takes a list of, mostly (1, 3, height, width).
+        embed_images: n prepared images to (n, D) vectors of any length.
+        embed_texts: n captions to (n, D) vectors of any length.
+        describe: returns what embeddings depend on besides the weights, for their key: how images and captions are
+            prepared.
+        weights_sha256: digest of the weights of a clipmini folder; None for any other model.
+    """
+
+    name: str
+    kind: str
+    module: nn.Module
+    logit_scale: float | None
+    prepare_image: Callable[[Image.Image], Any]
+    embed_images: Callable[[list[Any]], Tensor]
+    embed_texts: Callable[[list[str]], Tensor]
+    describe: Callable[[], str]
+    weights_sha256: str | None = None
+
+    def about(self) -> dict[str, str]:
+        """Return the model's name, kind and, if known, the digest of its weights, as results record them."""
+        digest = {"weights_sha256": self.weights_sha256} if self.weights_sha256 else {}
+        return {"name": self.name, "kind": self.kind, **digest}
+
+    def encode_images(self, images: Iterable[Any], batch_size: int = 16) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: anything that `read_image` takes; read one at a time.
+            batch_size: images per forward pass.
+
+        Returns:
+            (I, D) float32 on the CPU, rows of length 1.
+
+        Raises:
+            ImageError: an image cannot be read; the message names it. `encode_files` leaves such images out.
+            ValueError: the model does not embed images.
+        """
+        opened = (read_named(image, f"image {number}") for number, image in enumerate(images, start=1))
+        total = len(images) if isinstance(images, Sized) else None
+        return self._run(map(self.prepare_image, opened), self.embed_images, batch_size, total, "image")
+
+    def encode_files(
+        self, images: Sequence[str | Path | Image.Image], skipped: Skipped | None = None, batch_size: int = 16
+    ) -> tuple[list[Path | Image.Image], Tensor]:
+        """Embed image files or Pillow images, leaving out those that cannot be read.
+
+        Args:
+            images: read one at a time.
+            skipped: collects the files left out, a summary of which is logged at the end.
+            batch_size: images per forward pass.
+
+        Returns:
+            The I images that could be read, in the order given, and their embeddings: (I, D) float32 on the CPU, rows
+            of length 1.
+
+        Raises:
+            ValueError: none of the files can be read, or one cannot and `skipped` is strict.
+        """
+        skipped = Skipped() if skipped is None else skipped
+        kept: list[Path | Image.Image] = []
+
+        def prepared_files() -> Iterator[Any]:
+            reason = "there is none"
+            for number, source in enumerate(images, start=1):
+                name = f"image {number}" if isinstance(source, Image.Image) else str(source)
+                try:
+                    image = read_image(source)
+                except ImageError as error:
+                    reason = f"{name} {error}"
+                    skipped.add(name, str(error))
+                else:
+                    kept.append(source if isinstance(source, Image.Image) else Path(source))
+                    yield self.prepare_image(image)
+            if not kept:
+                raise ValueError(f"No image can be read: {reason}.")
+
+        embeds = self._run(prepared_files(), self.embed_images, batch_size, len(images), "image")
+        skipped.log_summary()
+        return kept, embeds
+
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 128) -> Tensor:
+        """Embed captions.
+
+        Args:
+            texts: captions; truncated to the length that the model takes.
+            batch_size: captions per forward pass.
+
+        Returns:
+            (T, D) float32 on the CPU, rows of length 1, in the order of `texts`.
+
+        Raises:
+            ValueError: the model does not embed captions.
+        """
+        return self._run(texts, self.embed_texts, batch_size, len(texts), "caption", order=by_length)
+
+    def _run(
+        self,
+        inputs: Iterable[Any],
+        embed: Callable[[list[Any]], Tensor],
+        batch_size: int,
+        total: int | None,
+        unit: str,
+        order: Callable[[Any], int] | None = None,
+    ) -> Tensor:
+        with tqdm(total=total, desc=f"{unit}s", unit=unit, leave=False) as bar:
+            return normalize(embed_in_batches(inputs, embed, batch_size, order, bar.update))
+
+
+def as_encoder(model: ClipMiniModel, name: str = "model", weights_sha256: str | None = None) -> DualEncoder:
+    """Return a clipmini model as a `DualEncoder`; the model needs its processor, and is left in its mode."""
+    processor = model.processor
+    return DualEncoder(
+        name=name,
+        kind=type(model).__name__,
+        module=model,
+        logit_scale=model.get_logit_scale().item(),
+        prepare_image=lambda image: processor(images=[image])["pixel_values"],
+        embed_images=model.embed_pixels,
+        embed_texts=model.embed_captions,
+        describe=lambda: describe_processors(processor.image_processor, processor.tokenizer),
+        weights_sha256=weights_sha256,
+    )
+
+
+def describe_processors(image_processor: Any, tokenizer: Any, **options: Any) -> str:
+    """Describe a stock image processor and a tokenizer, with options of the latter's calls."""
+    return f"{describe_processor(image_processor)} {digest(tokenizer.backend_tokenizer.to_str()).hex()} {options}"
+
+
+def load_model(name_or_path: str | Path, device: str | torch.device | None = None) -> ClipMiniModel:
+    """Load a clipmini model with its `processor`, in eval mode; `clipmini.load` says more.
+
+    Raises:
+        ValueError: this is no clipmini model, or its files are missing, damaged, or name code of their own.
+    """
+    check_model(name_or_path)
+    refuse_code(name_or_path)
+    part = "model"
+    try:
+        loaded: Any = ClipMiniModel.from_pretrained(name_or_path, output_loading_info=True)
+        part = "processor"
+        processor = ClipMiniProcessor.from_pretrained(name_or_path)
+    except Exception as error:  # libraries raise nearly anything for a JSON file with a value of the wrong type
+        damaged = f"is incomplete or damaged (its {part})"
+        problem = damaged if Path(name_or_path).exists() else "is neither a folder here nor available from the Hub"
+        raise ValueError(f"{name_or_path} {problem}: {first_sentence(error)}.") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ValueError(f"{name_or_path} lacks weights, among them {sorted(info['missing_keys'])[0]!r}.")
+    # Without its file, a BERT's tokenizer loads all the same, with special tokens alone.
+    if processor.tokenizer.vocab_size <= len(processor.tokenizer.all_special_ids):
+        raise ValueError(f"{name_or_path} is incomplete or damaged: its tokenizer has no vocabulary; save it again.")
+    model.processor = processor
+    return model.eval().to(device or default_device())
+
+
+def hash_weights(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's state, in hexadecimal, whatever its device and memory format.
+
+    It covers names, shapes, dtypes and values of parameters and buffers, but not what a state dict lacks, such as
+    strides and activation functions: a key needs the architecture too.
+    """
+    hasher = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()
+
+
+def default_device() -> torch.device:
+    """Return the best device there is: a CUDA GPU, else Apple's (mps), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
