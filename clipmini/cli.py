@@ -211,7 +211,7 @@ def evaluate(
     from clipmini.evaluation.request import check_folder
 
     changes = parse_changes(overrides or [])
-    folder = out or _report_folder(model, data, task, split)
+    folder = (out and out.expanduser()) or _report_folder(model, data, task, split)
     check_folder(folder, overwrite)
     with working():
         evaluation = clipmini.evaluate(
@@ -388,7 +388,8 @@ def cache(
         print_json({"removed" if clear else "kept": [{**vars(space), "folder": str(space.folder)} for space in found]})
         return
     rows = [
-        (kept.description, f"{kept.num_rows:,}", f"{kept.num_bytes:,}", f"{kept.days_unused:.1f}") for kept in found
+        (space.description, f"{space.num_rows:,}", f"{space.num_bytes:,}", f"{space.days_unused:.1f}")
+        for space in found
     ]
     print_table(("removed" if clear else "kept", "rows", "bytes", "days since last use"), rows)
 

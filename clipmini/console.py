@@ -143,7 +143,8 @@ def _as_sentence(error: Exception) -> str | None:
     if hasattr(error, "format_message"):  # a usage error, of click or of typer, depending on typer's version
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "clipmini"
-        return f"{error.format_message().rstrip('.')}. See `{command} --help`."
+        message = error.format_message().rstrip(".")
+        return f"{message}{'' if message.endswith('?') else '.'} See `{command} --help`."
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     if isinstance(error, (ValueError, OSError)):

@@ -4,15 +4,13 @@ import ast
 import contextlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """A field of a dataclass, or an argument of a constructor.
 
     Attributes:
@@ -39,7 +37,10 @@ def declared_options(module: str, name: str) -> dict[str, Option]:
     node = next(item for item in ast.parse(source).body if isinstance(item, ast.ClassDef) and item.name == name)
     described = _described(ast.get_docstring(node) or "")
     constructor = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
-    declared = _arguments(constructor[0]) if constructor else _fields(node)
+    declared: Iterable[tuple[str, Any, str]] = _fields(node)
+    for function in constructor:  # all of its arguments but "self" have defaults
+        pairs = zip(function.args.args[1:], function.args.defaults, strict=True)
+        declared = [(argument.arg, _literal(default), "") for argument, default in pairs]
     return {
         option: Option(_as_yaml(default), _first_sentence(help or described.get(option, "")))
         for option, default, help in declared
@@ -60,12 +61,6 @@ def _fields(node: ast.ClassDef) -> Iterator[tuple[str, Any, str]]:
             pairs = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
             help = next((_literal(text) for key, text in pairs if _literal(key) == "help"), "")
         yield item.target.id, _literal(value), help if isinstance(help, str) else ""
-
-
-def _arguments(node: ast.FunctionDef) -> Iterator[tuple[str, Any, str]]:
-    """Yield name and default of a constructor's arguments, all of which have defaults, but "self"."""
-    for argument, default in zip(node.args.args[1:], node.args.defaults, strict=True):
-        yield argument.arg, _literal(default), ""
 
 
 def _literal(node: ast.expr | None) -> Any:

@@ -47,6 +47,8 @@ def check_name(name: str | Path, allowed: str) -> None:
     Raises:
         ValueError: it is neither.
     """
+    if not isinstance(name, (str, Path)) or not str(name).strip():
+        raise ValueError(f"{name!r} is not a name. Name {allowed}, or a Hub id like owner/name.")
     if not Path(name).expanduser().exists() and (isinstance(name, Path) or not is_hub_id(name)):
         raise ValueError(f"{name} does not exist. Name {allowed}, or a Hub id like owner/name.")
 
@@ -61,16 +63,21 @@ def check_repository(name: str) -> None:
         raise ValueError(f"{name!r} is not a repository on the Hub; name one as owner/name.")
 
 
+def expand_home(name: str | Path) -> str:
+    """Return the name of a model, with the home folder in place of a "~" at its beginning."""
+    return str(Path(name).expanduser()) if str(name).startswith("~") else str(name)
+
+
 def check_any_model(model: Any) -> None:
     """Check that a name could be that of a model of any library; see `load_encoder`. A model itself passes.
 
     Raises:
         ValueError: it is neither a model's folder, nor a Hub id, nor one of open_clip's names.
     """
-    if not isinstance(model, (str, Path)) or str(model).startswith(OPEN_CLIP_PREFIX):
+    if hasattr(model, "encode_text") or hasattr(model, "encode_texts") or str(model).startswith(OPEN_CLIP_PREFIX):
         return
     check_name(model, "a model folder")
-    folder = Path(model)
+    folder = Path(model).expanduser()
     if folder.exists() and not any((folder / file).is_file() for file in (CONFIG_FILE, SENTENCE_TRANSFORMERS_FILE)):
         raise ValueError(f"{folder} is not a model folder: it has no config.json. Name one that training saved.")
 
@@ -83,8 +90,8 @@ def check_model(name: str | Path) -> None:
     """
     check_name(name, "a model folder")
     check_any_model(name)
-    config_file = Path(name) / CONFIG_FILE
-    if not Path(name).exists():
+    config_file = Path(name).expanduser() / CONFIG_FILE
+    if not config_file.parent.exists():
         return
     try:
         model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")

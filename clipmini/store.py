@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,10 +201,12 @@ class _FoundRows:
     def add(self, file: Path) -> None:
         """Take missing rows from a chunk; remove it if it is damaged. Only chunks with missing rows are digested."""
         self._seen.add(file)
+        if not file.is_file():  # reading a pipe would wait forever
+            return
         try:
             data = _map_file(file)
             keys, rows = _parse_chunk(data, self.dtype)
-            self.row_shape, keys = rows.shape[1:], _as_scalars(keys)
+            keys = _as_scalars(keys)
             places = np.minimum(np.searchsorted(self.wanted, keys), len(self.wanted) - 1)
             is_new = (self.wanted[places] == keys) & (self.chunk_of[places] < 0)
             if not is_new.any():
@@ -219,6 +221,7 @@ class _FoundRows:
             with suppress(OSError):
                 file.unlink()
             return
+        self.row_shape = rows.shape[1:]
         self.chunk_of[places[is_new]] = len(self.files)
         self.row_of[places[is_new]] = np.flatnonzero(is_new)
         self.files.append(file)
@@ -237,6 +240,7 @@ def _compute_missing(
             rows = np.ascontiguousarray(compute(chosen.tolist()), dtype=found.dtype)
             expected = (len(chosen), *(rows.shape[1:] if found.row_shape is None else found.row_shape))
             assert rows.shape == expected, f"{description}: the rows have shape {rows.shape}, not {expected}"
+            found.folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared the cache by hand
             needed = (len(missing) - start) * (rows[0].nbytes + KEY_BYTES)
             free = shutil.disk_usage(found.folder).free
             if needed > free:
@@ -327,23 +331,32 @@ def spaces(older_than_days: float = 0.0) -> list[StoredSpace]:
         older_than_days: leave out what was used later than so many days ago.
     """
     found = []
-    for about in _rows_folder().glob(f"*/{SPACE_FILE}"):
-        chunks = list(about.parent.glob(f"*{SUFFIX}"))
+    for about in (folder / SPACE_FILE for folder in _rows_folder().glob("*/")):
+        chunks = [chunk for chunk in about.parent.glob(f"*{SUFFIX}") if chunk.is_file()]
         try:
             description = str(json.loads(about.read_text(encoding="utf-8"))["description"])
             num_rows = sum(safe_open(chunk, "numpy").get_slice("keys").get_shape()[0] for chunk in chunks)
         except Exception as error:  # a damaged header raises nearly anything
             description, num_rows = f"damaged ({type(error).__name__})", 0
-        num_bytes = sum(chunk.stat().st_size for chunk in chunks)
-        days_unused = max(0.0, time.time() - about.stat().st_mtime) / DAY_S
+        num_bytes = sum(chunk.stat().st_size for chunk in chunks if chunk.exists())
+        used = about if about.exists() else about.parent
+        days_unused = max(0.0, time.time() - used.stat().st_mtime) / DAY_S
         if days_unused >= older_than_days:
             found.append(StoredSpace(about.parent, description, num_rows, num_bytes, days_unused))
     return sorted(found, key=lambda space: space.days_unused)
 
 
 def clear(older_than_days: float = 0.0) -> list[StoredSpace]:
-    """Remove what `spaces` lists, and return it. No run may be computing rows of these spaces at the time."""
-    removed = spaces(older_than_days)
-    for space in removed:
-        shutil.rmtree(space.folder)
+    """Remove what `spaces` lists, and return it; a space whose rows a run is computing is kept, with a warning."""
+    removed = []
+    for space in spaces(older_than_days):
+        with ExitStack() as held:
+            try:
+                for lock in space.folder.glob("lock-*"):
+                    held.enter_context(FileLock(lock).acquire(timeout=0))
+            except Timeout:
+                logger.warning("%s: in use, and kept", space.folder)
+                continue
+            shutil.rmtree(space.folder, ignore_errors=True)
+            removed.append(space)
     return removed

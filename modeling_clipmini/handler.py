@@ -113,9 +113,8 @@ class RequestHandler:
         labels, captions = _read_labels(parameters)
         image_embeds = F.normalize(self._embed_images(images), dim=-1)  # (I, D)
         text_embeds = F.normalize(self._embed_labels(captions), dim=-1)  # (T, D)
-        logits = self.model.get_logit_scale().float() * image_embeds @ text_embeds.T
-        if self.model.logit_bias is not None:
-            logits = logits + self.model.logit_bias.float()
+        # A bias would change no softmax. Embeddings are on the CPU, wherever the model is.
+        logits = self.model.get_logit_scale().item() * image_embeds @ text_embeds.T
         answers = []
         for row in _check_finite(logits).softmax(dim=-1).tolist():
             scores = [{"label": label, "score": score} for label, score in zip(labels, row, strict=True)]

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,11 @@ class TestEvaluation:
         assert "text to image R@1" in html
         assert "95 % interval" in html
 
+    def test_the_report_goes_to_a_folder_given_as_text(self, tiny_folder, images, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        clipmini.evaluate(tiny_folder, images).save("~/report")
+        assert (tmp_path / "report" / "report.html").is_file()
+
     def test_strict(self, tiny_folder, images):
         (images / "3.png").write_bytes(b"")
         with pytest.raises(ValueError, match=r"3\.png"):
@@ -147,3 +153,28 @@ def test_a_prepared_push_shows_its_files(pushable_folder):
     assert set(pushed.to_dict()) == {"repo_id", "files"}
     assert repr(pushed) == f"<{len(pushed.sizes)} files for org/clipmini, not uploaded>"
     assert pushed._repr_html_().startswith("&lt;")
+
+
+def test_a_model_below_the_home_folder(tiny_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    assert clipmini.load("~/model").encode_text("a cat").shape == (16,)
+    assert clipmini.search("~/model", [Image.new("RGB", (9, 9))], "a cat")[0].score <= 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: clipmini.search("", ".", "a"), "'' is not a name. Name a model folder"),
+        (lambda: clipmini.search(3, ".", "a"), "3 is not a name"),
+        (lambda: clipmini.load(None), "None is not a name"),
+        (lambda: clipmini.search("org/x", ".", None), "query None is not a text"),
+        (lambda: clipmini.search("org/x", ".", "a", top="3"), "top=3 is not allowed"),
+        (lambda: clipmini.classify("org/x", "a.png", [None]), "label None is not a text"),
+        (lambda: clipmini.evaluate("org/x", ""), "data.source is empty"),
+        (lambda: clipmini.train("demo", source=""), "data.source is empty"),
+        (lambda: clipmini.train("demo", **{"lora.a.b": 3}), "lora.a.b has too many parts"),
+    ],
+)
+def test_what_is_no_name_or_text_is_refused(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

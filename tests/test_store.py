@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from clipmini import store
@@ -155,7 +156,7 @@ class TestKeeping:
             keep(lambda places: ROWS[:1])
         keep(Compute())
         with pytest.raises(AssertionError, match=r"shape \(1, 2\), not \(1, 2, 3\)"):
-            keep(lambda places: ROWS[:1, :, 0], keys=np.zeros((1, 16), np.uint8))
+            keep(lambda places: ROWS[:1, :, 0], keys=np.concatenate([KEYS[:1], np.zeros((1, 16), np.uint8)]))
 
     def test_the_log_and_the_bar_say_what_happens(self, caplog, capsys):
         caplog.set_level(logging.INFO, logger=store.__name__)
@@ -454,3 +455,31 @@ class TestSpaces:
         assert spaces()[0].description.startswith("damaged")
         clear()
         assert spaces() == []
+
+
+def test_a_space_in_use_is_not_cleared(tmp_path, caplog):
+    keep_all()
+    (space,) = spaces()
+    with FileLock(space.folder / "lock-0"):
+        assert clear() == []
+    assert "in use, and kept" in caplog.text
+    assert [cleared.folder for cleared in clear()] == [space.folder]
+    assert not space.folder.exists()
+
+
+def test_a_pipe_among_the_chunks_is_passed_over():
+    keep_all()
+    (space,) = spaces()
+    os.mkfifo(space.folder / f"pipe{store.SUFFIX}")
+    again = Compute()
+    keep(again)
+    assert spaces()[0].num_rows == 10
+
+
+def test_a_space_that_lost_its_description_is_listed_and_cleared():
+    keep_all()
+    (space,) = spaces()
+    (space.folder / store.SPACE_FILE).unlink()
+    assert [found.folder for found in spaces()] == [space.folder]
+    assert clear()
+    assert spaces() == []

@@ -152,13 +152,13 @@ class ClipMiniTrainingArguments(TrainingArguments):
     def _check_choices(self) -> None:
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would remove images and captions; leave it out.")
-        if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
+        if self.hub_strategy != "end":
             raise ValueError(
                 "hub_strategy other than 'end' would push checkpoints, which contain pickles; leave it out."
             )
         if self.save_only_model:
             raise ValueError("save_only_model=True would leave checkpoints that no run can resume from; leave it out.")
-        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+        if self.eval_strategy == "no":
             self.load_best_model_at_end = False  # nothing is measured to choose it by
         best = self.metric_for_best_model
         allowed = [name for name in METRIC_NAMES if not name.endswith("_rank")]  # lower ranks are better
@@ -176,10 +176,6 @@ class ClipMiniTrainingArguments(TrainingArguments):
         for tower in TOWERS:
             if getattr(self, f"freeze_{tower}") and getattr(self, f"{tower}_learning_rate") is not None:
                 logger.warning("%s_learning_rate has no effect: freeze_%s is on", tower, tower)
-        if self.cache_features and self.freeze_text and self.length_groups > 1:
-            logger.warning("length_groups has no effect: the outputs of the frozen text tower are cached")
-        if self.cache_features and self.freeze_vision and self.augment is not None and self.num_views == 1:
-            logger.warning("augment makes one view of each image, the same in every epoch: raise num_views")
 
     @property
     def lora_options(self) -> Lora | None:

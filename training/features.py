@@ -21,8 +21,8 @@ from transformers import PretrainedConfig
 
 from clipmini.data.augment import ImageAugmenter, describe_processor
 from clipmini.data.pairs import PairDataset
-from clipmini.data.scan import scan_images
-from clipmini.inference.embed import hash_weights
+from clipmini.data.scan import check_pixels, scan_readable
+from clipmini.inference.embed import describe_libraries, hash_weights
 from clipmini.store import StoredRows, digest, stored_rows
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.encoding_clipmini import by_length, channels_last, embed_in_batches, eval_mode
@@ -64,6 +64,10 @@ def prepare_features(
     caches_images = args.cache_features and (args.freeze_vision or stages is not None)
     if args.num_views > 1 and not caches_images:
         logger.warning("num_views=%d has no effect: no part of the vision tower is cached", args.num_views)
+    if caches_images and args.augment is not None and args.num_views == 1:
+        logger.warning("augment makes one view of each image, the same in every epoch: raise num_views")
+    if args.cache_features and args.freeze_text and args.length_groups > 1:
+        logger.warning("length_groups has no effect: the outputs of the frozen text tower are cached")
     prepared = {}
     with eval_mode(model):
         for name, rows in splits.items():
@@ -123,8 +127,9 @@ def _image_features(
         # The weights alone say nothing about strides and pooling.
         "weights": f"{_describe(model.config.vision_config)} {hash_weights(tower)}",
         "pixels": describe_processor(processor.image_processor) if augment is None else augment.describe(),
+        "libraries": describe_libraries(),
     }
-    images = scan_images(rows).pixels  # (I, 16)
+    images = scan_readable(rows).pixels  # (I, 16)
     keys = images[:, None]
     if augment is not None:
         keys = np.stack([_view_keys(augment, *pair, num_views) for pair in zip(images, rows["captions"], strict=True)])
@@ -138,7 +143,13 @@ def _image_features(
             wanted.setdefault(index // num_views, []).append(index % num_views)
         items: Any = list(wanted.items())
         prepare = functools.partial(_prepare_views, rows, processor, augment, images)
-        loader = DataLoader(items, batch_size=None, num_workers=args.dataloader_num_workers, collate_fn=prepare)
+        loader = DataLoader(
+            items,
+            batch_size=None,
+            num_workers=args.dataloader_num_workers,
+            collate_fn=prepare,
+            generator=torch.Generator(),  # else what training draws would depend on what the store had
+        )
         pixels = itertools.chain.from_iterable(loader)
         return embed_in_batches(pixels, embed, args.per_device_eval_batch_size).numpy()
 
@@ -147,7 +158,8 @@ def _image_features(
         keys,
         compute,
         dtype=np.float16 if stages is not None and is_train else np.float32,
-        chunk_rows=IMAGE_CHUNK * max(1, args.dataloader_num_workers),
+        # Activations are large, and the workers' chunk is in memory several times.
+        chunk_rows=IMAGE_CHUNK * max(1, args.dataloader_num_workers if stages is None else 1),
         description="images",
     )
 
@@ -161,6 +173,7 @@ def _text_features(model: ClipMiniModel, rows: Dataset, args: ClipMiniTrainingAr
     space = {
         "kind": f"{model.config.text_pooling}-pooled outputs",
         "weights": f"{_describe(model.config.text_config)} {hash_weights(model.text_model)}",
+        "libraries": describe_libraries(),
     }
 
     def embed(batch: list[str]) -> Tensor:
@@ -198,6 +211,7 @@ def _prepare_views(
     row, views = wanted
     content = rows[row]
     image = read_named(content["image"], f"image_id {content['image_id']}")
+    check_pixels(image, images[row], f"image_id {content['image_id']}")
     if augment is None:
         return list(processor(images=[image])["pixel_values"])
     # The digest of the image, not its row, since rows move when others are added.

@@ -366,10 +366,10 @@ def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], over
         (output_dir / RESULTS_FILE).unlink(missing_ok=True)
         names = list(recipe.stages)
         later = names[names.index(wanted[0]) :] if wanted else [""]  # each starts from the one before it
-        for folder in [output_dir / name for name in later]:
-            if folder != output_dir:
-                (folder / STAGE_FILE).unlink(missing_ok=True)
-            for checkpoint in _checkpoints(folder):
+        for stage in later:
+            if stage:
+                (output_dir / stage / STAGE_FILE).unlink(missing_ok=True)
+            for checkpoint in _checkpoints(output_dir / stage):
                 shutil.rmtree(checkpoint)
     output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(output_dir / RECIPE_FILE) as file:

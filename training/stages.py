@@ -96,6 +96,10 @@ class FrozenStages:
         )
         return None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the model: a data worker only needs to know that there are frozen stages."""
+        return {"modules": dict.fromkeys(self.modules), "entry": self.entry, "_timm_model": None}
+
     @torch.no_grad()
     def run(self, pixel_values: Tensor) -> Tensor:
         """Run only the frozen modules on (B, 3, height, width) normalized images.

@@ -131,6 +131,7 @@ class ClipMiniTrainer(Trainer):
     def _prepare_training(self, pairs: Dataset | PairDataset) -> None:
         """Set how the pairs of each epoch are drawn."""
         args, pairs = self.args, pairs if isinstance(pairs, PairDataset) else PairDataset(pairs)
+        _check_features(pairs, args)
         teacher = augment = None
         if args.teacher_options is not None:
             teacher = TeacherEmbeddings.load(Path(args.teacher_options.file), pairs.rows)
@@ -537,6 +538,22 @@ def _check_options(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> Non
             f"label_smoothing_factor={args.label_smoothing_factor:g} has no meaning for the sigmoid loss, which makes "
             "no distribution over captions. Leave it out, or set loss: infonce."
         )
+
+
+def _check_features(pairs: PairDataset, args: ClipMiniTrainingArguments) -> None:
+    """Check that features are those of frozen parts, and warn if frozen parts have none."""
+    is_frozen = {"vision": args.freeze_vision or pairs.frozen_stages is not None, "text": args.freeze_text}
+    has_features = {"vision": pairs.image_features is not None, "text": pairs.text_features is not None}
+    for tower, frozen in is_frozen.items():
+        if has_features[tower] and (not frozen or (pairs.frozen_stages is not None and args.vision_stages is None)):
+            raise ValueError(
+                f"The training data has features of the {tower} tower, which these arguments train: it would learn "
+                "nothing. Call prepare_features with the same arguments, or pass the data without features."
+            )
+        if frozen and args.cache_features and not has_features[tower]:
+            logger.warning(
+                "the frozen %s tower runs at every step: pass what training.features.prepare_features returns", tower
+            )
 
 
 def _check_processes(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> None:

@@ -82,11 +82,7 @@ class ImageAugmenter:
             self.crop = v2.RandomResizedCrop(edges, scale=(augmentation.crop_scale, 1.0))
 
     def __call__(self, image: Image.Image, captions: Sequence[str], seed: int) -> Tensor:
-        """Draw a view; see `draw`.
-
-        Returns:
-            (3, height, width) float32, normalized as in inference.
-        """
+        """Draw a view as `draw` does, normalized as in inference: (3, height, width) float32."""
         return normalize_pixels(self.image_processor, self.draw(image, captions, seed)[None])[0]
 
     def draw(self, image: Image.Image, captions: Sequence[str], seed: int) -> Tensor:
@@ -100,9 +96,11 @@ class ImageAugmenter:
         Returns:
             (3, height, width) uint8.
         """
+        # Torch's CPU generator would ignore all but 32 bits of a seed, such as those of an epoch.
+        hashed = hashlib.blake2b(str(seed).encode(), digest_size=4).digest()
         with torch.random.fork_rng(devices=[]):
             # Not `torch.manual_seed`, which also seeds GPUs, whose state is not restored.
-            torch.default_generator.manual_seed(_hash(seed))
+            torch.default_generator.manual_seed(int.from_bytes(hashed, "big"))
             geometry: dict[str, Any] = {"size": self.size, "crop_size": self.crop_size}
             if self.crop is not None:
                 # torchvision only draws the box; the processor resizes crops exactly as it resizes images.
@@ -150,9 +148,8 @@ def raw_pixels(image_processor: Any, image: Image.Image, **geometry: Any) -> Ten
     Returns:
         (3, height, width) uint8, as the processor has them before it normalizes.
     """
-    return image_processor(image, return_tensors="pt", **geometry, do_rescale=False, do_normalize=False)[
-        "pixel_values"
-    ][0]
+    options = {**geometry, "do_rescale": False, "do_normalize": False}
+    return image_processor(image, return_tensors="pt", **options)["pixel_values"][0]
 
 
 def normalize_pixels(image_processor: Any, pixels: Tensor) -> Tensor:
@@ -162,23 +159,12 @@ def normalize_pixels(image_processor: Any, pixels: Tensor) -> Tensor:
 
 
 def names_a_side(captions: Sequence[str]) -> bool:
-    """Return whether a mirrored image might no longer fit its captions.
+    """Return whether a caption says left or right, left-hand, leftmost, ..., so that a mirrored image might not fit.
 
     It knows English alone, and prefers false alarms: "he left the room" and "the right answer" count too.
-
-    Args:
-        captions: the captions of an image.
-
-    Returns:
-        Whether one has the word left or right in any case, or words such as left-hand, right-handed and leftmost.
     """
     return any(SIDE.search(caption) for caption in captions)
 
 
 def _scale(size: dict[str, int], resolution: int, shorter: int) -> dict[str, int]:
     return {edge: length * resolution // shorter for edge, length in size.items()}
-
-
-def _hash(seed: int) -> int:
-    """Hash a seed to 32 bits: torch's CPU generator would ignore the others, such as those of an epoch."""
-    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "big")

@@ -48,12 +48,7 @@ class DuplicateReport:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return counts and the first few groups, ready for JSON.
-
-        Returns:
-            `num_images`; `images` and `captions`, each with `num_groups`, `num_images` and `examples`; `within` by
-            split and `across` by "one+other" pair of splits, both numbers of groups.
-        """
+        """Return counts and the first few groups, ready for JSON; pairs of splits are written "one+other"."""
         captions = list(self.captions.items())[:MAX_EXAMPLES]
         return {
             "num_images": self.num_images,
@@ -81,13 +76,10 @@ def find_duplicates(pairs: DatasetDict | Dataset) -> DuplicateReport:
 
     Images are compared by a hash of their size and decoded pixels. It finds the same file under two names, and files
     with the same pixels that differ in their metadata or (lossless) compression, but not an image that was saved again
-    as JPEG. Captions are compared after [`normalize_caption`].
+    as JPEG. Captions are compared after `normalize_caption`.
 
     Args:
         pairs: what `load_pairs` returns, or one split of it; image ids are unique over all splits.
-
-    Returns:
-        The groups of image ids.
 
     Raises:
         ImageError: an image cannot be read; the message names it. `load_pairs` leaves out such images.
@@ -123,9 +115,6 @@ def find_duplicates(pairs: DatasetDict | Dataset) -> DuplicateReport:
 
 def normalize_caption(caption: str) -> str:
     """Remove differences from a caption that rarely change its meaning: case, punctuation and white space.
-
-    Args:
-        caption: any text.
 
     Returns:
         The caption in Unicode's NFKC form and case-folded, with one space for each run of punctuation and white space

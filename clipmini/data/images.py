@@ -17,11 +17,8 @@ IMAGE_SUFFIXES = frozenset(
 def find_images(folder: str | Path) -> list[Path]:
     """List the images in a folder and its sub-folders, by suffix.
 
-    Args:
-        folder: where to look. Hidden files and folders are ignored; folders that cannot be read are logged.
-
     Returns:
-        Sorted paths that begin with `folder`.
+        Sorted paths that begin with `folder`; see `walk_files`.
 
     Raises:
         ValueError: the folder does not exist or has no images.
@@ -103,14 +100,11 @@ class Skipped:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was left out, ready for JSON, under the keys that all results use."""
-        return {
-            "num_skipped": self.count,
-            "skipped": [{"path": name, "reason": reason} for name, reason in self.items],
-        }
+        items = [{"path": name, "reason": reason} for name, reason in self.items]
+        return {"num_skipped": self.count, "skipped": items}
 
     def log_summary(self) -> None:
         """Log how many inputs were left out, if any."""
-        if not self.items:
-            return
-        unlisted = f"; the first {MAX_LOGGED} are named above" if self.count > MAX_LOGGED else ""
-        logger.warning("%d input%s skipped%s", self.count, "" if self.count == 1 else "s", unlisted)
+        if self.items:
+            unlisted = f"; the first {MAX_LOGGED} are named above" if self.count > MAX_LOGGED else ""
+            logger.warning("%d input%s skipped%s", self.count, "" if self.count == 1 else "s", unlisted)

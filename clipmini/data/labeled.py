@@ -6,7 +6,7 @@ and HEIC images. It also writes a copy of the list of files to the cache, and re
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from clipmini.names import check_name
 
 from .images import IMAGE_SUFFIXES, Skipped, walk_files
 from .scan import scan_images
-from .sources import IMAGE_COLUMNS, SPLITS, find_column, image_column_by_type, load_from_hub
+from .sources import SPLITS, find_column, find_image_column, load_from_hub
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 
@@ -53,9 +53,6 @@ def load_labeled(
         label_column: its column of labels; None to find it by type and usual names.
         config_name: its configuration, where it has several.
 
-    Returns:
-        The images; see `keep_readable`.
-
     Raises:
         ValueError: the source, its columns or its classes cannot be found, two classes have one name, or an option has
             no meaning for a folder.
@@ -73,8 +70,7 @@ def load_labeled(
         check_name(source, "a folder")
         loaded = load_from_hub(str(source), config_name)
     features = next(iter(loaded.values())).features
-    image_column = image_column or image_column_by_type(features)
-    image_column = find_column(features, image_column, IMAGE_COLUMNS, "image", source)
+    image_column = find_image_column(features, image_column, source)
     label_column = label_column or _label_column_by_type(features)
     label_column = find_column(features, label_column, LABEL_COLUMNS, "label", source)
     names = _class_names(loaded, label_column)
@@ -92,27 +88,23 @@ def load_labeled(
 
 
 def keep_readable(rows: Dataset, split: str, skipped: Skipped) -> Dataset:
-    """Keep the images of a split that can be read and have a label; see `scan_images`.
+    """Keep the images that can be read and have a label, of a split that `load_labeled` returned.
 
     Args:
-        rows: a split, as returned by `load_labeled`.
+        rows: the split.
         split: its name, for messages.
         skipped: collects the images that are left out.
-
-    Returns:
-        The other images.
 
     Raises:
         ValueError: no image is left.
     """
-    kept = []
     facts = scan_images(rows)
+    kept = []
     for row, (path, fault, label) in enumerate(zip(facts.paths, facts.faults, rows["label"], strict=True)):
-        fault = fault or ("has no label" if label < 0 else None)
-        if fault is None:
-            kept.append(row)
+        if fault is not None or label < 0:
+            skipped.add(path or f"{split} row {row + 1}", fault or "has no label")
         else:
-            skipped.add(path or f"{split} row {row + 1}", fault)
+            kept.append(row)
     if not kept:
         raise ValueError(f"The split {split} has no image that can be read and has a label.")
     return rows.select(kept)
@@ -143,7 +135,10 @@ def _read_folder(folder: Path) -> dict[str, Dataset]:
             f"{folder} has sub-folders that hold classes like splits, and others that do not "
             f"({', '.join(not_splits)}); move these out, or name the folder of one split."
         )
-    images = {split: list(_images_by_class(root)) for split, root in roots.items()}
+    images = {
+        split: [(str(path), of.name) for of in _subfolders(root) for path in sorted(walk_files(of, IMAGE_SUFFIXES))]
+        for split, root in roots.items()
+    }
     class_names = sorted({name for rows in images.values() for _, name in rows})
     if not class_names:
         raise ValueError(f"{folder} has no sub-folder with images; make one for each class, and put its images in.")
@@ -159,12 +154,6 @@ def _read_folder(folder: Path) -> dict[str, Dataset]:
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _images_by_class(root: Path) -> Iterator[tuple[str, str]]:
-    for folder in _subfolders(root):
-        for path in sorted(walk_files(folder, IMAGE_SUFFIXES)):
-            yield str(path), folder.name
 
 
 def _label_column_by_type(features: Mapping[str, Any]) -> str | None:

@@ -72,9 +72,6 @@ def find_leaks(train: Dataset, held_out: Dataset) -> LeakReport:
         train: one row per image, as returned by `load_pairs`; or only images, in the column `image`.
         held_out: likewise.
 
-    Returns:
-        What the two share.
-
     Raises:
         ImageError: an image cannot be read; the message names it.
     """

@@ -109,7 +109,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--set {text!r} is not of the form key=value.")
         try:
             changes[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):  # ValueError: it looks like a date, but is not one
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: it looks like a date, but is not one
             changes[key] = value
     return changes
 
@@ -137,8 +137,7 @@ def read_recipe(name_or_path: str, changes: Mapping[str, Any]) -> dict[str, Any]
     values["training"].setdefault("output_dir", f"runs/{Path(name_or_path).stem}")
     if not values["training"]["output_dir"]:
         raise ValueError("training.output_dir is empty; set it to a folder.")
-    if "source" not in values.get("data", {}):
-        raise ValueError("data.source is missing; set it.")
+    _check_source(values.get("data", {}))
     model, license = values.get("model"), values.get("license")
     if not isinstance(model, str):
         raise ValueError(f"{name_or_path}: model={model!r} is not allowed; use a preset, a YAML file or a model.")
@@ -183,7 +182,18 @@ def read_data_section(name_or_source: str, changes: Mapping[str, Any]) -> dict[s
     if Path(name_or_source).name == RECIPE_FILE:  # an earlier version may have written keys that are gone
         data = {key: value for key, value in data.items() if key in section_keys("data")}
     check_keys(data, section_keys("data"), "data")
+    _check_source(data)
     return data
+
+
+def _check_source(data: Mapping[str, Any]) -> None:
+    if "source" not in data:
+        raise ValueError("data.source is missing; set it.")
+    source = data["source"]
+    if not isinstance(source, (str, int, datetime.date)) or isinstance(source, bool):  # YAML reads 2024 as a number
+        raise ValueError(f"data.source={source!r} is not allowed; use text.")
+    if not str(source).strip():
+        raise ValueError("data.source is empty; set it to a folder, a table or a Hub id.")
 
 
 def check_start(values: Mapping[str, Any], stage: str | None = None) -> None:
@@ -290,7 +300,7 @@ def read_yaml(file: Any) -> dict[str, Any]:
     try:
         with file.open(encoding="utf-8") as stream:
             values = yaml.load(stream, Loader=_OnceLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}.") from None
     return check_mapping(values, str(file))
 
@@ -321,7 +331,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         raise ValueError(f"{key}: the recipe has no such stage; it has {', '.join(stages) or 'none'}.")
     below = path[2:] if is_stage else path[1:]
     if len(below) > 2 or (below and not is_stage and path[0] not in SECTIONS):
-        raise ValueError(f"{key}: {_unknown(path[0], SECTIONS)}")
+        raise ValueError(f"{key} has too many parts; write section.key, or key.part of a key that has parts.")
     section = values
     for part in path[:-1]:
         if section.get(part) is None:

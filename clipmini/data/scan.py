@@ -34,6 +34,7 @@ CHUNK_ROWS = 2048  # kept at once: five seconds' work of two cores
 ROWS_PER_BATCH = 100  # whose bytes are in memory at once
 IMAGES_PER_TASK = 16  # of a worker
 TASKS_PER_WORKER = 2  # on their way at a time
+MAX_WORKERS = 16  # a container may have fewer cores than it sees
 MIN_IMAGES_FOR_WORKERS = 256
 
 
@@ -123,6 +124,22 @@ def scan_readable(rows: Dataset) -> ImageFacts:
     return facts
 
 
+def check_pixels(image: Image.Image, expected: np.ndarray, name: str) -> None:
+    """Check that an image still has the pixels that a scan found: what is computed from it is kept under their digest.
+
+    Raises:
+        ImageError: it has changed; the message begins with `name`.
+    """
+    if _digest_pixels(image) != expected.tobytes():
+        raise ImageError(f"{name}: has changed since it was scanned; start again when nothing changes the images")
+
+
+def _digest_pixels(image: Image.Image) -> bytes:
+    pixels = hashlib.blake2b(f"{image.width}x{image.height} ".encode(), digest_size=KEY_BYTES)
+    pixels.update(image.tobytes())
+    return pixels.digest()
+
+
 def _space() -> dict[str, str]:
     """Return what facts depend on besides an image's bytes."""
     Image.init()
@@ -138,13 +155,13 @@ def _space() -> dict[str, str]:
 
 def _key_of(image: Any) -> bytes:
     """Return the key of an image's facts: if its content changes, so does its key."""
-    if image is None or image["bytes"] is not None:
-        return NO_KEY if image is None else digest(image["bytes"])
+    if image and image["bytes"] is not None:
+        return digest(image["bytes"])
     try:
         status = os.stat(image["path"])
-    except (OSError, ValueError, TypeError):  # ValueError: a zero byte in the path; TypeError: there is none
+    except (OSError, ValueError, TypeError):  # ValueError: a zero byte in the path; TypeError: no image, or no path
         return NO_KEY
-    if max(status.st_mtime_ns, status.st_ctime_ns) >= time.time_ns() - DOUBTFUL_NS:
+    if status.st_ctime_ns >= time.time_ns() - DOUBTFUL_NS:  # the system's; archives set st_mtime to any time
         return NO_KEY
     facts = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     return digest(os.path.abspath(image["path"]), repr(facts))
@@ -162,9 +179,7 @@ def _look_at_each(examples: Sequence[dict[str, Any]]) -> list[_Look]:
         except ImageError as error:
             looks.append(_Look(str(error), UNKNOWN, NO_KEY))
             continue
-        pixels = hashlib.blake2b(f"{image.width}x{image.height} ".encode(), digest_size=KEY_BYTES)
-        pixels.update(image.tobytes())
-        facts = pixels.digest() + np.packbits(imagehash.phash(image).hash).tobytes()
+        facts = _digest_pixels(image) + np.packbits(imagehash.phash(image).hash).tobytes()
         looks.append(_Look(None, facts, _key_of(example["image"])))
     return looks
 
@@ -207,4 +222,4 @@ def _look_at_all(images: Dataset, rows: list[int], num_workers: int) -> list[_Lo
 
 
 def _num_workers() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 0
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 0

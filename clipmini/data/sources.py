@@ -83,13 +83,7 @@ class SourceReader:
     skipped: Skipped
 
     def read(self, source: str | Path) -> RawPairs:
-        """Read a source.
-
-        Args:
-            source: a path, or the id of a data set on the Hub.
-
-        Returns:
-            Its rows, in order.
+        """Read the rows of a source, a path or the id of a data set on the Hub, in order.
 
         Raises:
             ValueError: the source does not exist, has no pairs, or its columns cannot be found.
@@ -152,10 +146,8 @@ class SourceReader:
             sample = list(itertools.islice(rows, NUM_SAMPLED))
             columns: dict[str, list[Any]] = {name: [] for row in sample for name in row}
             usual = (*IMAGE_COLUMNS, *CAPTION_COLUMNS, "split")
-            wanted = {name for name in columns if _find_named([name], usual)} | {
-                self.image_column,
-                self.caption_column,
-            }
+            chosen = (self.image_column, self.caption_column)
+            wanted = {name for name in columns if name in chosen or _find_named([name], usual)}
             for row in itertools.chain(sample, rows):
                 for name, values in columns.items():
                     values.append(row.get(name) if name in wanted else None)  # other columns may be long
@@ -195,8 +187,7 @@ class SourceReader:
         features: Mapping[str, Any] = columns.features if isinstance(columns, Dataset) else dict.fromkeys(columns)
         if not features or not len(columns[next(iter(features))]):
             raise NoPairsError(f"{name} has no rows.")
-        image = self.image_column or image_column_by_type(features)
-        image = find_column(features, image, IMAGE_COLUMNS, "image", name)
+        image = find_image_column(features, self.image_column, name)
         others = [column for column in features if column != image]
         caption = find_column(others, self.caption_column, CAPTION_COLUMNS, "caption", name)
         texts = pa.array((caption_texts(value) for value in columns[caption][:]), pa.list_(pa.string()))
@@ -334,13 +325,21 @@ def _is_image(feature: Any) -> bool:
     return isinstance(feature, Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
-def image_column_by_type(features: Mapping[str, Any]) -> str | None:
-    """Find the image column by type, or return None where its name must decide."""
+def find_image_column(features: Mapping[str, Any], wanted: str | None, source: str | Path) -> str:
+    """Find the column of images: the one that is wanted; or the only one of their type, or of bytes; or by its name.
+
+    Raises:
+        NoPairsError: as in `find_column`.
+    """
     images = [name for name, feature in features.items() if _is_image(feature)]
-    if images:
-        return images[0] if len(images) == 1 else _find_named(images, IMAGE_COLUMNS)
     binaries = [name for name, feature in features.items() if feature in BINARY_TYPES]
-    return binaries[0] if len(binaries) == 1 and _find_named(features, IMAGE_COLUMNS) is None else None
+    if wanted is None and len(images) == 1:
+        wanted = images[0]
+    elif wanted is None and images:
+        wanted = _find_named(images, IMAGE_COLUMNS)
+    elif wanted is None and len(binaries) == 1 and _find_named(features, IMAGE_COLUMNS) is None:
+        wanted = binaries[0]
+    return find_column(features, wanted, IMAGE_COLUMNS, "image", source)
 
 
 def _path_in(value: Any) -> str | None:

@@ -6,7 +6,7 @@ Every image and caption is embedded once. Where frozen parts of the towers have 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from .retrieval import (
     summarize_scores,
 )
 
+Metric = TypeVar("Metric")
 PROJECTED_AT_ONCE = 8192  # pooled outputs of a tower that only its projection has to process
 CURVE_END = 100  # the last k of a recall curve
 MAX_COMPARED = 2000  # images, and captions, in the histogram of similarities that do not match
@@ -132,7 +133,7 @@ def embed_pairs(encoder: DualEncoder, pairs: Dataset | PairDataset, batch_size: 
     """Embed every image and every caption of a split once.
 
     Args:
-        encoder: the model, in eval mode.
+        encoder: the model; put in eval mode meanwhile.
         pairs: one row per image, as `load_pairs` returns them; or with features of the frozen parts of the encoder's
             towers, of which the first view is used.
         batch_size: images per forward pass; eight times as many captions.
@@ -156,45 +157,35 @@ def embed_pairs(encoder: DualEncoder, pairs: Dataset | PairDataset, batch_size: 
         return model.get_text_features(pooled_text=batch).pooler_output
 
     captions = data.captions
-    if data.image_features is None:
-        images = encoder.encode_images(data.rows["image"], batch_size)
-    else:
-        size = PROJECTED_AT_ONCE if data.frozen_stages is None else batch_size
-        images = normalize(embed_in_batches(range(len(data)), embed_image_features, size))
-    if data.text_features is None:
-        texts = encoder.encode_texts(captions, 8 * batch_size)
-    else:
-        texts = normalize(embed_in_batches(range(len(captions)), embed_text_features, PROJECTED_AT_ONCE))
+    with eval_mode(encoder.module):
+        if data.image_features is None:
+            images = encoder.encode_images(data.rows["image"], batch_size)
+        else:
+            size = PROJECTED_AT_ONCE if data.frozen_stages is None else batch_size
+            images = normalize(embed_in_batches(range(len(data)), embed_image_features, size))
+        if data.text_features is None:
+            texts = encoder.encode_texts(captions, 8 * batch_size)
+        else:
+            texts = normalize(embed_in_batches(range(len(captions)), embed_text_features, PROJECTED_AT_ONCE))
     check_widths(encoder, images, texts)
     return Embeddings(images, texts, torch.tensor(data.image_ids), captions, data.image_of_captions())
 
 
 def measure_pairs(
-    model: ClipMiniModel,
-    pairs: Dataset | PairDataset,
-    batch_size: int = 16,
-    widths: Sequence[int] = (),
-    summarize: Callable[[Mapping[str, QueryScores]], Mapping[str, Any]] = summarize_scores,
-) -> dict[str, Any]:
+    model: ClipMiniModel, pairs: Dataset | PairDataset, batch_size: int = 16, widths: Sequence[int] = ()
+) -> dict[str, float]:
     """Measure retrieval on a split with all captions of every image.
 
     Args:
-        model: with its processor; put in eval mode during the measurement.
+        model: with its processor.
         pairs: as in `embed_pairs`.
         batch_size: images per forward pass.
         widths: also measure embeddings truncated to these widths.
-        summarize: makes metrics of the scores: `summarize_scores`, or `bootstrap_intervals` for intervals too.
 
     Returns:
-        `text_to_image_r1`, ..., `mean_recall`, in [0, 1]; for each width the same with the suffix `_at_{width}`.
+        As `summarize_scores`; for each width the same with the suffix `_at_{width}`.
     """
-    with eval_mode(model):
-        embeds = embed_pairs(as_encoder(model), pairs, batch_size)
-    metrics = dict(summarize(embeds.scores()))
-    for width in widths:
-        truncated = summarize(embeds.scores(partial(truncate, width=width)))
-        metrics |= {f"{name}_at_{width}": value for name, value in truncated.items()}
-    return metrics
+    return _at_widths(embed_pairs(as_encoder(model), pairs, batch_size), widths, summarize_scores)
 
 
 def measure_split(
@@ -205,16 +196,26 @@ def measure_split(
     Returns:
         `num_images`, `num_captions`, and by metric `chance`, `after` training, and `intervals` of the latter.
     """
-    data = pairs if isinstance(pairs, PairDataset) else PairDataset(pairs)
-    metrics = measure_pairs(model, data, batch_size, widths, bootstrap_intervals)
-    image_ids = torch.tensor(data.image_ids)
+    embeds = embed_pairs(as_encoder(model), pairs, batch_size)
+    metrics = _at_widths(embeds, widths, bootstrap_intervals)
     return {
-        "num_images": len(data),
-        "num_captions": sum(data.num_captions),
-        "chance": chance_metrics(image_ids[data.image_of_captions()], image_ids),
+        "num_images": len(embeds.images),
+        "num_captions": len(embeds.texts),
+        "chance": chance_metrics(embeds.text_image_ids, embeds.image_ids),
         "after": {name: interval.value for name, interval in metrics.items()},
         "intervals": interval_ends(metrics),
     }
+
+
+def _at_widths(
+    embeds: Embeddings, widths: Sequence[int], summarize: Callable[[dict[str, QueryScores]], Mapping[str, Metric]]
+) -> dict[str, Metric]:
+    """Summarize the scores of whole embeddings, and of truncated ones under names that end in their width."""
+    metrics = dict(summarize(embeds.scores()))
+    for width in widths:
+        truncated = summarize(embeds.scores(partial(truncate, width=width)))
+        metrics |= {f"{name}_at_{width}": value for name, value in truncated.items()}
+    return metrics
 
 
 def measure_retrieval(

@@ -24,10 +24,10 @@ from modeling_clipmini.handler import DEFAULT_TEMPLATE
 from .classification import ClassificationMetrics, measure_zero_shot
 from .diagnostics import PRECISIONS, Diagnostics
 from .figures import draw_compression, draw_confusion, draw_ranks, draw_recall_curve, draw_similarities
-from .intervals import bootstrap_intervals, paired_bootstrap, paired_shares
+from .intervals import Interval, bootstrap_intervals, paired_bootstrap, paired_shares
 from .measure import Embeddings, RetrievalResult, embed_pairs, measure_retrieval, pair_similarities
 from .naming import METRIC_LABELS, format_figure, format_number
-from .probe import NEIGHBOR_TEMPERATURE, probe
+from .probe import NEIGHBOR_TEMPERATURE, ProbeResult, probe
 from .request import PROBE, RETRIEVAL, ZERO_SHOT, Request
 from .results import Evaluation, Table, build_evaluation, tabulate_differences, tabulate_leaks, tabulate_metrics
 from .retrieval import RECALL_AT
@@ -101,7 +101,9 @@ def _evaluate_retrieval(request: Request, skipped: Skipped) -> Evaluation:
 
     warnings, leak_table = list(result.diagnostics.faults), None
     if name == "train":
-        warnings.append("This is the train split: a model trained on it looks better than it is.")
+        warnings.append(
+            "This is a train split, or data without splits: a model trained on it looks better than it is."
+        )
     if leaks is not None:
         facts["leaks"], leak_table = _retrieval_leaks(leaks, embeds, result)
     return build_evaluation(
@@ -141,17 +143,19 @@ def _training_pairs(pairs: DatasetDict, split: str, request: Request, skipped: S
 def _retrieval_leaks(leaks: LeakReport, embeds: Embeddings, result: RetrievalResult) -> tuple[dict[str, Any], Table]:
     """Return what `results.json` and the report say about leaks, with metrics of what is left without them."""
     facts = leaks.as_dict()
-    metrics, rest = None, "nothing is left"
+    metrics: dict[str, Interval] = {}
+    rest = "nothing is left"
     left = embeds.without(leaks.rows, leaks.captions)
     if (leaks.rows or leaks.captions) and len(left.images) and len(left.texts):
         metrics = bootstrap_intervals(left.scores())
         rest = f"{len(left.images):,} images, {len(left.texts):,} captions"
         facts["without"] = {"num_images": len(left.images), "num_captions": len(left.texts), "metrics": metrics}
     note = f"{leaks.summary()} {len(leaks.captions):,} captions also describe a training image, in the same words."
-    shares = {
-        METRIC_LABELS[name]: (result.metrics[name], None if metrics is None else metrics[name]) for name in HEADLINE
-    }
-    return facts, tabulate_leaks(leaks, note, shares, rest)
+    shares, left_shares = (
+        {METRIC_LABELS[name]: measured[name] for name in HEADLINE if name in measured}
+        for measured in (result.metrics, metrics)
+    )
+    return facts, tabulate_leaks(leaks, note, shares, left_shares, rest)
 
 
 def _diagnostics_table(shape: Diagnostics, width: int) -> Table:
@@ -196,25 +200,18 @@ def _retrieval_drawings(
     embeds: Embeddings, result: RetrievalResult, curves: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> list[tuple[str, str, str]]:
     ranks = {direction: score.ranks.numpy() for direction, score in result.scores.items()}
+    recall_curve = draw_recall_curve(curves, result.chance_curve)
+    similarities = draw_similarities(*pair_similarities(embeds))
     drawings = [
-        (
-            "Recall curve",
-            draw_recall_curve(curves, result.chance_curve),
-            "Share of queries with a correct answer among the first k.",
-        ),
+        ("Recall curve", recall_curve, "Share of queries with a correct answer among the first k."),
         ("Ranks", draw_ranks(ranks), "Rank of the best correct answer."),
-        (
-            "Similarities",
-            draw_similarities(*pair_similarities(embeds)),
-            "The less the two overlap, the better captions tell images apart.",
-        ),
+        ("Similarities", similarities, "The less the two overlap, the better captions tell images apart."),
     ]
     if len(result.by_width) > 1 or len(result.by_precision) > 1:
         by_width = {width: metrics["mean_recall"] for width, metrics in result.by_width.items()}
         by_precision = {name: metrics["mean_recall"] for name, metrics in result.by_precision.items()}
-        drawings.append(
-            ("Smaller embeddings", draw_compression(by_width, by_precision), "What truncation and rounding cost.")
-        )
+        compression = draw_compression(by_width, by_precision)
+        drawings.append(("Smaller embeddings", compression, "What truncation and rounding cost."))
     return drawings
 
 
@@ -295,15 +292,8 @@ def _evaluate_probe(request: Request, skipped: Skipped) -> Evaluation:
                 "metrics": left.linear.shares,
                 "neighbors": left.neighbors.shares,
             }
-        shares = {
-            f"{label}, {METRIC_LABELS['top1']}": (
-                getattr(result, part).shares["top1"],
-                None if left is None else getattr(left, part).shares["top1"],
-            )
-            for label, part in (("linear probe", "linear"), ("nearest neighbors", "neighbors"))
-        }
-        left_over = "nothing is left" if left is None else f"{len(rest):,} images"
-        leak_table = tabulate_leaks(leaks, leaks.summary(), shares, left_over)
+        note, left_over = leaks.summary(), "nothing is left" if left is None else f"{len(rest):,} images"
+        leak_table = tabulate_leaks(leaks, note, _top1(result), {} if left is None else _top1(left), left_over)
     held_out = f"The only split is {only}: a fifth of each class was held out, and the rest is for training. "
     method = [
         ("" if only is None else held_out)
@@ -327,6 +317,14 @@ def _evaluate_probe(request: Request, skipped: Skipped) -> Evaluation:
         method,
         leak_table,
     )
+
+
+def _top1(result: ProbeResult) -> dict[str, Interval]:
+    label = METRIC_LABELS["top1"]
+    return {
+        f"linear probe, {label}": result.linear.shares["top1"],
+        f"nearest neighbors, {label}": result.neighbors.shares["top1"],
+    }
 
 
 def _hold_out(rows: Dataset) -> dict[str, Dataset]:
@@ -364,6 +362,7 @@ def _report_classes(
     # Answering the same class for every image reaches 1 / num_present.
     if num_present > 1 and metrics.shares["mean_per_class"].low <= 1 / num_present:
         warnings.append("Mean accuracy per class is not significantly above chance.")
+    confusion = draw_confusion(metrics.confusion, names)
     return build_evaluation(
         {
             "model": encoder.about(),
@@ -386,13 +385,7 @@ def _report_classes(
         },
         headline=list(metrics.shares),
         tables=[*tables, _class_table(names, metrics)],
-        drawings=[
-            (
-                "Confusion",
-                draw_confusion(metrics.confusion, names),
-                "Each row is a label, each column a predicted class; darker is more.",
-            )
-        ],
+        drawings=[("Confusion", confusion, "Each row is a label, each column a predicted class; darker is more.")],
         method=method,
         warnings=warnings,
         leak_table=leak_table,

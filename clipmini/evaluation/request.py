@@ -10,7 +10,7 @@ from typing import Any
 from clipmini.data.recipe_files import read_data_section
 from clipmini.files import RECIPE_FILE, RESULTS_FILE, RunRecord
 from clipmini.inference.prompts import load_templates
-from clipmini.names import check_any_model, check_name
+from clipmini.names import check_any_model, check_name, expand_home
 
 RETRIEVAL, ZERO_SHOT, PROBE = "retrieval", "zero-shot", "probe"
 OPTIONS = {  # that only some tasks have
@@ -70,12 +70,12 @@ class Request:
     def pairs(self) -> dict[str, Any]:
         """The data section of the pairs; for the model's own training data, the one that it was trained with."""
         wanted = read_data_section(self.data, self.changes)
-        folder = Path(self.model if isinstance(self.model, (str, Path)) else self.model.name_or_path)
-        recipe_file = folder.absolute().parent / RECIPE_FILE
-        if recipe_file.is_file():
+        name = expand_home(getattr(self.model, "name_or_path", self.model))
+        recipe_file = Path(name).absolute().parent / RECIPE_FILE
+        if name and recipe_file.is_file():
             source = str(read_data_section(str(recipe_file), {})["source"])
-            is_file = Path(source).exists() and Path(wanted["source"]).exists()
-            if source == wanted["source"] or (is_file and Path(source).samefile(wanted["source"])):
+            other = str(wanted["source"])
+            if source == other or (Path(source).exists() and Path(other).exists() and Path(source).samefile(other)):
                 return read_data_section(str(recipe_file), self.changes)
         return wanted
 

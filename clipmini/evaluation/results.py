@@ -5,6 +5,7 @@ The page opens without a network: drawings and thumbnails are embedded in it.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,7 @@ from modeling_clipmini import ClipMiniModel
 
 from .intervals import LEVEL, NUM_RESAMPLES, Difference, Interval
 from .measure import Miss
-from .naming import (
-    METRIC_LABELS,
-    eval_results,
-    format_figure,
-    format_interval,
-    format_number,
-    format_with_interval,
-)
+from .naming import METRIC_LABELS, eval_results, format_figure, format_interval, format_number, format_with_interval
 from .request import FILES, INDEX_FILE, PAGE_FILE, PROBE, RETRIEVAL, TABLE_FILE, ZERO_SHOT, check_folder
 
 RUN_COLUMNS = ("chance", "before", "after")
@@ -162,7 +156,7 @@ class Evaluation:
         warnings = [Table(f"Note: {warning}", [], []) for warning in self.results["warnings"]]
         return "".join(table._repr_html_() for table in (*warnings, self.tables[0]))
 
-    def save(self, folder: Path, *, overwrite: bool = False) -> None:
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the four files; `results.json` comes last, so it is there only if the others are.
 
         Args:
@@ -172,19 +166,20 @@ class Evaluation:
         Raises:
             ValueError: as `check_folder` does.
         """
+        folder = Path(folder).expanduser()
         check_folder(folder, overwrite)
         RunRecord(folder).add(folder / name for name in FILES)
         index = {"model-index": self.results["model_index"]}
         contents = {
+            RESULTS_FILE: json.dumps(self.results, indent=2) + "\n",
             TABLE_FILE: "\n".join(table.markdown() for table in self.tables),
             INDEX_FILE: yaml.safe_dump(index, sort_keys=False, allow_unicode=True),
             PAGE_FILE: self.page,
-            RESULTS_FILE: json.dumps(self.results, indent=2) + "\n",
         }
-        (folder / RESULTS_FILE).unlink(missing_ok=True)
-        for name, content in contents.items():
-            with atomic_write(folder / name) as temporary_path:
-                temporary_path.write_text(content, encoding="utf-8")
+        with ExitStack() as stack:  # all are written before any replaces an earlier one, the last first
+            for name, content in contents.items():
+                stack.enter_context(atomic_write(folder / name)).write_text(content, encoding="utf-8")
+            (folder / RESULTS_FILE).unlink(missing_ok=True)
 
 
 def build_evaluation(
@@ -299,20 +294,21 @@ def tabulate_differences(
 
 
 def tabulate_leaks(
-    leaks: LeakReport, note: str, metrics: Mapping[str, tuple[Interval, Interval | None]], rest: str
+    leaks: LeakReport, note: str, shares: Mapping[str, Interval], left_shares: Mapping[str, Interval], rest: str
 ) -> Table:
     """Return a table of metrics on all images, and on those that are not in the training data.
 
     Args:
         leaks: what was found; without any leak the table has no rows.
         note: how much was found, in words.
-        metrics: by label, shares on all images and on the rest; None where nothing is left.
+        shares: by label, on all images.
+        left_shares: on the rest; empty where nothing is left.
         rest: what is left, in words.
     """
     if not leaks.rows and not leaks.captions:
         return Table("Seen in training", [], [], note)
     rows = [
-        [label, *("-" if share is None else format_with_interval("", share) for share in shares)]
-        for label, shares in metrics.items()
+        [label, *(format_with_interval("", some[label]) if label in some else "-" for some in (shares, left_shares))]
+        for label in shares
     ]
     return Table("Seen in training", ["in percent", "all", f"without these: {rest}"], rows, note)

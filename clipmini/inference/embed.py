@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clipmini.data.augment import describe_processor
 from clipmini.data.images import Skipped
-from clipmini.names import check_model, first_sentence
+from clipmini.names import check_model, expand_home, first_sentence
 from clipmini.store import digest
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.encoding_clipmini import by_length, embed_in_batches
@@ -168,6 +170,7 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
         ValueError: this is no clipmini model, or its files are missing, damaged, or name code of their own.
     """
     check_model(name_or_path)
+    name_or_path = expand_home(name_or_path)
     refuse_code(name_or_path)
     part = "model"
     try:
@@ -186,6 +189,11 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
         raise ValueError(f"{name_or_path} is incomplete or damaged: its tokenizer has no vocabulary; save it again.")
     model.processor = processor
     return model.eval().to(device or default_device())
+
+
+def describe_libraries() -> str:
+    """Return the versions of the libraries that compute embeddings, a part of their key wherever they are kept."""
+    return f"torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"
 
 
 def hash_weights(module: nn.Module) -> str:

@@ -16,6 +16,7 @@ from clipmini.names import (
     OPEN_CLIP_PREFIX,
     SENTENCE_TRANSFORMERS_FILE,
     check_any_model,
+    expand_home,
     first_sentence,
 )
 from modeling_clipmini import ClipMiniModel
@@ -49,7 +50,7 @@ def load_encoder(model: str | Path | ClipMiniModel | DualEncoder) -> DualEncoder
     if isinstance(model, ClipMiniModel):
         return as_encoder(model.eval(), _short_name(model.name_or_path or "model"))
     check_any_model(model)
-    name = str(model)
+    name = expand_home(model)
     if name.startswith(OPEN_CLIP_PREFIX):
         encoder = _load_open_clip(name)
     else:

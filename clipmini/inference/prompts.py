@@ -14,10 +14,10 @@ def check_query(query: str, top: int) -> None:
     Raises:
         ValueError: the query is blank or not UTF-8, or `top`, the number of images wanted, is below 1.
     """
+    check_text("query", query)
     if not query.strip():
         raise ValueError("The query is empty; say in words what the image should show.")
-    check_text("query", query)
-    if top < 1:
+    if not isinstance(top, int) or top < 1:
         raise ValueError(f"top={top} is not allowed; ask for at least 1 image.")
 
 
@@ -60,15 +60,15 @@ def fill_template(labels: Sequence[str], template: str) -> list[str]:
     Raises:
         ValueError: a label or the template is not allowed.
     """
+    check_text("template", template)
     if "{}" not in template:
         raise ValueError(f"The template {template!r} has no {{}} where the label goes; try 'a photo of {{}}'.")
-    check_text("template", template)
     if isinstance(labels, str) or not labels:
         raise ValueError(f"The labels {labels!r} are not allowed; give a list of at least one label.")
     for number, label in enumerate(labels, start=1):
+        check_text("label", label)
         if not label.strip():
             raise ValueError(f"Label {number} of {len(labels)} is blank; leave it out or fill it in.")
-        check_text("label", label)
     if len(set(labels)) < len(labels):
         repeated = next(label for label in labels if labels.count(label) > 1)
         raise ValueError(f"The label {repeated!r} is given twice and would compete with itself; leave one out.")
@@ -81,6 +81,8 @@ def check_text(kind: str, text: str) -> None:
     Raises:
         ValueError: it cannot be encoded in UTF-8; the message calls it a `kind`, such as "query".
     """
+    if not isinstance(text, str):
+        raise ValueError(f"The {kind} {text!r} is not a text; give words.")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -29,14 +29,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from PIL import Image
 from torch import Tensor
 
-from clipmini.data.scan import scan_images
+from clipmini.data.scan import check_pixels, scan_readable
 from clipmini.files import atomic_write
 from clipmini.store import StoredRows, digest, stored_rows
 from modeling_clipmini.images_clipmini import read_named
 
-from .embed import hash_weights
+from .embed import describe_libraries, hash_weights
 from .encoders import check_widths, load_encoder
 
 
@@ -96,19 +97,24 @@ def embed_with_teacher(
         raise ValueError(
             f"The {encoder.kind} model {encoder.name} has no logit scale of its own; pass --logit-scale, such as 50."
         )
+    pixels = scan_readable(pairs).pixels
     captions = list(itertools.chain.from_iterable(pairs["captions"]))
     check_widths(encoder, encoder.encode_images(pairs[:1]["image"]), encoder.encode_texts(captions[:1]))
     space = {
         "weights": hash_weights(encoder.module),
-        "architecture": digest(repr(encoder.module)).hex(),
+        "architecture": digest(f"{encoder.module!r} {getattr(encoder.module, 'config', '')}").hex(),
+        "libraries": describe_libraries(),
         "preparation": encoder.describe(),
     }
 
+    def open_image(index: int) -> Image.Image:
+        name = f"image_id {pairs[index]['image_id']}"
+        image = read_named(pairs[index]["image"], name)
+        check_pixels(image, pixels[index], name)
+        return image
+
     def embed_images(indices: list[int]) -> np.ndarray:
-        chosen = pairs.select(indices)
-        named = zip(chosen["image"], chosen["image_id"], strict=True)
-        opened = (read_named(image, f"image_id {image_id}") for image, image_id in named)
-        return encoder.encode_images(opened).numpy()
+        return encoder.encode_images(map(open_image, indices)).numpy()
 
     def embed_texts(indices: list[int]) -> np.ndarray:
         return encoder.encode_texts([captions[index] for index in indices]).numpy()
@@ -119,7 +125,7 @@ def embed_with_teacher(
             whole, keys, compute, dtype=np.float16, chunk_rows=ROWS_PER_CHUNK, description=whole["kind"]
         )
 
-    images = store("images", scan_images(pairs).pixels, embed_images)
+    images = store("images", pixels, embed_images)
     keys = np.frombuffer(b"".join(map(digest, captions)), np.uint8).reshape(len(captions), -1)
     texts = store("captions", keys, embed_texts)
     _write(out, pairs, images, texts, {"name": encoder.name, "logit_scale": logit_scale})

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from clipmini.cli import app
 from clipmini.evaluation.naming import format_figure
 from clipmini.evaluation.request import check_folder
+from clipmini.evaluation.results import Evaluation, Table
 
 FILES = ["model-index.yaml", "report.html", "results.json", "results.md", "written_files.json"]
 
@@ -108,8 +110,8 @@ def test_leaks_are_counted_and_metrics_without_them_reported(tiny_folder, pair_f
 def test_the_train_split_is_warned_of_and_what_is_printed_is_written(tiny_folder, pair_folder, tmp_path):
     out = tmp_path / "report"
     result = run(tiny_folder, pair_folder, "--split", "train", "--train-data", pair_folder, "--out", out, "--json")
-    assert "warning: This is the train split" in result.stderr
-    assert "This is the train split" in (out / "report.html").read_text()
+    assert "warning: This is a train split" in result.stderr
+    assert "This is a train split" in (out / "report.html").read_text()
     printed, stored = json.loads(result.stdout), json.loads((out / "results.json").read_text())
     assert stored["leaks"]["exact_images"] == 6
     assert (printed["folder"], printed["num_skipped"]) == (str(out), 0)
@@ -153,6 +155,24 @@ def test_an_evaluation_is_replaced_only_on_request(tiny_folder, pair_folder, tmp
     run(tiny_folder, pair_folder, "--split", "train", "--out", out, "--overwrite")
     assert json.loads((out / "results.json").read_text())["data"]["split"] == "train"
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_an_evaluation_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    def write(self, text, **options):
+        if "report.html" in self.name:
+            raise OSError("disk full")
+        return original(self, text, **options)
+
+    def save(page):
+        Evaluation({"model_index": [], "page": page}, [Table(page, [], [])], page).save(tmp_path, overwrite=True)
+
+    original = Path.write_text
+    save("one")
+    before = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(Path, "write_text", write)
+    with pytest.raises(OSError, match="disk full"):
+        save("two")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["results.md", "results.json"])

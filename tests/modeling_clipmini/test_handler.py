@@ -382,3 +382,13 @@ class TestEndpointHandler:
         modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         third_party = {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names)
         assert third_party == {"torch", "transformers", "PIL"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_model_on_a_gpu_answers_as_one_on_the_cpu(tiny_folder):
+    requests = [{"inputs": make_image(), "parameters": {"candidate_labels": LABELS}}, {"inputs": "a red square"}]
+    on_cpu, on_gpu = (RequestHandler(load_model(tiny_folder, device)) for device in ("cpu", "cuda"))
+    scores = [{item["label"]: item["score"] for item in handler(requests[0])} for handler in (on_gpu, on_cpu)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    assert on_gpu(requests[1]) == pytest.approx(on_cpu(requests[1]), abs=1e-3)

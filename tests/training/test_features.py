@@ -13,13 +13,13 @@ from datasets import Dataset, concatenate_datasets
 from PIL import Image
 from safetensors.numpy import load_file
 
-from clipmini.data.scan import scan_images
+from clipmini.data.scan import scan_images, scan_readable
 from clipmini.files import cache_root
 from clipmini.training import features as feature_module
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.features import prepare_features
 from modeling_clipmini import ClipMiniModel
-from modeling_clipmini.images_clipmini import read_image
+from modeling_clipmini.images_clipmini import ImageError, read_image
 
 
 @pytest.fixture
@@ -153,6 +153,26 @@ def test_the_model_is_left_in_its_mode(prepare, tiny_model, toy_pairs):
     prepare(toy_pairs)
     assert [module.training for module in tiny_model.modules()] == modes
     assert isinstance(tiny_model, ClipMiniModel)
+
+
+def test_an_image_that_changes_after_the_scan_is_not_kept_for_the_old_one(prepare, tmp_path, monkeypatch):
+    file = tmp_path / "a.png"
+    file.write_bytes(png_of(1))
+    pairs = Dataset.from_list([{"image": {"bytes": None, "path": str(file)}, "captions": ["a"], "image_id": 5}])
+    facts = scan_readable(pairs)
+    monkeypatch.setattr(feature_module, "scan_readable", lambda rows: facts)
+    file.write_bytes(png_of(2))
+    with pytest.raises(ImageError, match=r"image_id 5: has changed since it was scanned"):
+        prepare(pairs)
+
+
+def test_an_unreadable_image_is_named(prepare, tmp_path):
+    rows = [
+        {"image": {"bytes": data, "path": None}, "captions": ["a"], "image_id": number}
+        for number, data in enumerate([png_of(1), b"no image"])
+    ]
+    with pytest.raises(ImageError, match="image_id 1: is not an image"):
+        prepare(Dataset.from_list(rows))
 
 
 def fill(model, pairs, folder, log):

@@ -306,7 +306,7 @@ def test_one_value_of_an_option_can_be_set(tmp_path):
         ("data.license=mit", "no 'license' any more; set `license` at the top of the recipe"),
         ("check_images=false", "no 'check_images' any more; set nothing instead: every image is checked once"),
         ("lora_rank=4", r"no 'lora_rank' any more; set lora: \{parts"),
-        ("training.lora.rank.x=4", "there is no 'training'"),
+        ("training.lora.rank.x=4", "too many parts"),
     ],
 )
 def test_options_with_several_values_say_what_is_wrong(override, message, tmp_path):

@@ -1,3 +1,4 @@
+import pickle
 import re
 
 import pytest
@@ -257,6 +258,31 @@ def test_of_many_images_the_first_are_named():
         NonFiniteLossError(float("nan"), 7, [f"{n}.jpg" for n in range(11)])
     )
     assert "at step 7; lower" in str(NonFiniteLossError(float("nan"), 7, []))
+
+
+def test_features_of_what_is_trained_are_refused(make_trainer, toy_pairs, tmp_path):
+    frozen = make_trainer(freeze_vision=True, freeze_text=True)
+    for options in ({}, {"freeze_vision": True}, {"freeze_text": True}):
+        with pytest.raises(ValueError, match=r"features of the (vision|text) tower, which these arguments train"):
+            ClipMiniTrainer(frozen.model, make_arguments(tmp_path, **options), frozen.train_dataset.pairs)
+    stages = make_trainer(vision_stages=2)
+    with pytest.raises(ValueError, match="features of the vision tower, which these arguments train"):
+        ClipMiniTrainer(stages.model, make_arguments(tmp_path), stages.train_dataset.pairs)
+
+
+def test_a_frozen_tower_without_features_is_said_to_run_at_every_step(make_trainer, toy_pairs, tmp_path, caplog):
+    model = make_trainer().model
+    assert "runs at every step" not in caplog.text
+    ClipMiniTrainer(model, make_arguments(tmp_path, freeze_text=True), toy_pairs)
+    assert "the frozen text tower runs at every step: pass what training.features.prepare_features" in caplog.text
+
+
+def test_a_data_worker_gets_no_model(make_trainer):
+    trainer = make_trainer(vision_stages=2)
+    data = pickle.dumps(trainer.train_dataset)
+    assert len(data) < 100_000
+    item = pickle.loads(data)[3, 0]
+    assert torch.equal(item["vision_hidden"], trainer.train_dataset[3, 0]["vision_hidden"])
 
 
 @pytest.mark.gpu
