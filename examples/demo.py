@@ -23,7 +23,7 @@ def main() -> None:
     query_embeds = encoder.encode_texts(QUERIES)
     hits = {query: rank(paths, embeddings, embed, top=5) for query, embed in zip(QUERIES, query_embeds, strict=True)}
     for query, found in hits.items():
-        print(f'"{query}": {", ".join(f"{hit.path.stem} {hit.score:.2f}" for hit in found[:3])}')
+        print(f'"{query}": {", ".join(f"{hit.image.stem} {hit.score:.2f}" for hit in found[:3])}')
     draw_results(hits, RUN / "search.png")
     print(f"Now look at {RUN / 'search.png'} and {RUN / 'curves.png'}.")
 
