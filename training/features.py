@@ -23,7 +23,7 @@ from clipmini.data.augment import ImageAugmenter, describe_processor
 from clipmini.data.pairs import PairDataset
 from clipmini.data.scan import check_pixels, scan_readable
 from clipmini.inference.embed import describe_libraries, hash_weights
-from clipmini.store import StoredRows, digest, stored_rows
+from clipmini.store import StoredRows, as_keys, digest, stored_rows
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.encoding_clipmini import by_length, channels_last, embed_in_batches, eval_mode
 from modeling_clipmini.images_clipmini import read_named
@@ -169,7 +169,7 @@ def _text_features(model: ClipMiniModel, rows: Dataset, args: ClipMiniTrainingAr
     captions = PairDataset(rows).captions
     # The tokens that the tower sees cover caption and tokenizer at once.
     tokens = model.processor.tokenizer(captions, truncation=True)["input_ids"]
-    keys = b"".join(digest(np.array(ids, np.int64).tobytes()) for ids in tokens)
+    keys = as_keys(digest(np.array(ids, np.int64).tobytes()) for ids in tokens)
     space = {
         "kind": f"{model.config.text_pooling}-pooled outputs",
         "weights": f"{_describe(model.config.text_config)} {hash_weights(model.text_model)}",
@@ -185,7 +185,7 @@ def _text_features(model: ClipMiniModel, rows: Dataset, args: ClipMiniTrainingAr
 
     return stored_rows(
         space,
-        np.frombuffer(keys, np.uint8).reshape(len(captions), -1),
+        keys,
         compute,
         dtype=np.float32,
         chunk_rows=CAPTION_CHUNK,
@@ -196,8 +196,7 @@ def _text_features(model: ClipMiniModel, rows: Dataset, args: ClipMiniTrainingAr
 def _view_keys(augment: ImageAugmenter, image: np.ndarray, captions: Sequence[str], num_views: int) -> np.ndarray:
     """Return the keys of an image's views, (K, 16); captions matter only where they forbid to mirror the image."""
     flips = str(augment.may_flip(captions))
-    keys = b"".join(digest(image.tobytes(), flips, str(view)) for view in range(num_views))
-    return np.frombuffer(keys, np.uint8).reshape(num_views, -1)
+    return as_keys(digest(image.tobytes(), flips, str(view)) for view in range(num_views))
 
 
 def _prepare_views(

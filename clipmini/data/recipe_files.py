@@ -217,7 +217,7 @@ def _read(name_or_path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     values = read_yaml(find_preset("recipes", name_or_path))
     changed = _change(values, changes)
     source, new_source = _source_in(values), _source_in(changed)
-    if source and new_source and not _is_same(source, new_source):
+    if source and new_source and not is_same_source(source, new_source):
         facts = {key: values["data"].pop(key) for key in SOURCE_KEYS if key in values["data"]}
         facts["license"] = values.pop("license", None)
         changed = _change(values, changes)  # keeps what the changes say about the new source
@@ -243,7 +243,8 @@ def _source_in(values: Mapping[str, Any]) -> str:
     return str(data.get("source") or "") if isinstance(data, dict) else ""
 
 
-def _is_same(source: str, other: str) -> bool:
+def is_same_source(source: str, other: str) -> bool:
+    """Return whether two sources of data are one: the same name, or the same file or folder."""
     return source == other or (os.path.exists(source) and os.path.exists(other) and os.path.samefile(source, other))
 
 

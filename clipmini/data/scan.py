@@ -22,7 +22,7 @@ from datasets import Dataset
 from PIL import Image, features
 from torch.utils.data import DataLoader
 
-from clipmini.store import KEY_BYTES, digest, stored_rows
+from clipmini.store import KEY_BYTES, as_keys, digest, stored_rows
 from modeling_clipmini.images_clipmini import FORMATS, ImageError, read_image
 
 POLICY = "1"  # to be raised when `read_image` or what is computed from its result changes
@@ -97,7 +97,7 @@ def scan_images(rows: Dataset) -> ImageFacts:
     if known:
         facts[known] = stored_rows(
             _space(),
-            _as_array([keys[row] for row in known], KEY_BYTES),
+            as_keys(keys[row] for row in known),
             compute,
             dtype=np.uint8,
             chunk_rows=CHUNK_ROWS,

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipmini.data.recipe_files import read_data_section
+from clipmini.data.recipe_files import is_same_source, read_data_section
 from clipmini.files import RECIPE_FILE, RESULTS_FILE, RunRecord
 from clipmini.inference.prompts import load_templates
 from clipmini.names import check_any_model, check_name, expand_home
@@ -74,8 +74,7 @@ class Request:
         recipe_file = Path(name).absolute().parent / RECIPE_FILE
         if name and recipe_file.is_file():
             source = str(read_data_section(str(recipe_file), {})["source"])
-            other = str(wanted["source"])
-            if source == other or (Path(source).exists() and Path(other).exists() and Path(source).samefile(other)):
+            if is_same_source(source, str(wanted["source"])):
                 return read_data_section(str(recipe_file), self.changes)
         return wanted
 

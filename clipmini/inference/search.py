@@ -56,7 +56,8 @@ class Hits(Sequence[Hit]):
         return len(self.hits)
 
     def __repr__(self) -> str:
-        return f"<{len(self)} hits for {self.query!r}: {self[0].name} ({self[0].score:.3f}), ...>"
+        more = f" and {len(self) - 1} more" if len(self) > 1 else ""
+        return f"<hits for {self.query!r}: {self[0].name} ({self[0].score:.3f}){more}>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the hits, ready for JSON; `path` is null for a Pillow image."""

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from clipmini.data.scan import check_pixels, scan_readable
 from clipmini.files import atomic_write
-from clipmini.store import StoredRows, digest, stored_rows
+from clipmini.store import StoredRows, as_keys, digest, stored_rows
 from modeling_clipmini.images_clipmini import read_named
 
 from .embed import describe_libraries, hash_weights
@@ -126,8 +126,7 @@ def embed_with_teacher(
         )
 
     images = store("images", pixels, embed_images)
-    keys = np.frombuffer(b"".join(map(digest, captions)), np.uint8).reshape(len(captions), -1)
-    texts = store("captions", keys, embed_texts)
+    texts = store("captions", as_keys(map(digest, captions)), embed_texts)
     _write(out, pairs, images, texts, {"name": encoder.name, "logit_scale": logit_scale})
 
 

@@ -72,7 +72,8 @@ class Classification(Sequence[ClassifiedImage]):
 
     def __repr__(self) -> str:
         best = self[0].scores[0]
-        return f"<{len(self)} classified images: {best.label!r} ({best.score:.1%}), ...>"
+        more = f" and {len(self) - 1} more" if len(self) > 1 else ""
+        return f"<classified: {best.label!r} ({best.score:.1%}){more}>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return labels and scores, ready for JSON; `path` is null for a Pillow image."""

@@ -119,7 +119,7 @@ def test_a_notebook_shows_labels_with_bars(paths):
     assert "&lt;i&gt;cat&lt;/i&gt;" in html
     assert "width:75.0px" in html
     assert (html.count("data:image/jpeg"), html.count("gone or broken")) == (1, 1)
-    assert repr(answer) == "<2 classified images: '<i>cat</i>' (75.0%), ...>"
+    assert repr(answer) == "<classified: '<i>cat</i>' (75.0%) and 1 more>"
 
 
 @pytest.mark.parametrize(
