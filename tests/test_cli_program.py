@@ -1,5 +1,6 @@
 """The command in a process of its own, as a shell starts it."""
 
+import functools
 import json
 import os
 import shlex
@@ -41,15 +42,21 @@ def test_help_imports_nothing_slow():
 WRONG = {
     "there is no 'learnin_rate'; the nearest name is 'learning_rate'": "train demo --learnin_rate 1",
     "nothing is neither a file nor among the recipes": "train nothing",
-    "no/such/folder does not exist. Name a folder or a table": "train demo --source no/such/folder",
+    "no/such/folder does not exist HERE. Name a folder or a table": "train demo --source no/such/folder",
     "model='a//b' is neither a preset": "train demo --model a//b",
     "The recipe has no stage 'heads'": "train demo --stage heads",
     "The folder no/such/folder does not exist": "search MODEL no/such/folder x",
+    "tests/photos does not exist HERE. Name a folder or a table": "train demo --source tests/photos",
+    "tests/model does not exist HERE. Name a model folder": "search tests/model IMAGES x",
+    "There is no offline:phtos; offline:photos names": "train demo --source offline:phtos",
+    "There is no offline:photos/tests; offline:photos names": "search MODEL offline:photos/tests x",
+    "There is no offline:photo/a.webp; offline:photos names": "classify MODEL offline:photo/a.webp --labels cat",
+    "data.source is missing: flickr8k names no data. Add --set source=FOLDER": "train flickr8k",
     "The query is empty": "search MODEL IMAGES ''",
     "top=0 is not allowed": "search MODEL IMAGES x --top 0",
     "A drawing cannot be written to a.gif": "search MODEL IMAGES x --out a.gif",
-    "no/such/model does not exist. Name a model folder": "search no/such/model IMAGES x",
-    "org//name does not exist. Name a model folder, or a Hub id": "search org//name IMAGES x",
+    "no/such/model does not exist HERE. Name a model folder": "search no/such/model IMAGES x",
+    "org//name does not exist HERE. Name a model folder, or a Hub id": "search org//name IMAGES x",
     "is not a model folder: it has no config.json": "search IMAGES IMAGES x",
     "Label 2 of 3 is blank": "classify MODEL a.png --labels cat,,dog",
     "The label 'cat' is given twice": "classify MODEL a.png --labels cat,cat",
@@ -57,9 +64,9 @@ WRONG = {
     "./model does not exist": "classify ./model a.png --labels cat",
     "No image can be read: b.png does not exist": "classify MODEL a.png b.png --labels cat",
     "task='captions' is not allowed; use one of retrieval": "evaluate MODEL IMAGES --task captions",
-    "no/such/data does not exist. Name a folder or a table": "evaluate MODEL no/such/data",
-    "no/such/data does not exist. Name a folder, or a Hub id": "evaluate MODEL no/such/data --task zero-shot",
-    "no/such/baseline does not exist. Name a model folder": "evaluate MODEL IMAGES --baseline no/such/baseline",
+    "no/such/data does not exist HERE. Name a folder or a table": "evaluate MODEL no/such/data",
+    "no/such/data does not exist HERE. Name a folder, or a Hub id": "evaluate MODEL no/such/data --task zero-shot",
+    "no/such/baseline does not exist HERE": "evaluate MODEL IMAGES --baseline no/such/baseline",
     "there is no 'sorce'; the nearest name is 'source'": "evaluate MODEL IMAGES --set sorce=x",
     "label is not an option of labeled images": "evaluate MODEL IMAGES --task probe --set label=x",
     "MODEL/config.json is a file; name a folder": "evaluate MODEL IMAGES --out MODEL/config.json",
@@ -72,7 +79,8 @@ WRONG = {
 
 def test_wrong_input_is_refused_before_anything_slow_is_imported(tiny_folder, images):
     def fill(text):
-        return text.replace("MODEL", str(tiny_folder)).replace("IMAGES", str(images))
+        values = {"MODEL": tiny_folder, "IMAGES": images, "HERE": f"here (in {os.getcwd()})"}
+        return functools.reduce(lambda result, key: result.replace(key, str(values[key])), values, text)
 
     cases = {fill(message): [fill(part) for part in shlex.split(command)] for message, command in WRONG.items()}
     program = (
@@ -85,7 +93,6 @@ def test_wrong_input_is_refused_before_anything_slow_is_imported(tiny_folder, im
         "        answers[message] = (arguments, done.exit_code, done.stderr, sorted(slow))\n"
         "print(json.dumps(answers))"
     )
-    # In a folder where the demo's data are.
     done = subprocess.run([sys.executable, "-c", program], input=json.dumps(cases), capture_output=True, text=True)
     assert json.loads(done.stdout or done.stderr) == {}
 
@@ -94,7 +101,7 @@ def test_wrong_input_is_refused_before_anything_slow_is_imported(tiny_folder, im
     ("words", "expected"),
     [
         ("clipmini train fl", ["flickr8k"]),
-        ("clipmini train ", ["demo", "flickr8k"]),
+        ("clipmini train ", ["article", "demo", "flickr8k"]),
         ("clipmini evaluate model demo --task z", ["zero-shot"]),
         ("clipmini cla", ["classify"]),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,13 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("modeling_clipmini", "clipmini", "training", "configuration")
+PACKAGES = {  # where each package is in a checkout, and in the wheel
+    "modeling_clipmini": "modeling_clipmini",
+    "clipmini": "clipmini",
+    "training": "clipmini/training",
+    "configuration": "clipmini/configuration",
+    "examples/photos": "clipmini/photos",
+}
 pytestmark = pytest.mark.slow
 
 
@@ -43,10 +50,10 @@ def test_it_holds_all_that_is_needed_and_no_more(site):
     names = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     shipped = {name for name in names if ".dist-info/" not in name}
     expected = {
-        f"{'clipmini/' if package in ('training', 'configuration') else ''}{path.relative_to(ROOT)}"
-        for package in PACKAGES
+        f"{name}/{path.relative_to(ROOT / package).as_posix()}"
+        for package, name in PACKAGES.items()
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".yaml", ".html", ".typed")
+        if path.suffix in (".py", ".yaml", ".html", ".typed", ".webp", ".jsonl") or path.name == "README.md"
     }
     assert shipped == {*expected, "clipmini/publishing/model_card.md"}
 
@@ -72,3 +79,13 @@ def test_help_and_a_tiny_training_work_from_it(site, tmp_path):
     output = run(site, tmp_path, "-m", "clipmini.cli", "train", recipe, "--json")
     assert json.loads(output)["splits"]["test"]["num_images"] >= 1
     assert (tmp_path / "runs" / "recipe" / "model" / "README.md").exists()
+
+
+def test_the_demo_and_the_search_that_it_prints_work_in_any_folder(site, tmp_path):
+    """Without the towers of PyPI: on the tiny model."""
+    options = ["--model", "tiny", "--num_train_epochs", "1"]
+    *_, command = run(site, tmp_path, "-m", "clipmini.cli", "train", "demo", *options).splitlines()
+    _, *words = shlex.split(command)
+    assert words[:3] == ["search", "runs/demo/model", "offline:photos/test"]
+    hits = json.loads(run(site, tmp_path, "-m", "clipmini.cli", *words, "--json"))["hits"]
+    assert Path(hits[0]["path"]).is_relative_to(site / "clipmini" / "photos" / "test")

@@ -8,6 +8,7 @@ import timm
 from transformers import AutoTokenizer, DistilBertTokenizer, TimmWrapperConfig
 
 from clipmini.inference.trust import refuse_code
+from clipmini.names import locate
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.processing_clipmini import image_processor_for
 
@@ -52,7 +53,7 @@ def build_model(preset: ModelPreset) -> ClipMiniModel:
         raise ValueError(
             f"text={preset.text!r} is a config, which needs `pretrained: false`; use the name of a pretrained tower."
         )
-    vision, text = resolve_tower(preset.vision), resolve_tower(preset.text)
+    vision, text = (locate(resolve_tower(name), "a model folder") for name in (preset.vision, preset.text))
     for tower in (vision, text):
         refuse_code(tower)
     model = ClipMiniModel.from_vision_text_pretrained(vision, text, **preset.config)

@@ -24,10 +24,10 @@ from timm.models import load_checkpoint, save_for_hf
 from transformers import DistilBertConfig, DistilBertModel, DistilBertTokenizer
 
 from clipmini.files import cache_root
+from clipmini.names import OFFLINE_PREFIX
 
 logger = logging.getLogger(__name__)
 
-OFFLINE_PREFIX = "offline:"
 # Part of the cache folder's name: raise it when the output of a converter changes, so that old folders are not used.
 CONVERSION_VERSION = 1
 

@@ -18,13 +18,13 @@ from clipmini.data.recipe_files import (
     read_yaml,
     section_keys,
 )
-from clipmini.names import hub_id, public_name
+from clipmini.names import OFFLINE_PREFIX, expand, hub_id, public_name
 from clipmini.publishing.card import DATA, STARTING_MODEL, TOWERS, Part, Stage, render_card
 from modeling_clipmini import ClipMiniConfig
 
 from .arguments import ClipMiniTrainingArguments
 from .build import ModelPreset
-from .offline_towers import OFFLINE_PREFIX, OFFLINE_TOWERS
+from .offline_towers import OFFLINE_TOWERS
 
 
 @dataclass
@@ -109,8 +109,9 @@ def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[
 
 def data_part(source: str) -> Part:
     """Describe the training data for the card, with the license that its card on the Hub or in a folder states."""
-    has_card = hub_id(source) or Path(source).is_dir()
-    return Part(DATA, public_name(source), _from_card(source, DatasetCard)[0] if has_card else None)
+    path = expand(source)
+    has_card = hub_id(source) or Path(path).is_dir()
+    return Part(DATA, public_name(source), _from_card(path, DatasetCard)[0] if has_card else None)
 
 
 def model_parts(model: ModelPreset | str) -> list[Part]:

@@ -22,12 +22,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from clipmini.data.duplicates import find_duplicates
-from clipmini.data.images import Skipped
+from clipmini.data.images import Skipped, folder_of
 from clipmini.data.pairs import PairDataset, load_data
 from clipmini.data.recipe_files import check_stage
 from clipmini.evaluation.curves import draw_curves
-from clipmini.evaluation.measure import measure_split
-from clipmini.evaluation.results import Run
+from clipmini.evaluation.measure import Embeddings, choose_query, embed_pairs, measure_embeddings
+from clipmini.evaluation.results import Run, SearchExample
 from clipmini.files import (
     CHECKPOINTS,
     CURVES_FILE,
@@ -39,7 +39,7 @@ from clipmini.files import (
     atomic_write,
     versions,
 )
-from clipmini.inference.embed import load_model
+from clipmini.inference.embed import as_encoder, load_model
 from clipmini.names import public_name
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import explain_refusals, prepare_push, push
@@ -59,6 +59,7 @@ HELD_OUT = ("validation", "test")
 # From glibc's malloc.h; mallopt(3) describes them.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 MIB = 2**20
+MAX_QUERIES, MAX_QUERY_CHARACTERS = 1000, 120  # captions that an example of a search is chosen from
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) -> Run:
@@ -106,11 +107,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
                 _claim_output_dir(record, recipe, wanted, overwrite)
             trainer.accelerator.wait_for_everyone()  # checkpoints that the others look for may be gone now
         model, histories[name], train_s = _run_stage(trainer, output_dir / name, record, is_one_of_many=bool(name))
+    encoder, batch_size = as_encoder(model), args.per_device_eval_batch_size
+    embeds = {split: embed_pairs(encoder, features[split], batch_size) for split in held_out}
     measured = {
-        split: {
-            "before": before[split],
-            **measure_split(model, features[split], args.per_device_eval_batch_size, args.matryoshka_widths),
-        }
+        split: {"before": before[split], **measure_embeddings(embeds[split], args.matryoshka_widths)}
         for split in held_out
     }
 
@@ -139,7 +139,19 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if recipe.training.push_to_hub:
             _push_model(model_dir, recipe.training)
-    return Run(output_dir, results)
+    shown = [*reversed(held_out), "train"][0]
+    return Run(output_dir, results, _find_example(recipe.data.source, shown, features[shown], embeds.get(shown)))
+
+
+def _find_example(source: str, split: str, pairs: PairDataset, embeds: Embeddings | None) -> SearchExample | None:
+    """Find a search that the images of a split answer; without embeddings, any of its captions will do."""
+    folder = folder_of(source, (image["path"] for image in pairs.rows["image"]))
+    queries = ["".join(filter(str.isprintable, " ".join(caption.split()))) for caption in pairs.captions]
+    short = [index for index, query in enumerate(queries) if 0 < len(query) <= MAX_QUERY_CHARACTERS][:MAX_QUERIES]
+    if folder is None or not short:
+        return None
+    index, is_first = choose_query(embeds, short) if embeds else (short[0], False)
+    return SearchExample(folder, queries[index], split, is_first)
 
 
 def _check_run(recipe: Recipe, overwrite: bool, stage: str | None) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from clipmini.names import expand
+
 logger = logging.getLogger(__name__)
 
 MAX_LOGGED = 20  # warnings about single inputs; later ones are only counted
@@ -23,7 +25,7 @@ def find_images(folder: str | Path) -> list[Path]:
     Raises:
         ValueError: the folder does not exist or has no images.
     """
-    root = Path(folder).expanduser()
+    root = Path(expand(folder))
     if not root.is_dir():
         raise ValueError(f"{folder} is not a folder." if root.exists() else f"The folder {folder} does not exist.")
     found = sorted(walk_files(root, IMAGE_SUFFIXES))
@@ -32,18 +34,43 @@ def find_images(folder: str | Path) -> list[Path]:
     return found
 
 
-def check_any_exists(images: Iterable[Any]) -> None:
-    """Check that there is at least one image: a file that exists, or anything but a path.
+def expand_files(images: Iterable[Any]) -> list[Any]:
+    """Return images with the names of files as they are on disk; anything but a name stays as it is.
 
     Raises:
-        ValueError: there is none; the message names the last path.
+        ValueError: there is no image that exists; the message names the last one.
     """
-    last = "there is none"
-    for image in images:
-        if not isinstance(image, (str, Path)) or Path(image).exists():
-            return
-        last = f"{image} does not exist"
-    raise ValueError(f"No image can be read: {last}.")
+    expanded = [expand(image) if isinstance(image, (str, Path)) else image for image in images]
+    if not any(not isinstance(image, str) or Path(image).exists() for image in expanded):
+        last = f"{expanded[-1]} does not exist" if expanded else "there is none"
+        raise ValueError(f"No image can be read: {last}.")
+    return expanded
+
+
+def folder_of(source: str, paths: Iterable[str | None]) -> str | None:
+    """Return the nearest folder above some images, by the name that their source has if they lie in it.
+
+    Args:
+        source: as in `load_pairs`.
+        paths: absolute paths of the images; None for one without a file.
+
+    Returns:
+        A name that `find_images` takes; None if an image is in no folder.
+    """
+    folders = set()
+    for path in paths:
+        if not path or not os.path.isfile(path):
+            return None
+        folders.add(os.path.dirname(path))
+    try:
+        folder = os.path.commonpath(folders)
+    except ValueError:  # there are none, or they are on several drives
+        return None
+    root = Path(expand(source)).absolute()
+    if Path(folder).is_relative_to(root):
+        below = Path(folder).relative_to(root).as_posix()
+        return source if below == "." else f"{source.rstrip('/')}/{below}"
+    return os.path.relpath(folder) if Path(folder).is_relative_to(Path.cwd()) else folder
 
 
 def walk_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from clipmini.names import check_name
+from clipmini.names import locate
 
 from .images import IMAGE_SUFFIXES, Skipped, walk_files
 from .scan import scan_images
@@ -57,7 +57,8 @@ def load_labeled(
         ValueError: the source, its columns or its classes cannot be found, two classes have one name, or an option has
             no meaning for a folder.
     """
-    path = Path(source).expanduser()
+    located = locate(source, "a folder", "dataset")
+    path = Path(located)
     if path.is_dir():
         options = {"image_column": image_column, "label_column": label_column, "config_name": config_name}
         for key, value in options.items():
@@ -67,8 +68,7 @@ def load_labeled(
     elif path.exists():
         raise ValueError(f"{source} is a file; name a folder with a sub-folder for each class.")
     else:
-        check_name(source, "a folder")
-        loaded = load_from_hub(str(source), config_name)
+        loaded = load_from_hub(located, config_name)
     features = next(iter(loaded.values())).features
     image_column = find_image_column(features, image_column, source)
     label_column = label_column or _label_column_by_type(features)

@@ -24,7 +24,7 @@ import yaml
 
 from clipmini.declared import Option, declared_options
 from clipmini.files import RECIPE_FILE
-from clipmini.names import check_name, is_hub_id
+from clipmini.names import OFFLINE_PREFIX, expand, hub_id, locate
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def read_recipe(name_or_path: str, changes: Mapping[str, Any]) -> dict[str, Any]
     values["training"].setdefault("output_dir", f"runs/{Path(name_or_path).stem}")
     if not values["training"]["output_dir"]:
         raise ValueError("training.output_dir is empty; set it to a folder.")
-    _check_source(values.get("data", {}))
+    _check_source(values.get("data", {}), name_or_path)
     model, license = values.get("model"), values.get("license")
     if not isinstance(model, str):
         raise ValueError(f"{name_or_path}: model={model!r} is not allowed; use a preset, a YAML file or a model.")
@@ -182,13 +182,16 @@ def read_data_section(name_or_source: str, changes: Mapping[str, Any]) -> dict[s
     if Path(name_or_source).name == RECIPE_FILE:  # an earlier version may have written keys that are gone
         data = {key: value for key, value in data.items() if key in section_keys("data")}
     check_keys(data, section_keys("data"), "data")
-    _check_source(data)
+    _check_source(data, name_or_source)
     return data
 
 
-def _check_source(data: Mapping[str, Any]) -> None:
+def _check_source(data: Mapping[str, Any], recipe: str) -> None:
     if "source" not in data:
-        raise ValueError("data.source is missing; set it.")
+        raise ValueError(
+            f"data.source is missing: {recipe} names no data. Add --set source=FOLDER, as in "
+            f"`clipmini train {recipe} --set source=FOLDER`; a table or a Hub id will do too."
+        )
     source = data["source"]
     if not isinstance(source, (str, int, datetime.date)) or isinstance(source, bool):  # YAML reads 2024 as a number
         raise ValueError(f"data.source={source!r} is not allowed; use text.")
@@ -203,7 +206,20 @@ def check_start(values: Mapping[str, Any], stage: str | None = None) -> None:
         ValueError: the source is neither a path that exists nor a Hub id, or there is no such stage.
     """
     check_stage(stage, values.get("stages", {}))
-    check_name(str(values["data"]["source"]), "a folder or a table")
+    locate(str(values["data"]["source"]), "a folder or a table", "dataset")
+
+
+def check_origin(values: Mapping[str, Any]) -> None:
+    """Check that what a recipe's model is made of is here, or can be had from the Hub.
+
+    Raises:
+        ValueError: a tower, or the model to train further, is not; `locate` says why.
+    """
+    file = find_model(values["model"])
+    preset = {"vision": values["model"]} if file is None else read_yaml(file)
+    for tower in (preset.get("vision"), preset.get("text")):
+        if preset.get("pretrained", True) and isinstance(tower, str) and not tower.startswith(OFFLINE_PREFIX):
+            locate(tower, "a model folder")
 
 
 def check_stage(stage: str | None, stages: Collection[str]) -> None:
@@ -245,7 +261,8 @@ def _source_in(values: Mapping[str, Any]) -> str:
 
 def is_same_source(source: str, other: str) -> bool:
     """Return whether two sources of data are one: the same name, or the same file or folder."""
-    return source == other or (os.path.exists(source) and os.path.exists(other) and os.path.samefile(source, other))
+    paths = expand(source), expand(other)
+    return source == other or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))
 
 
 def find_preset(kind: str, name_or_path: str) -> Any:
@@ -271,7 +288,7 @@ def find_model(name: str) -> Any:
     """
     if name in preset_names("models") or name.endswith((".yaml", ".yml")):
         return find_preset("models", name)
-    if not Path(name).exists() and not is_hub_id(name):
+    if not Path(expand(name)).exists() and hub_id(name) is None:
         known = ", ".join(preset_names("models"))
         raise ValueError(f"model={name!r} is neither a preset ({known}) nor a YAML file, a folder or a Hub id.")
     return None

@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from datasets.table import InMemoryTable
 from tqdm.auto import tqdm
 
-from clipmini.names import TABLE_SUFFIXES, TOKEN_SUFFIXES, check_name, first_sentence
+from clipmini.names import TABLE_SUFFIXES, TOKEN_SUFFIXES, first_sentence, locate
 
 from .images import Skipped, find_images, walk_files
 from .tables import NoPairsError, caption_texts, is_token_file, read_rows, valid_unicode
@@ -88,15 +88,15 @@ class SourceReader:
         Raises:
             ValueError: the source does not exist, has no pairs, or its columns cannot be found.
         """
-        path = Path(source).expanduser()
+        located = locate(source, "a folder or a table", "dataset")
+        path = Path(located)
         if self.image_root is not None and not self.image_root.is_dir():
             raise ValueError(f"image_root {self.image_root} is not a folder; name the folder that paths start from.")
         if path.is_dir():
             return self._read_folder(path)
         if path.exists():
             return self._read_table(path, split=None, base=None)
-        check_name(source, "a folder or a table")
-        return self._from_splits(load_from_hub(str(source)), str(source), folder=Path())
+        return self._from_splits(load_from_hub(located), located, folder=Path())
 
     def _read_folder(self, folder: Path) -> RawPairs:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -241,7 +241,10 @@ def load_from_hub(name: str, config_name: str | None = None) -> DatasetDict:
         return datasets.load_dataset(name, config_name)
     except Exception as error:  # of a dozen kinds, from three packages
         reason = first_sentence(error)
-        raise ValueError(f"{name} is no local path, and loading it from the Hub failed: {reason}.") from error
+        raise ValueError(
+            f"The data set {name} is no folder here, and loading it from the Hub failed: {reason}. Name a folder or a "
+            "table here; offline:photos needs no Hub."
+        ) from error
 
 
 def _find_tables(folder: Path) -> list[Path]:

@@ -103,7 +103,7 @@ def diagnose(
         image_ids: (I,) integers; by default 0 to I - 1.
         temperature: the model's.
     """
-    images, texts = image_embeds.double().cpu(), text_embeds.double().cpu()
+    images, texts = image_embeds.cpu().double(), text_embeds.cpu().double()
     image_ids = torch.arange(len(images)) if image_ids is None else image_ids.cpu()
     matching, other, margins = _closeness(images, texts, image_ids, text_image_ids.cpu())
     ranks = effective_rank(images), effective_rank(texts)

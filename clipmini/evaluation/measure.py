@@ -196,7 +196,11 @@ def measure_split(
     Returns:
         `num_images`, `num_captions`, and by metric `chance`, `after` training, and `intervals` of the latter.
     """
-    embeds = embed_pairs(as_encoder(model), pairs, batch_size)
+    return measure_embeddings(embed_pairs(as_encoder(model), pairs, batch_size), widths)
+
+
+def measure_embeddings(embeds: Embeddings, widths: Sequence[int] = ()) -> dict[str, Any]:
+    """Measure retrieval on the embeddings of a split; as `measure_split`."""
     metrics = _at_widths(embeds, widths, bootstrap_intervals)
     return {
         "num_images": len(embeds.images),
@@ -205,6 +209,24 @@ def measure_split(
         "after": {name: interval.value for name, interval in metrics.items()},
         "intervals": interval_ends(metrics),
     }
+
+
+def choose_query(embeds: Embeddings, texts: Sequence[int]) -> tuple[int, bool]:
+    """Choose the caption that a model tells best from others, as an example of a query.
+
+    Args:
+        embeds: of a split.
+        texts: the captions to choose from, at least one.
+
+    Returns:
+        Its index, and whether its image ranks first of all.
+    """
+    rows = torch.tensor(texts)
+    similarity = embeds.texts[rows] @ embeds.images.T  # (texts, I)
+    is_own = embeds.text_image_ids[rows, None] == embeds.image_ids
+    own, other = (similarity.masked_fill(mask, -torch.inf).amax(dim=1) for mask in (~is_own, is_own))
+    best = int((own - other).argmax())
+    return texts[best], bool(own[best] > other[best])
 
 
 def _at_widths(

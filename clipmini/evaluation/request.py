@@ -10,7 +10,7 @@ from typing import Any
 from clipmini.data.recipe_files import is_same_source, read_data_section
 from clipmini.files import RECIPE_FILE, RESULTS_FILE, RunRecord
 from clipmini.inference.prompts import load_templates
-from clipmini.names import check_any_model, check_name, expand_home
+from clipmini.names import expand, locate, locate_any_model
 
 RETRIEVAL, ZERO_SHOT, PROBE = "retrieval", "zero-shot", "probe"
 OPTIONS = {  # that only some tasks have
@@ -48,18 +48,21 @@ class Request:
             value, default = getattr(self, name), getattr(Request, name)
             if value is not default and name not in OPTIONS[self.task]:
                 raise ValueError(f"{name}={value!r} has no meaning for the task {self.task}; leave it out.")
-        for model in self.models:
-            check_any_model(model)
         if self.task == RETRIEVAL:
-            for section in filter(None, (self.pairs, self.train_pairs)):
-                check_name(str(section.get("source")), "a folder or a table")
-            return
-        for key in self.changes:
-            if key not in LABELED_KEYS:
-                raise ValueError(f"{key} is not an option of labeled images; set one of {', '.join(LABELED_KEYS)}.")
-        check_name(self.data, "a folder")
-        if self.template is not None:
-            load_templates(self.template)
+            sources = [str(section["source"]) for section in (self.pairs, self.train_pairs) if section]
+        else:
+            sources = [self.data]
+            for key in self.changes:
+                if key not in LABELED_KEYS:
+                    raise ValueError(
+                        f"{key} is not an option of labeled images; set one of {', '.join(LABELED_KEYS)}."
+                    )
+            if self.template is not None:
+                load_templates(self.template)
+        for model in self.models:
+            locate_any_model(model)
+        for source in sources:
+            locate(source, "a folder or a table" if self.task == RETRIEVAL else "a folder", "dataset")
 
     @property
     def models(self) -> list[Any]:
@@ -70,7 +73,7 @@ class Request:
     def pairs(self) -> dict[str, Any]:
         """The data section of the pairs; for the model's own training data, the one that it was trained with."""
         wanted = read_data_section(self.data, self.changes)
-        name = expand_home(getattr(self.model, "name_or_path", self.model))
+        name = expand(getattr(self.model, "name_or_path", self.model))
         recipe_file = Path(name).absolute().parent / RECIPE_FILE
         if name and recipe_file.is_file():
             source = str(read_data_section(str(recipe_file), {})["source"])

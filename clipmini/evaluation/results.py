@@ -68,6 +68,23 @@ class Table:
         return render(TABLE_HTML, table=self)
 
 
+@dataclass(frozen=True)
+class SearchExample:
+    """A search to try a new model with.
+
+    Attributes:
+        folder: the images, as `clipmini search` takes them.
+        query: a caption of one of them.
+        split: where the caption is from.
+        is_first: whether its image ranked first in the split.
+    """
+
+    folder: str
+    query: str
+    split: str
+    is_first: bool
+
+
 @dataclass(frozen=True, repr=False)
 class Run:
     """A finished training run.
@@ -77,10 +94,12 @@ class Run:
             recipe with stages keeps in one folder per stage.
         results: content of `results.json`: for each split the recalls by chance, before and after training, all in
             [0, 1], and the 95 % bootstrap intervals of the latter.
+        example: a search to try; None if the images are in no folder.
     """
 
     folder: Path
     results: dict[str, Any]
+    example: SearchExample | None = None
 
     @property
     def model_folder(self) -> Path:

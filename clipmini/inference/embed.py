@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from clipmini.data.augment import describe_processor
 from clipmini.data.images import Skipped
-from clipmini.names import check_model, expand_home, first_sentence
+from clipmini.names import first_sentence, locate_model
 from clipmini.store import digest
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.encoding_clipmini import by_length, embed_in_batches
@@ -167,10 +167,11 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
     """Load a clipmini model with its `processor`, in eval mode; `clipmini.load` says more.
 
     Raises:
-        ValueError: this is no clipmini model, or its files are missing, damaged, or name code of their own.
+        ValueError: this is no clipmini model, or its files are missing, damaged, or name code of their own; or there
+            is no such device.
     """
-    check_model(name_or_path)
-    name_or_path = expand_home(name_or_path)
+    device = choose_device(device)  # before the seconds that loading takes
+    name_or_path = locate_model(name_or_path)
     refuse_code(name_or_path)
     part = "model"
     try:
@@ -188,7 +189,7 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
     if processor.tokenizer.vocab_size <= len(processor.tokenizer.all_special_ids):
         raise ValueError(f"{name_or_path} is incomplete or damaged: its tokenizer has no vocabulary; save it again.")
     model.processor = processor
-    return model.eval().to(device or default_device())
+    return model.eval().to(device)
 
 
 def describe_libraries() -> str:
@@ -209,8 +210,19 @@ def hash_weights(module: nn.Module) -> str:
     return hasher.hexdigest()
 
 
-def default_device() -> torch.device:
-    """Return the best device there is: a CUDA GPU, else Apple's (mps), else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def choose_device(wanted: str | torch.device | None = None) -> torch.device:
+    """Return the device to compute on: the wanted one, or the accelerator of this machine, or else the CPU.
+
+    Torch chooses the accelerator, such as a CUDA GPU or that of a Mac (mps), here as in training.
+
+    Raises:
+        ValueError: torch has no such device, or this machine has none.
+    """
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(best if wanted is None else wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        others = "" if best.type == "cpu" else f", {best}"
+        raise ValueError(f"device={wanted!r} cannot be used: {first_sentence(error)}. Use cpu{others}.") from None
+    return device

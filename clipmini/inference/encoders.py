@@ -15,15 +15,15 @@ from clipmini.names import (
     MODEL_TYPE,
     OPEN_CLIP_PREFIX,
     SENTENCE_TRANSFORMERS_FILE,
-    check_any_model,
-    expand_home,
+    expand,
     first_sentence,
+    locate_any_model,
 )
 from modeling_clipmini import ClipMiniModel
 from modeling_clipmini.encoding_clipmini import channels_last
 from modeling_clipmini.processing_clipmini import DEFAULT_MAX_TOKENS
 
-from .embed import DualEncoder, as_encoder, default_device, describe_processors, load_model
+from .embed import DualEncoder, as_encoder, choose_device, describe_processors, load_model
 from .trust import read_json, refuse_code
 
 OPEN_CLIP_SCHEMES = ("hf-hub:", "local-dir:")  # open_clip's own prefixes; what follows them may contain slashes
@@ -49,8 +49,7 @@ def load_encoder(model: str | Path | ClipMiniModel | DualEncoder) -> DualEncoder
         return model
     if isinstance(model, ClipMiniModel):
         return as_encoder(model.eval(), _short_name(model.name_or_path or "model"))
-    check_any_model(model)
-    name = expand_home(model)
+    name = str(locate_any_model(model))
     if name.startswith(OPEN_CLIP_PREFIX):
         encoder = _load_open_clip(name)
     else:
@@ -63,7 +62,7 @@ def load_encoder(model: str | Path | ClipMiniModel | DualEncoder) -> DualEncoder
             encoder = _load_sentence_transformer(name)
         else:
             encoder = _load_transformers(name)
-    encoder.name = _short_name(name)
+    encoder.name = _short_name(expand(model))
     return encoder
 
 
@@ -111,7 +110,7 @@ def _load_transformers(name: str) -> DualEncoder:
     is_siglip = "siglip" in model.config.model_type
     padding = {"padding": "max_length", "return_attention_mask": False} if is_siglip else {"padding": True}
 
-    model.eval().to(default_device())
+    model.eval().to(choose_device())
 
     def embed_images(batch: list[Tensor]) -> Tensor:
         return model.get_image_features(channels_last(torch.cat(batch).to(model.device))).pooler_output
@@ -146,7 +145,7 @@ def _load_open_clip(name: str) -> DualEncoder:
         architecture, _, pretrained = architecture.partition("/")
         if not pretrained:
             raise ValueError(f"{name} names no weights; write {OPEN_CLIP_PREFIX}NAME/PRETRAINED.")
-    device = default_device()
+    device = choose_device()
     with _loading(name):
         model, transform = open_clip.create_model_from_pretrained(architecture, pretrained, device=device)
         tokenizer = open_clip.get_tokenizer(architecture)
@@ -173,7 +172,7 @@ def _load_sentence_transformer(name: str) -> DualEncoder:
         raise ValueError(f"{name} needs sentence-transformers: pip install sentence-transformers.") from None
     with _loading(name):
         model = SentenceTransformer(
-            name, trust_remote_code=False, device=str(default_device()), model_kwargs={"use_safetensors": True}
+            name, trust_remote_code=False, device=str(choose_device()), model_kwargs={"use_safetensors": True}
         )
 
     def encode(batch: list[Any]) -> Tensor:

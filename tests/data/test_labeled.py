@@ -3,6 +3,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
+from clipmini import names
 from clipmini.data.images import Skipped
 from clipmini.data.labeled import keep_readable, load_labeled
 from modeling_clipmini.images_clipmini import read_image
@@ -65,6 +66,7 @@ def test_a_split_without_any_label_is_left_out(monkeypatch):
         for split, label in (("validation", 1), ("test", -1))
     }
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config_name: DatasetDict(of))
+    monkeypatch.setattr(names, "_find_on_hub", lambda name, kind: name)
     assert list(load_labeled("org/name").splits) == ["validation"]
 
 
@@ -98,6 +100,7 @@ def test_unreadable_images_are_left_out_and_named(class_folder):
 def hub_like(monkeypatch, features, rows):
     loaded = DatasetDict(test=Dataset.from_list(rows, features=features))
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config_name: loaded)
+    monkeypatch.setattr(names, "_find_on_hub", lambda name, kind: name)
 
 
 def test_columns_are_found_by_type(monkeypatch):

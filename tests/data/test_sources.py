@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
+from clipmini import names
 from clipmini.data.images import Skipped
 from clipmini.data.pairs import load_pairs
 from modeling_clipmini.images_clipmini import read_image
@@ -275,6 +276,7 @@ class TestSources:
 class TestHub:
     def load(self, monkeypatch, loaded, **options):
         monkeypatch.setattr(datasets, "load_dataset", lambda name, config_name: loaded)
+        monkeypatch.setattr(names, "_find_on_hub", lambda name, kind: name)
         return load_pairs("owner/name", **options)
 
     def rows(self, numbers, **columns):
@@ -318,7 +320,10 @@ class TestHub:
             raise ConnectionError("Couldn't reach\n'owner/name' on the Hub")
 
         monkeypatch.setattr(datasets, "load_dataset", fail)
-        with pytest.raises(ValueError, match=r"owner/name is no local path, and loading it .*: Couldn't reach 'owner"):
+        monkeypatch.setattr(names, "_find_on_hub", lambda name, kind: name)
+        with pytest.raises(
+            ValueError, match=r"owner/name is no folder here, and loading it .*: Couldn't reach 'owner"
+        ):
             load_pairs("owner/name")
 
     @pytest.mark.parametrize("source", ["gone", "./gone", "a/b/c", "data/gone.csv", "/gone", Path("owner/name")])

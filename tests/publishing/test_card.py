@@ -84,12 +84,15 @@ def test_leaks_and_copies_are_told(results, tiny_config):
 
 def test_the_stages_that_were_run_are_told(results, tiny_config):
     results["stages"] = ["heads", "both"]
-    text = render(tiny_config, results, recipe="flickr8k").text
+    text = render(tiny_config, results, "source=mine", recipe="flickr8k").text
     assert "| heads | heads | 30 epochs | 1024 | 0.003 |" in text
     assert "| both | heads, last 4 stages of the image tower, text tower | 10 epochs | 128 | 0.0004 (" in text
     assert "chosen on this split" not in text  # the last weights were kept
     results["stages"] = ["heads"]
-    assert "last 4 stages" not in render(tiny_config, results, recipe="flickr8k").text.split("<details>")[0]
+    assert (
+        "last 4 stages"
+        not in render(tiny_config, results, "source=mine", recipe="flickr8k").text.split("<details>")[0]
+    )
 
 
 def test_nothing_of_this_machine_is_told(results, tiny_config, tmp_path):
@@ -118,7 +121,7 @@ def test_there_is_no_empty_section_and_no_trace_of_the_template(results, tiny_co
         assert not re.search(r"^#+ .*\n+(## |$(?!\n))", content, re.MULTILINE)  # a heading over nothing
     assert "## Results" in whole
     assert "## Results" not in bare
-    assert "It was trained on `photos`." in bare
+    assert "It was trained on `offline:photos`." in bare
     assert "The data was not checked for duplicate images or for leaks between splits." in bare
     assert "were not searched for.\n- Captions" in whole
 
@@ -134,7 +137,7 @@ def test_the_hub_takes_its_metadata(results, tiny_config):
     (index,) = data["model-index"]
     assert index["name"] == "demo"
     (result,) = index["results"]
-    assert result["dataset"] == {"name": "photos", "type": "local", "split": "test"}
+    assert result["dataset"] == {"name": "offline:photos", "type": "local", "split": "test"}
     assert result["metrics"][0]["value"] == 0.3125
     assert result["metrics"][0]["args"] == {"interval_95": [0.25, 0.4]}
     assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
@@ -145,7 +148,7 @@ def test_the_license_is_the_one_that_the_recipe_states(results, tiny_config, tmp
     assert card.data.license == "cc-by-nc-4.0"
     assert "The author states `cc-by-nc-4.0` as the license of this model. Whether" in card.text
     assert "| image tower | timm/tf_efficientnet_lite0.in1k | apache-2.0 |" in card.text
-    assert "| training data | photos | cc0-1.0 |" in card.text  # by the README.md among them
+    assert "| training data | offline:photos | cc0-1.0 |" in card.text  # by the README.md among them
     card = render(tiny_config, results, "license=null", f"source={tmp_path}")
     assert f"| training data | {tmp_path.name} | not stated |" in card.text
     assert card.data.license is None
