@@ -45,13 +45,15 @@ def load(name_or_folder: str | Path, device: str | Device | None = None) -> Clip
 
     Args:
         name_or_folder: a folder that training saved, or a Hub id.
-        device: where to put the model; by default the best there is: a CUDA GPU, else Apple's (mps), else the CPU.
+        device: where to put the model; by default the accelerator that torch finds, such as a CUDA GPU or a Mac's
+            (mps), or else the CPU.
 
     Returns:
         The model in eval mode, with its processor as `model.processor`.
 
     Raises:
-        ValueError: this is no clipmini model, or its files are missing, damaged, or name code of their own.
+        ValueError: this is no clipmini model, or its files are missing, damaged, or name code of their own; the Hub
+            cannot be reached; or there is no such device.
 
     Example:
         >>> model = clipmini.load(folder)

@@ -56,7 +56,7 @@ def recipe(tmp_path):
 
 def test_bars_are_drawn_on_terminals_alone():
     program = (
-        "import sys; from clipmini import cli, console; assert 'tqdm' not in sys.modules; console.quiet_progress_bars()\n"
+        "import sys; from clipmini import cli; assert 'tqdm' not in sys.modules; cli.quiet_progress_bars()\n"
         "from tqdm.auto import tqdm; list(tqdm(range(9), desc='bar'))\n"
         "from transformers.utils.logging import tqdm; list(tqdm(range(9), desc='bar'))\n"
         "from huggingface_hub.utils import tqdm; list(tqdm(range(9), desc='bar'))"

@@ -219,10 +219,12 @@ def choose_device(wanted: str | torch.device | None = None) -> torch.device:
         ValueError: torch has no such device, or this machine has none.
     """
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if wanted is None:
+        return best
     try:
-        device = torch.device(best if wanted is None else wanted)
+        device = torch.device(wanted)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        others = "" if best.type == "cpu" else f", {best}"
+        others = "" if best.type == "cpu" else f" or {best}"
         raise ValueError(f"device={wanted!r} cannot be used: {first_sentence(error)}. Use cpu{others}.") from None
     return device
