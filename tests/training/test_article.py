@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from timm.models import save_for_hf
-from transformers import AutoModel, DistilBertConfig, DistilBertModel
+from transformers import DistilBertConfig, DistilBertModel
 
 import clipmini
 from clipmini.data.recipe_files import find_preset, read_yaml
@@ -55,9 +56,10 @@ def check_article(run, towers):
     size = model.processor.image_processor.crop_size
     assert (size["height"], size["width"]) == (224, 224)
     for tower, name in ((model.vision_model, "vision"), (model.text_model, "text")):
-        before = AutoModel.from_pretrained(towers.parent / name).state_dict()
-        moved = [key for key, value in tower.named_parameters() if not torch.equal(value, before[key])]
-        assert len(moved) > 0.9 * len(list(tower.parameters()))
+        before = load_file(towers.parent / name / "model.safetensors")
+        after = {key.removeprefix("timm_model."): value.cpu() for key, value in tower.named_parameters()}
+        moved = [key for key, value in after.items() if not torch.equal(value, before[key])]
+        assert len(moved) > 0.7 * len(after)  # a random residual block passes no gradient to some at its first step
     assert run.results["num_train_captions"] == 5 * run.results["num_train_images"]
     assert set(run.results["splits"]) == {"validation", "test"}
 
