@@ -18,7 +18,7 @@ from clipmini.data.recipe_files import (
     read_yaml,
     section_keys,
 )
-from clipmini.names import OFFLINE_PREFIX, expand, hub_id, public_name
+from clipmini.names import OFFLINE_PREFIX, expand, hub_id, locate, public_name
 from clipmini.publishing.card import DATA, STARTING_MODEL, TOWERS, Part, Stage, render_card
 from modeling_clipmini import ClipMiniConfig
 
@@ -167,9 +167,10 @@ def _from_card(
     name_or_path: str, kind: type[ModelCard] | type[DatasetCard] = ModelCard
 ) -> tuple[str | None, tuple[str, ...]]:
     """Return license and base models from another card; None and () if there is none or it cannot be loaded."""
-    path = Path(name_or_path)
     try:
-        data = kind.load(path / "README.md" if path.is_dir() else name_or_path, ignore_metadata_errors=True).data
+        located = locate(name_or_path, "a folder", str(kind.repo_type))  # which does not wait for a Hub that is away
+        card = Path(located, "README.md") if Path(located).is_dir() else located
+        data = kind.load(card, ignore_metadata_errors=True).data
     except (OSError, ValueError, yaml.YAMLError):
         return None, ()
     bases, license = data.get("base_model") or [], data.get("license")
