@@ -257,6 +257,7 @@ def push(
     revision: str | None = None,
     message: str | None = None,
     examples: Sequence[tuple[str | Path, Sequence[str]]] = (),
+    samples: bool = False,
     allow_code_drift: bool = False,
     dry_run: bool = False,
 ) -> Pushed:
@@ -269,6 +270,8 @@ def push(
         revision: the branch, created if missing; by default `main`.
         message: the commit message.
         examples: images to publish for the Hub's widget, each with labels to choose from.
+        samples: also upload the run's `samples.jpg`, which holds images and captions of its data, and show it in the
+            card.
         allow_code_drift: accept a folder whose code differs from the installed clipmini's.
         dry_run: check and list the files, without any network.
 
@@ -291,9 +294,9 @@ def push(
     from clipmini.publishing.push import push as upload
 
     images = [(Path(image), labels) for image, labels in examples]
-    prepared = prepare_push(Path(folder), repo_id, allow_code_drift=allow_code_drift, examples=images)
+    prepared = prepare_push(Path(folder), repo_id, allow_code_drift=allow_code_drift, examples=images, samples=samples)
     if dry_run:
-        return Pushed(repo_id, prepared.sizes)
+        return Pushed(repo_id, prepared.sizes, left_out=prepared.left_out)
     return upload(prepared, private=private or None, revision=revision, message=message)
 
 

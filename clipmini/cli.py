@@ -341,6 +341,9 @@ def push(
             help="An image to publish for the Hub's widget, with labels to choose from. May be repeated.",
         ),
     ] = None,
+    samples: Annotated[
+        bool, _flag("--samples", "Publish the run's samples.jpg, which holds images and captions of its data.")
+    ] = False,
     allow_code_drift: Annotated[
         bool, _flag("--allow-code-drift", "Accept a folder whose code differs from the installed clipmini.")
     ] = False,
@@ -362,6 +365,7 @@ def push(
             revision=revision,
             message=message,
             examples=images,
+            samples=samples,
             allow_code_drift=allow_code_drift,
             dry_run=dry_run,
         )
@@ -369,6 +373,8 @@ def push(
         print_json(pushed.to_dict())
         return
     print_table(("file", "bytes"), [(path, f"{size:,}") for path, size in pushed.sizes.items()])
+    if pushed.left_out:
+        typer.echo(f"Left out: {pushed.left_out}, a picture of sample results; --samples shows it in the card.")
     if dry_run:
         typer.echo("Nothing was uploaded: this was a dry run.")
     else:

@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-RECIPE_FILE, RESULTS_FILE, CURVES_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "curves.png", "model"
+RECIPE_FILE, RESULTS_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "model"
+CURVES_FILE, SAMPLES_FILE = "curves.png", "samples.jpg"
 STAGE_FILE, RECORD_FILE = "stage.json", "written_files.json"
 IGNORED_NAMES = {"__pycache__", ".DS_Store"}  # Python and operating systems leave these anywhere
 CHECKPOINTS = "checkpoint-*"  # in a record, this stands for all checkpoints: Trainer adds the step to their names
@@ -74,7 +75,7 @@ class RunRecord:
     def _find_outputs(self, stage: str) -> Iterator[Path]:
         """Yield what exists of all that a run writes, including every file of its model."""
         folder = self.folder / stage
-        files = (STAGE_FILE,) if stage else (RECIPE_FILE, RESULTS_FILE, CURVES_FILE)
+        files = (STAGE_FILE,) if stage else (RECIPE_FILE, RESULTS_FILE, CURVES_FILE, SAMPLES_FILE)
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name == MODEL_FOLDER and path.is_dir() and not path.is_symlink():
                 inside = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
@@ -82,6 +83,12 @@ class RunRecord:
             # By the prefix alone: Trainer deletes old checkpoints by step, whatever follows the number.
             elif path.name in (*files, MODEL_FOLDER) or re.match(r"checkpoint-\d", path.name):
                 yield path
+
+
+def run_of(model_folder: Path) -> Path | None:
+    """Return the folder of the run that saved a model's folder, or None if it lies elsewhere."""
+    run = model_folder.absolute().parent
+    return run if model_folder.name == MODEL_FOLDER and (run / RECIPE_FILE).is_file() else None
 
 
 @contextmanager

@@ -30,9 +30,12 @@ def thumbnail_uri(image: Any) -> str | None:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in a Jinja template, in which all values are escaped and `picture(image)` shows an image."""
+    """Fill in a Jinja template, in which all values are escaped.
+
+    In it, `picture(image)` shows an image, and `thumbnail(image)` is the address of a small one.
+    """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.globals["picture"] = _picture
+    environment.globals |= {"picture": _picture, "thumbnail": thumbnail_uri}
     return environment.from_string(template).render(**values)
 
 

@@ -86,9 +86,9 @@ def make_card(tiny_config):
     """Make a card of the tiny model as a run writes it, without figures."""
     stages = [describe_stage("", ClipMiniTrainingArguments(output_dir="run", use_cpu=True))]
 
-    def make(license="apache-2.0"):
+    def make(license="apache-2.0", results=None):
         return render_card(
-            "tiny", tiny_config(), source="photos", license=license, parts=[], stages=stages, results={}
+            "tiny", tiny_config(), source="photos", license=license, parts=[], stages=stages, results=results or {}
         )
 
     return make

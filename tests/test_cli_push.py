@@ -31,6 +31,15 @@ def test_a_dry_run_lists_files_and_sizes_without_the_network(run, hub, pushable_
     assert hub.requests == []
 
 
+def test_samples_that_stay_behind_are_told(run, pushable_folder):
+    (pushable_folder.parent / "recipe_as_run.yaml").write_text("")
+    (pushable_folder.parent / "samples.jpg").write_bytes(b"an image")
+    told = [line for line in run("--dry-run").stdout.splitlines() if "samples" in line]
+    samples = pushable_folder.parent / "samples.jpg"
+    assert told == [f"Left out: {samples}, a picture of sample results; --samples shows it in the card."]
+    assert json.loads(run("--dry-run", "--json").stdout)["left_out"] == str(samples)
+
+
 def test_push_then_push_again(run, hub):
     answer = json.loads(run("--json", "--private", "--message", "Mine").stdout)
     assert (answer["is_new"], answer["url"]) == (True, f"{hub.url}/org/clipmini")

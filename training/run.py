@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from torch import nn
 from transformers import set_seed
@@ -26,20 +26,22 @@ from clipmini.data.images import Skipped, folder_of
 from clipmini.data.pairs import PairDataset, load_data
 from clipmini.data.recipe_files import check_stage
 from clipmini.evaluation.curves import draw_curves
-from clipmini.evaluation.measure import Embeddings, choose_query, embed_pairs, measure_embeddings
-from clipmini.evaluation.results import Run, SearchExample
+from clipmini.evaluation.measure import Answers, measure_split
+from clipmini.evaluation.results import Run, SearchExample, show_answers
 from clipmini.files import (
     CHECKPOINTS,
     CURVES_FILE,
     MODEL_FOLDER,
     RECIPE_FILE,
     RESULTS_FILE,
+    SAMPLES_FILE,
     STAGE_FILE,
     RunRecord,
     atomic_write,
     versions,
 )
-from clipmini.inference.embed import as_encoder, load_model
+from clipmini.inference.drawing import draw_examples
+from clipmini.inference.embed import load_model
 from clipmini.names import public_name
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import explain_refusals, prepare_push, push
@@ -56,10 +58,12 @@ from .trainer import ClipMiniTrainer
 logger = logging.getLogger(__name__)
 
 HELD_OUT = ("validation", "test")
+NUM_SAMPLES = 2  # successes in the picture for the card, and as many failures
+SAMPLE_COLUMNS = 2  # images in a row of it: the Hub shows it no wider than a page of text
 # From glibc's malloc.h; mallopt(3) describes them.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 MIB = 2**20
-MAX_QUERIES, MAX_QUERY_CHARACTERS = 1000, 120  # captions that an example of a search is chosen from
+MAX_EXAMPLES, MAX_QUERY_CHARACTERS = 100, 120  # of a caption that is an example of a search
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) -> Run:
@@ -107,12 +111,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
                 _claim_output_dir(record, recipe, wanted, overwrite)
             trainer.accelerator.wait_for_everyone()  # checkpoints that the others look for may be gone now
         model, histories[name], train_s = _run_stage(trainer, output_dir / name, record, is_one_of_many=bool(name))
-    encoder, batch_size = as_encoder(model), args.per_device_eval_batch_size
-    embeds = {split: embed_pairs(encoder, features[split], batch_size) for split in held_out}
-    measured = {
-        split: {"before": before[split], **measure_embeddings(embeds[split], args.matryoshka_widths)}
-        for split in held_out
-    }
+    measured, answers = {}, None
+    for split in held_out:
+        after, answers = measure_split(model, features[split], args.per_device_eval_batch_size, args.matryoshka_widths)
+        measured[split] = {"before": before[split], **after}
 
     skipped.log_summary()
     finished = _finished_stages(recipe, output_dir, wanted)
@@ -134,24 +136,37 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         card = render_recipe_card(recipe, model.config, results)
         save_model_folder(model, model_dir, card, made_of=_folders_of_origin(recipe), record=record)
         draw_curves({name or "training": log for name, log in histories.items()}, output_dir / CURVES_FILE)
+        if answers is not None:
+            _draw_samples(pairs[held_out[-1]], answers, output_dir / SAMPLES_FILE)
         # Last, since a run without results counts as interrupted.
         with atomic_write(output_dir / RESULTS_FILE) as file:
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if recipe.training.push_to_hub:
             _push_model(model_dir, recipe.training)
     shown = [*reversed(held_out), "train"][0]
-    return Run(output_dir, results, _find_example(recipe.data.source, shown, features[shown], embeds.get(shown)))
+    return Run(output_dir, results, _find_example(recipe.data.source, shown, pairs[shown], answers))
 
 
-def _find_example(source: str, split: str, pairs: PairDataset, embeds: Embeddings | None) -> SearchExample | None:
-    """Find a search that the images of a split answer; without embeddings, any of its captions will do."""
-    folder = folder_of(source, (image["path"] for image in pairs.rows["image"]))
-    queries = ["".join(filter(str.isprintable, " ".join(caption.split()))) for caption in pairs.captions]
-    short = [index for index, query in enumerate(queries) if 0 < len(query) <= MAX_QUERY_CHARACTERS][:MAX_QUERIES]
-    if folder is None or not short:
-        return None
-    index, is_first = choose_query(embeds, short) if embeds else (short[0], False)
-    return SearchExample(folder, queries[index], split, is_first)
+def _find_example(source: str, split: str, rows: Dataset, answers: Answers | None) -> SearchExample | None:
+    """Find a search for the images of a split: a caption that was answered right, if there is one."""
+    folder = folder_of(source, (image["path"] for image in rows["image"]))
+    if answers is None:  # nothing was measured
+        found = [(caption, False) for captions in rows["captions"][:MAX_EXAMPLES] for caption in captions]
+    else:
+        found = [(answer.caption, answer.found[0].is_correct) for answer in (*answers.right, *answers.wrong)]
+    for caption, is_first in found:
+        query = "".join(filter(str.isprintable, " ".join(caption.split())))
+        if folder is not None and 0 < len(query) <= MAX_QUERY_CHARACTERS:
+            return SearchExample(folder, query, split, is_first)
+    return None
+
+
+def _draw_samples(rows: Dataset, answers: Answers, out: Path) -> None:
+    groups = {heading: examples[:NUM_SAMPLES] for heading, examples in show_answers(rows, answers).groups.items()}
+    try:
+        draw_examples(groups, SAMPLE_COLUMNS, out)
+    except ValueError as error:  # an image that is gone since must not cost the trained model
+        logger.warning("%s is not drawn: %s", out.name, error)
 
 
 def _check_run(recipe: Recipe, overwrite: bool, stage: str | None) -> list[str]:
@@ -366,7 +381,7 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str]) -> No
 def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], overwrite: bool) -> None:
     """Record the output folder as this run's, and remove an earlier run; its model stays until it is replaced."""
     output_dir = record.folder
-    files = [output_dir / name for name in (RECIPE_FILE, RESULTS_FILE, CURVES_FILE)]
+    files = [output_dir / name for name in (RECIPE_FILE, RESULTS_FILE, CURVES_FILE, SAMPLES_FILE)]
     for stage in wanted or [""]:
         files += [output_dir / stage / name for name in (CHECKPOINTS, *([STAGE_FILE] if stage else []))]
     record.add(files)
@@ -375,7 +390,8 @@ def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], over
             if re.fullmatch(rf"\.{MODEL_FOLDER}\.\d+(\.old)?", path.name) and path.is_dir():
                 shutil.rmtree(path)
     if overwrite:
-        (output_dir / RESULTS_FILE).unlink(missing_ok=True)
+        for name in (RESULTS_FILE, SAMPLES_FILE):  # samples are not drawn if an image is gone by then
+            (output_dir / name).unlink(missing_ok=True)
         names = list(recipe.stages)
         later = names[names.index(wanted[0]) :] if wanted else [""]  # each starts from the one before it
         for stage in later:

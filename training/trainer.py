@@ -462,7 +462,7 @@ class ClipMiniTrainer(Trainer):
         splits: dict[str, PairDataset | None] = given if isinstance(given, dict) else {"validation": given}
         batch_size, widths = self.args.per_device_eval_batch_size, self.args.matryoshka_widths
         return {
-            name: measure_split(self.model, pairs, batch_size, widths)
+            name: measure_split(self.model, pairs, batch_size, widths)[0]
             for name, pairs in splits.items()
             if pairs is not None
         }

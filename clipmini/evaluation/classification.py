@@ -33,6 +33,7 @@ class ClassificationMetrics:
             much.
         chance: `top1` of guessing, 1 / C.
         is_correct: (N,) the images that `top1` counts.
+        predicted: (N,) the class that each image was given, from 0 to C - 1.
         per_class: (C,) accuracy of each class; NaN for one without images.
         calibration_error: mean distance of confidence from accuracy over 15 equal bins of confidence, each weighted by
             its images (Guo et al., 2017, arXiv:1706.04599); None where confidence is not known.
@@ -42,6 +43,7 @@ class ClassificationMetrics:
     shares: dict[str, Interval]
     chance: float
     is_correct: np.ndarray
+    predicted: np.ndarray
     per_class: np.ndarray
     calibration_error: float | None
     confusion: np.ndarray
@@ -108,6 +110,7 @@ def classification_metrics(
         },
         chance=1 / num_classes,
         is_correct=is_correct,
+        predicted=predicted.numpy(),
         per_class=_per_class(is_correct, labels.numpy(), num_classes, once)[0],
         calibration_error=None if confidence is None else _calibration_error(confidence, is_correct),
         confusion=confusion.numpy(),

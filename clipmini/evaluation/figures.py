@@ -1,4 +1,7 @@
-"""Drawings of a report: each function returns an SVG element to embed in its page."""
+"""Drawings of a report: each function returns an SVG element to embed in its page.
+
+Their colors are variables of the page, so that they can be read in its dark scheme too.
+"""
 
 import io
 import re
@@ -16,6 +19,8 @@ from .retrieval import DIRECTIONS
 
 INK, GRAY, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, GREEN = "#2563eb", "#d97706", "#059669"
+VARIABLES = {INK: "ink", GRAY: "gray", GRID: "line", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
+SHADE = (59, 130, 246)  # of a confusion matrix, on white and on black
 COLORS = dict(zip(DIRECTIONS, (BLUE, ORANGE), strict=True))
 SIZE = (5.2, 3.1)  # inches; half the width of the page
 STYLE: Any = {
@@ -35,7 +40,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "svg.hashsalt": "clipmini",  # the same data gives the same SVG
 }
-MAX_NAMES = 40  # class names that fit beside a confusion matrix
+MAX_NAMES, MAX_COUNTS = 40, 15  # classes whose names fit beside a confusion matrix, and whose counts fit into it
 
 
 def draw_recall_curve(
@@ -55,16 +60,16 @@ def draw_recall_curve(
                 ks = range(1, len(recalls) + 1)
                 style = "--" if number else "-"
                 axes.plot(ks, 100 * np.array(recalls), style, color=COLORS[direction], label=label)
+        last = list(chance)[-1]
         for direction, recalls in chance.items():
             ks = range(1, len(recalls) + 1)
-            axes.plot(ks, 100 * np.array(recalls), ":", color=COLORS[direction], alpha=0.6)
-        axes.plot([], [], ":", color=GRAY, label="chance")
+            axes.plot(ks, 100 * np.array(recalls), ":", color=GRAY, label="chance" if direction == last else None)
         axes.set_xscale("log")
         longest = max(map(len, chance.values()))
         ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= longest]
         axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
-        axes.set(xlabel="k", ylabel="R@k, in %", ylim=(0, 100))
+        axes.set(xlabel="k", ylabel="R@k, in %", ylim=(0, 102))
         axes.legend(loc="best")
         return _svg(figure, f"Recall at k for k from 1 to {longest}.")
 
@@ -82,7 +87,8 @@ def draw_ranks(ranks: Mapping[str, np.ndarray]) -> str:
             shares = 100 * counts / max(1, len(values))
             x = np.arange(last) + 0.4 * number - 0.2
             axes.bar(x, shares, 0.38, color=COLORS[direction], label=DIRECTION_LABELS[direction])
-        axes.set_xticks(range(last), names[:last], rotation=40, ha="right")
+        style: dict[str, Any] = {"rotation": 40, "ha": "right"} if last > 6 else {}
+        axes.set_xticks(range(last), names[:last], **style)
         axes.set(xlabel="rank of the best correct answer", ylabel="queries, in %")
         axes.grid(axis="x", visible=False)
         axes.legend(loc="best")
@@ -145,7 +151,11 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> str:
     edge = min(9.0, 3 + 0.22 * len(names)) if has_names else 6.0
     with rc_context({**STYLE, "axes.grid": False}):
         figure, axes = _new((edge + 1, edge))
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        pixels = np.empty((*shares.shape, 4))
+        pixels[..., :3], pixels[..., 3] = np.array(SHADE) / 255, shares
+        axes.imshow(pixels, interpolation="nearest")
+        for label, predicted in np.argwhere(confusion) if len(names) <= MAX_COUNTS else ():
+            axes.text(predicted, label, f"{confusion[label, predicted]:,}", ha="center", va="center")
         shown = names if has_names else []
         axes.set_xticks(range(len(shown)), shown, rotation=60, ha="right", parse_math=False)
         axes.set_yticks(range(len(shown)), shown, parse_math=False)
@@ -159,9 +169,12 @@ def _new(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """Return the SVG element alone, without the XML header, as wide as its container."""
+    """Return the SVG element alone, without the XML header, as wide as its container, but not enlarged."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Title": title})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    return re.sub(r'width="[^"]*" height="[^"]*"', 'width="100%" role="img"', svg, count=1)
+    for color, name in VARIABLES.items():
+        svg = svg.replace(color, f"var(--{name}, {color})")
+    size = f'width="100%" style="max-width: {96 * figure.get_figwidth():.0f}px" role="img"'
+    return re.sub(r'width="[^"]*" height="[^"]*"', size, svg, count=1)

@@ -38,6 +38,9 @@ Metric = TypeVar("Metric")
 PROJECTED_AT_ONCE = 8192  # pooled outputs of a tower that only its projection has to process
 CURVE_END = 100  # the last k of a recall curve
 MAX_COMPARED = 2000  # images, and captions, in the histogram of similarities that do not match
+NUM_EXAMPLES = 8  # successes to look at, and as many failures
+NUM_WORST = 10
+NUM_FOUND = 4  # images to show of each query
 
 
 @dataclass(frozen=True)
@@ -84,22 +87,52 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
-class Miss:
-    """A caption whose image ranked low.
+class Found:
+    """An image in the ranking of a caption.
 
     Attributes:
-        caption: the query.
-        row: the row of its image.
-        rank: that image's rank, from 1.
-        similarity: that image's cosine with the caption.
-        beaten_by: rows of the images that ranked first, with their cosines.
+        row: the image's row.
+        rank: from 1.
+        similarity: the image's cosine with the caption.
+        is_correct: whether the caption describes it.
     """
 
-    caption: str
     row: int
     rank: int
     similarity: float
-    beaten_by: list[tuple[int, float]]
+    is_correct: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a caption found.
+
+    Attributes:
+        caption: the query.
+        found: the first `NUM_FOUND` images; if its own is not among them, it takes the place of the last.
+    """
+
+    caption: str
+    found: list[Found]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What some captions of a split found, to be looked at.
+
+    Attributes:
+        num_queries: number of all captions.
+        num_right: number of those that ranked their image first.
+        right: some of these, chosen by `pick_examples`.
+        wrong: some of the others, chosen likewise.
+        worst: the captions whose images ranked lowest, the lowest first.
+    """
+
+    num_queries: int
+    num_right: int
+    right: list[Answer]
+    wrong: list[Answer]
+    worst: list[Answer]
 
 
 @dataclass(frozen=True)
@@ -115,7 +148,7 @@ class RetrievalResult:
         recall_curve: by direction, R@k for k from 1 to 100, or to all candidates where there are fewer.
         chance_curve: the same for a random order.
         scores: scores of every query, to compare with another model's.
-        misses: the captions whose images ranked lowest.
+        answers: what some of the captions found.
     """
 
     metrics: dict[str, Interval]
@@ -126,7 +159,7 @@ class RetrievalResult:
     recall_curve: dict[str, list[float]]
     chance_curve: dict[str, list[float]]
     scores: dict[str, QueryScores]
-    misses: list[Miss]
+    answers: Answers
 
 
 def embed_pairs(encoder: DualEncoder, pairs: Dataset | PairDataset, batch_size: int = 16) -> Embeddings:
@@ -185,55 +218,41 @@ def measure_pairs(
     Returns:
         As `summarize_scores`; for each width the same with the suffix `_at_{width}`.
     """
-    return _at_widths(embed_pairs(as_encoder(model), pairs, batch_size), widths, summarize_scores)
+    embeds = embed_pairs(as_encoder(model), pairs, batch_size)
+    return _at_widths(embeds, embeds.scores(), widths, summarize_scores)
 
 
 def measure_split(
     model: ClipMiniModel, pairs: Dataset | PairDataset, batch_size: int = 16, widths: Sequence[int] = ()
-) -> dict[str, Any]:
-    """Measure retrieval on a split with intervals, in the form of `results.json`; arguments as in `measure_pairs`.
+) -> tuple[dict[str, Any], Answers]:
+    """Measure retrieval on a split with intervals; arguments as in `measure_pairs`.
 
     Returns:
-        `num_images`, `num_captions`, and by metric `chance`, `after` training, and `intervals` of the latter.
+        In the form of `results.json`, `num_images`, `num_captions`, and by metric `chance`, `after` training, and
+        `intervals` of the latter; and what some of the captions found.
     """
-    return measure_embeddings(embed_pairs(as_encoder(model), pairs, batch_size), widths)
-
-
-def measure_embeddings(embeds: Embeddings, widths: Sequence[int] = ()) -> dict[str, Any]:
-    """Measure retrieval on the embeddings of a split; as `measure_split`."""
-    metrics = _at_widths(embeds, widths, bootstrap_intervals)
-    return {
+    embeds = embed_pairs(as_encoder(model), pairs, batch_size)
+    ids = embeds.text_image_ids, embeds.image_ids
+    rankings = rank_candidates(embeds.images, embeds.texts, *ids, PRECISION_AT)
+    metrics = _at_widths(embeds, score_rankings(rankings, *ids), widths, bootstrap_intervals)
+    facts = {
         "num_images": len(embeds.images),
         "num_captions": len(embeds.texts),
-        "chance": chance_metrics(embeds.text_image_ids, embeds.image_ids),
+        "chance": chance_metrics(*ids),
         "after": {name: interval.value for name, interval in metrics.items()},
         "intervals": interval_ends(metrics),
     }
-
-
-def choose_query(embeds: Embeddings, texts: Sequence[int]) -> tuple[int, bool]:
-    """Choose the caption that a model tells best from others, as an example of a query.
-
-    Args:
-        embeds: of a split.
-        texts: the captions to choose from, at least one.
-
-    Returns:
-        Its index, and whether its image ranks first of all.
-    """
-    rows = torch.tensor(texts)
-    similarity = embeds.texts[rows] @ embeds.images.T  # (texts, I)
-    is_own = embeds.text_image_ids[rows, None] == embeds.image_ids
-    own, other = (similarity.masked_fill(mask, -torch.inf).amax(dim=1) for mask in (~is_own, is_own))
-    best = int((own - other).argmax())
-    return texts[best], bool(own[best] > other[best])
+    return facts, _pick_answers(embeds, rankings[0])
 
 
 def _at_widths(
-    embeds: Embeddings, widths: Sequence[int], summarize: Callable[[dict[str, QueryScores]], Mapping[str, Metric]]
+    embeds: Embeddings,
+    scores: dict[str, QueryScores],
+    widths: Sequence[int],
+    summarize: Callable[[dict[str, QueryScores]], Mapping[str, Metric]],
 ) -> dict[str, Metric]:
     """Summarize the scores of whole embeddings, and of truncated ones under names that end in their width."""
-    metrics = dict(summarize(embeds.scores()))
+    metrics = dict(summarize(scores))
     for width in widths:
         truncated = summarize(embeds.scores(partial(truncate, width=width)))
         metrics |= {f"{name}_at_{width}": value for name, value in truncated.items()}
@@ -246,7 +265,6 @@ def measure_retrieval(
     logit_scale: float | None = None,
     widths: Sequence[int] = (),
     precisions: Sequence[str] = (),
-    num_misses: int = 20,
     num_resamples: int = 1000,
 ) -> RetrievalResult:
     """Measure retrieval in both directions, all captions of every image against all images and vice versa.
@@ -256,7 +274,6 @@ def measure_retrieval(
         logit_scale: the model's; its inverse, the temperature, is reported with the diagnostics.
         widths: also measure embeddings truncated to these widths.
         precisions: also measure embeddings rounded to these, of `PRECISIONS`.
-        num_misses: number of lowest ranking captions to list.
         num_resamples: resamples of the intervals.
     """
     full_width = embeds.images.shape[1]
@@ -289,7 +306,7 @@ def measure_retrieval(
         },
         chance_curve={direction: [chance[f"{direction}_r{k}"] for k in ks[direction]] for direction in DIRECTIONS},
         scores=scores,
-        misses=_misses(embeds, rankings[0], num_misses),
+        answers=_pick_answers(embeds, rankings[0]),
     )
 
 
@@ -305,15 +322,44 @@ def pair_similarities(embeds: Embeddings) -> tuple[np.ndarray, np.ndarray]:
     return matching.numpy(), similarity[is_other].numpy()
 
 
-def _misses(embeds: Embeddings, ranking: Ranking, num_misses: int) -> list[Miss]:
-    lowest = ranking.ranks.argsort(descending=True, stable=True)[:num_misses]
-    misses = []
-    for text in lowest.tolist():
-        rank = int(ranking.ranks[text])
-        if rank < 1:
-            break  # the rest were found
-        pairs = zip(ranking.wrong_rows[text].tolist(), ranking.wrong[text].tolist(), strict=True)
-        beaten_by = [(row, similarity) for row, similarity in pairs if row >= 0][:rank]
-        row = int(embeds.row_of_text[text])
-        misses.append(Miss(embeds.captions[text], row, rank + 1, ranking.correct[text, 0].item(), beaten_by))
-    return misses
+def pick_examples(is_right: Tensor) -> tuple[list[int], list[int]]:
+    """Pick successes and as many failures, without looking at them.
+
+    All queries are put in one random order, which depends on their number alone; the first successes and the first
+    failures are picked. Two models are therefore shown by the same queries, as far as they answer them alike.
+
+    Args:
+        is_right: (Q,) whether each query was answered right.
+
+    Returns:
+        The indices of up to `NUM_EXAMPLES` successes, and those of as many failures; if there is none of either kind,
+        up to `NUM_EXAMPLES` of the other.
+    """
+    order = torch.randperm(len(is_right), generator=torch.Generator().manual_seed(0))
+    right, wrong = order[is_right[order]].tolist(), order[~is_right[order]].tolist()
+    number = min(NUM_EXAMPLES, len(right), len(wrong)) or NUM_EXAMPLES
+    return right[:number], wrong[:number]
+
+
+def _pick_answers(embeds: Embeddings, ranking: Ranking) -> Answers:
+    is_right = ranking.ranks == 0
+    right, wrong = pick_examples(is_right)
+    lowest = ranking.ranks.argsort(descending=True, stable=True)[:NUM_WORST].tolist()
+
+    def answers(texts: list[int]) -> list[Answer]:
+        return [_answer(embeds, ranking, text) for text in texts]
+
+    worst = [text for text in lowest if not is_right[text]]
+    return Answers(len(is_right), int(is_right.sum()), answers(right), answers(wrong), answers(worst))
+
+
+def _answer(embeds: Embeddings, ranking: Ranking, text: int) -> Answer:
+    rank = int(ranking.ranks[text])  # from 0: the number of wrong images before the correct one
+    others = zip(ranking.wrong_rows[text].tolist(), ranking.wrong[text].tolist(), strict=True)
+    wrong = [(row, similarity) for row, similarity in others if row >= 0][: NUM_FOUND - 1]
+    found = [Found(row, place, similarity, False) for place, (row, similarity) in enumerate(wrong[:rank], start=1)]
+    found.append(Found(int(embeds.row_of_text[text]), rank + 1, ranking.correct[text, 0].item(), True))
+    found += [
+        Found(row, place, similarity, False) for place, (row, similarity) in enumerate(wrong[rank:], start=rank + 2)
+    ]
+    return Answer(embeds.captions[text], found)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from clipmini.data.labeled import keep_readable, load_labeled
 from clipmini.data.leaks import LeakReport, find_leaks
 from clipmini.data.pairs import DataArguments, choose_split, load_data
 from clipmini.data.recipe_files import build_section
-from clipmini.html import thumbnail_uri
+from clipmini.inference.drawing import Example, Picture
 from clipmini.inference.embed import DualEncoder
 from clipmini.inference.encoders import load_encoder, load_encoders
 from clipmini.inference.prompts import load_templates
@@ -25,11 +24,28 @@ from .classification import ClassificationMetrics, measure_zero_shot
 from .diagnostics import PRECISIONS, Diagnostics
 from .figures import draw_compression, draw_confusion, draw_ranks, draw_recall_curve, draw_similarities
 from .intervals import Interval, bootstrap_intervals, paired_bootstrap, paired_shares
-from .measure import Embeddings, RetrievalResult, embed_pairs, measure_retrieval, pair_similarities
+from .measure import (
+    Embeddings,
+    RetrievalResult,
+    embed_pairs,
+    measure_retrieval,
+    pair_similarities,
+    pick_examples,
+)
 from .naming import METRIC_LABELS, format_figure, format_number
 from .probe import NEIGHBOR_TEMPERATURE, ProbeResult, probe
 from .request import PROBE, RETRIEVAL, ZERO_SHOT, Request
-from .results import Evaluation, Table, build_evaluation, tabulate_differences, tabulate_leaks, tabulate_metrics
+from .results import (
+    Evaluation,
+    Shown,
+    Table,
+    build_evaluation,
+    image_name,
+    show_answers,
+    tabulate_differences,
+    tabulate_leaks,
+    tabulate_metrics,
+)
 from .retrieval import RECALL_AT
 
 HEADLINE = ("text_to_image_r1", "image_to_text_r1", "mean_recall")
@@ -107,6 +123,7 @@ def _evaluate_retrieval(request: Request, skipped: Skipped) -> Evaluation:
     if leaks is not None:
         facts["leaks"], leak_table = _retrieval_leaks(leaks, embeds, result)
     return build_evaluation(
+        request,
         facts,
         headline=HEADLINE,
         tables=tables,
@@ -114,16 +131,8 @@ def _evaluate_retrieval(request: Request, skipped: Skipped) -> Evaluation:
         method=_retrieval_method(embeds, request.check_leaks, leaks is not None),
         warnings=warnings,
         leak_table=leak_table,
-        misses=result.misses,
-        image_of=lambda row: _name_with_thumbnail(rows[row]),
+        shown=show_answers(rows, result.answers),
     )
-
-
-def _name_with_thumbnail(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the name of an image, and the image itself as a data URI."""
-    image = row["image"]
-    path = image.get("path") if isinstance(image, Mapping) else None
-    return Path(path).name if path else f"image {row['image_id']}", thumbnail_uri(image) or ""
 
 
 def _load_pairs(section: Mapping[str, Any], skipped: Skipped) -> tuple[str, DatasetDict]:
@@ -251,9 +260,10 @@ def _evaluate_zero_shot(request: Request, skipped: Skipped) -> Evaluation:
     method = [
         f"Each class name is put into {len(templates)} template{'s' * (len(templates) > 1)} ({examples}), the "
         "embeddings of these captions are averaged, and the predicted class of an image is the one whose embedding is "
-        "closest. No training image of these classes is used."
+        "closest. No image is used to learn the classes. Whether the model saw these images in training was not "
+        "checked."
     ]
-    return _report_classes(encoder, source, name, metrics, names, facts, tables, method)
+    return _report_classes(request, encoder, rows, name, metrics, names, facts, tables, method)
 
 
 def _evaluate_probe(request: Request, skipped: Skipped) -> Evaluation:
@@ -304,8 +314,9 @@ def _evaluate_probe(request: Request, skipped: Skipped) -> Evaluation:
         *([] if request.check_leaks else ["Whether these images are in the train split too was not checked."]),
     ]
     return _report_classes(
+        request,
         encoder,
-        source,
+        splits[name],
         name if only is None else f"a held-out fifth of {only}",
         result.linear,
         names,
@@ -346,8 +357,9 @@ def _hold_out(rows: Dataset) -> dict[str, Dataset]:
 
 
 def _report_classes(
+    request: Request,
     encoder: DualEncoder,
-    source: str,
+    rows: Dataset,
     split: str,
     metrics: ClassificationMetrics,
     names: Sequence[str],
@@ -364,10 +376,11 @@ def _report_classes(
         warnings.append("Mean accuracy per class is not significantly above chance.")
     confusion = draw_confusion(metrics.confusion, names)
     return build_evaluation(
+        request,
         {
             "model": encoder.about(),
             "data": {
-                "source": public_name(source),
+                "source": public_name(request.data),
                 "split": split,
                 "num_images": len(metrics.is_correct),
                 "num_classes": len(names),
@@ -385,10 +398,37 @@ def _report_classes(
         },
         headline=list(metrics.shares),
         tables=[*tables, _class_table(names, metrics)],
-        drawings=[("Confusion", confusion, "Each row is a label, each column a predicted class; darker is more.")],
+        drawings=[("Confusion", confusion, "Each row is a label, each column a predicted class.")],
         method=method,
         warnings=warnings,
         leak_table=leak_table,
+        shown=_show_predictions(rows, metrics, names),
+    )
+
+
+def _show_predictions(rows: Dataset, metrics: ClassificationMetrics, names: Sequence[str]) -> Shown:
+    is_right = torch.from_numpy(metrics.is_correct)
+    num_images, num_right = len(is_right), int(is_right.sum())
+
+    def example(chosen: list[int]) -> list[Example]:
+        pictures = []
+        for index in chosen:
+            row, predicted = rows[index], names[int(metrics.predicted[index])]
+            label = names[row["label"]]
+            text = f"✓ {label}" if is_right[index] else f"{predicted}, but is {label}"
+            name = image_name(row["image"], f"image {index + 1}")
+            pictures.append(Picture(row["image"], name, text, label, bool(is_right[index])))
+        return [Example("", pictures)] if pictures else []
+
+    right, wrong = pick_examples(is_right)
+    return Shown(
+        {
+            f"Right: {num_right:,} of {num_images:,} images": example(right),
+            f"Wrong: {num_images - num_right:,} of {num_images:,} images": example(wrong),
+        },
+        "Below each image: the predicted class and, where it is wrong, the label. All images were put in one random "
+        "order (seed 0), without looking at the predictions: shown are the first that are right and the first that "
+        "are wrong, as many of each.",
     )
 
 

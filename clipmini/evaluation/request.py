@@ -1,5 +1,8 @@
 """What to evaluate, and the folder of the report: checked before anything slow is imported."""
 
+import json
+import re
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipmini.data.recipe_files import is_same_source, read_data_section
+from clipmini.data.recipe_files import is_same_source, parse_changes, read_data_section
 from clipmini.files import RECIPE_FILE, RESULTS_FILE, RunRecord
 from clipmini.inference.prompts import load_templates
 from clipmini.names import expand, locate, locate_any_model
@@ -63,6 +66,24 @@ class Request:
             locate_any_model(model)
         for source in sources:
             locate(source, "a folder or a table" if self.task == RETRIEVAL else "a folder", "dataset")
+
+    @property
+    def command(self) -> str | None:
+        """The command that measures the same; None for a model that has no name but is an object of Python."""
+        if not all(isinstance(model, (str, Path)) for model in self.models):
+            return None
+        words = ["clipmini", "evaluate", str(self.model), self.data]
+        task = None if self.task == RETRIEVAL else self.task
+        options = {"task": task, "split": self.split, "baseline": self.baseline, "template": self.template}
+        for name, value in {**options, "train-data": self.train_data}.items():
+            words += [] if value is None else [f"--{name}", str(value)]
+        words += ["--no-check-leaks"] * (not self.check_leaks)
+        for key, value in self.changes.items():
+            plain = f"{key}={value}"
+            is_plain = parse_changes([plain]) == {key: value}
+            words += ["--set", plain if is_plain else f"{key}={json.dumps(value, default=str)}"]
+        home = str(Path.home())  # the shell writes it where people write ~
+        return shlex.join(re.sub(rf"^{re.escape(home)}(?=/)", "~", word) for word in words)
 
     @property
     def models(self) -> list[Any]:

@@ -3,27 +3,40 @@
 The page opens without a network: drawings and thumbnails are embedded in it.
 """
 
+import base64
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import Dataset
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from clipmini.data.images import Skipped
 from clipmini.data.leaks import LeakReport
-from clipmini.files import MODEL_FOLDER, RESULTS_FILE, RunRecord, atomic_write, versions
+from clipmini.files import (
+    CURVES_FILE,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    RunRecord,
+    atomic_write,
+    run_of,
+    versions,
+)
 from clipmini.html import render
+from clipmini.inference.drawing import Example, Picture
 from clipmini.inference.embed import load_model
 from modeling_clipmini import ClipMiniModel
 
 from .intervals import LEVEL, NUM_RESAMPLES, Difference, Interval
-from .measure import Miss
+from .measure import Answer, Answers
 from .naming import METRIC_LABELS, eval_results, format_figure, format_interval, format_number, format_with_interval
-from .request import FILES, INDEX_FILE, PAGE_FILE, PROBE, RETRIEVAL, TABLE_FILE, ZERO_SHOT, check_folder
+from .request import FILES, INDEX_FILE, PAGE_FILE, PROBE, RETRIEVAL, TABLE_FILE, ZERO_SHOT, Request, check_folder
 
 RUN_COLUMNS = ("chance", "before", "after")
 TEMPLATE = Path(__file__).parent / "report.html"
@@ -90,8 +103,8 @@ class Run:
     """A finished training run.
 
     Attributes:
-        folder: it holds `recipe_as_run.yaml`, `results.json`, `curves.png`, the model, and the checkpoints, which a
-            recipe with stages keeps in one folder per stage.
+        folder: it holds `recipe_as_run.yaml`, `results.json`, `curves.png`, `samples.jpg`, the model, and the
+            checkpoints, which a recipe with stages keeps in one folder per stage.
         results: content of `results.json`: for each split the recalls by chance, before and after training, all in
             [0, 1], and the 95 % bootstrap intervals of the latter.
         example: a search to try; None if the images are in no folder.
@@ -201,7 +214,60 @@ class Evaluation:
             (folder / RESULTS_FILE).unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a report shows of single images: successes and failures in the same form.
+
+    Attributes:
+        groups: examples by heading.
+        rule: how they were chosen.
+        worst: queries whose correct images ranked lowest, the lowest first.
+    """
+
+    groups: Mapping[str, Sequence[Example]]
+    rule: str
+    worst: Sequence[Example] = ()
+
+
+def show_answers(rows: Dataset, answers: Answers) -> Shown:
+    """Return what captions of a split found, with the images.
+
+    Args:
+        rows: the split, one row per image.
+        answers: what its captions found.
+    """
+    num_wrong = answers.num_queries - answers.num_right
+
+    def example(answer: Answer) -> Example:
+        pictures = []
+        for found in answer.found:
+            row = rows[found.row]
+            label = f"{'✓ ' if found.is_correct else ''}{found.rank:,}. {format_number(found.similarity, 3)}"
+            name = image_name(row["image"], f"image {row['image_id']}")
+            pictures.append(Picture(row["image"], name, label, row["captions"][0], found.is_correct))
+        return Example(f"“{answer.caption}”", pictures)
+
+    return Shown(
+        {
+            f"Right: {answers.num_right:,} of {answers.num_queries:,} captions": list(map(example, answers.right)),
+            f"Wrong: {num_wrong:,} of {answers.num_queries:,} captions": list(map(example, answers.wrong)),
+        },
+        f"A caption is right if its own image (framed, ✓) comes first. Below each image: its rank among all "
+        f"{len(rows):,}, and its cosine with the caption. All captions were put in one random order (seed 0), "
+        "without looking at what they found: shown are the first that are right and the first that are wrong, as many "
+        "of each.",
+        list(map(example, answers.worst)),
+    )
+
+
+def image_name(image: Any, otherwise: str) -> str:
+    """Return the name of an image's file, for an image as a data set holds it, or another name if it has no file."""
+    path = image.get("path") if isinstance(image, Mapping) else None
+    return Path(path).name if path else otherwise
+
+
 def build_evaluation(
+    request: Request,
     facts: dict[str, Any],
     *,
     headline: Sequence[str],
@@ -210,12 +276,12 @@ def build_evaluation(
     method: Sequence[str],
     warnings: Sequence[str] = (),
     leak_table: Table | None = None,
-    misses: Sequence[Miss] = (),
-    image_of: Callable[[int], tuple[str, str]] | None = None,
+    shown: Shown,
 ) -> Evaluation:
     """Build the report of any task from what was measured.
 
     Args:
+        request: what was measured.
         facts: what `results.json` holds: `task`, `model`, `data`, `metrics`, `chance`, perhaps `baseline`, and what
             only this task has.
         headline: the metrics at the top of the page.
@@ -224,8 +290,7 @@ def build_evaluation(
         method: paragraphs on how this was measured.
         warnings: what to know before trusting the figures.
         leak_table: as `tabulate_leaks` returns it; None where leaks were not checked.
-        misses: captions whose images ranked low.
-        image_of: returns the name and the thumbnail of a row's image, for the misses.
+        shown: successes and failures.
     """
     metrics, chance = facts["metrics"], facts["chance"]
     title, hub_task = TITLES[facts["task"]]
@@ -233,6 +298,8 @@ def build_evaluation(
     leak_tables = [] if leak_table is None else [leak_table]
     facts = {
         **facts,
+        "measured_utc": datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00"),
+        "command": request.command,
         "num_resamples": NUM_RESAMPLES,
         "model_index": eval_results_to_model_index(facts["model"]["name"], entries),
         "versions": versions(),
@@ -245,9 +312,9 @@ def build_evaluation(
         headline=[
             (
                 METRIC_LABELS[name],
-                format_figure(name, metrics[name].value),
-                format_interval(name, metrics[name])
-                + (f", chance {format_figure(name, chance[name])}" if name in chance else ""),
+                f"{format_figure(name, metrics[name].value)} %",
+                f"95 % interval: {format_interval(name, metrics[name])}",
+                f"chance: {format_figure(name, chance[name])}" if name in chance else "",
             )
             for name in headline
         ],
@@ -255,14 +322,26 @@ def build_evaluation(
         leaks=leak_table,
         tables=tables,
         drawings=drawings,
-        misses=misses,
-        image_of=image_of,
-        format_number=format_number,
+        shown=shown,
+        run=_run_on_page(request.model),
         method=[*method, INTERVALS],
     )
     # JSON has no NaN and no infinity: both become null.
     results = json.loads(json.dumps(facts, default=asdict), parse_constant=lambda _: None)
     return Evaluation(results, [*tables, *leak_tables], page)
+
+
+def _run_on_page(model: Any) -> dict[str, str] | None:
+    """Return name, recipe and curves (as a data URI) of the run that trained a model; None if it is not known here.
+
+    The page holds them itself, so that nothing is missing when it is moved.
+    """
+    run = run_of(Path(model).expanduser()) if isinstance(model, (str, Path)) else None
+    if run is None:
+        return None
+    curves, recipe = run / CURVES_FILE, (run / RECIPE_FILE).read_text(encoding="utf-8")
+    uri = f"data:image/png;base64,{base64.b64encode(curves.read_bytes()).decode()}" if curves.is_file() else ""
+    return {"name": run.name, "recipe": recipe, "curves": uri}
 
 
 def tabulate_metrics(

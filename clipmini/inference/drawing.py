@@ -1,12 +1,14 @@
-"""Draw what a search found: each query above its best images."""
+"""Draw what a search found: each query above its best images; and successes of a model beside its failures."""
 
 import bisect
+import itertools
 import logging
 import math
 import textwrap
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ MAX_TITLE_LINES = 3
 CELL_WIDTH, IMAGE_HEIGHT, CAPTION_HEIGHT, GAP, MARGIN, TITLE_LINE = 2.2, 1.75, 0.42, 0.12, 0.2, 0.27
 DPI, MAX_EDGE_DOTS = 150, 30_000
 MIN_COLUMNS = 2  # of page width, so that a title above a single image has room
+GUTTER = 0.6  # between groups of examples
+GREEN = "#059669"  # the frame of a correct image
 
 # DejaVu comes with matplotlib; the other fonts, where installed, have the characters that it lacks.
 FONT_CANDIDATES = (
@@ -41,8 +45,36 @@ FONTS = sorted(set(FONT_CANDIDATES) & set(get_font_names()), key=FONT_CANDIDATES
 # A dollar sign in a query or a file name starts no formula.
 TEXT: dict[str, Any] = {"family": FONTS, "parse_math": False, "usetex": False, "va": "top"}
 TITLE = TEXT | {"fontsize": 14, "weight": "bold"}
+HEADING = TEXT | {"fontsize": 18, "weight": "bold", "color": "#616e7c"}
 SCORE = TEXT | {"fontsize": 10, "weight": "bold"}
 NAME = TEXT | {"fontsize": 7.5, "color": "#666666"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as it is shown.
+
+    Attributes:
+        image: as `read_image` takes it.
+        name: the name of its file.
+        label: what is written below it: a score, a rank, a class.
+        alt: what it shows, for those who cannot see it; "" if that is not known.
+        is_correct: whether it is framed as a correct answer.
+    """
+
+    image: Any
+    name: str
+    label: str
+    alt: str = ""
+    is_correct: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """A query and the images that it found; images that were classified have no query, and an empty title."""
+
+    title: str
+    pictures: Sequence[Picture]
 
 
 def draw_results(query_hits: Mapping[str, Sequence[Hit]], out: str | Path) -> None:
@@ -56,56 +88,94 @@ def draw_results(query_hits: Mapping[str, Sequence[Hit]], out: str | Path) -> No
         ValueError: `out` cannot be such a file, there is nothing to draw, or an image can no longer be read.
     """
     check_drawing(out)
-    drawn = {query: list(hits)[:MAX_DRAWN] for query, hits in query_hits.items() if hits}
-    if not drawn:
-        raise ValueError("There are no results to draw.")
-    most = max(map(len, query_hits.values()))
+    examples = [
+        Example(query, [Picture(hit.image, hit.name, f"{hit.score:.3f}") for hit in hits[:MAX_DRAWN]])
+        for query, hits in query_hits.items()
+        if hits
+    ]
+    most = max(map(len, query_hits.values()), default=0)
     if most > MAX_DRAWN:
         logger.warning("only the best %d of %d images are drawn", MAX_DRAWN, most)
         most = MAX_DRAWN
-    columns = math.ceil(math.sqrt(most)) if len(drawn) == 1 else most
+    _draw({"": examples}, math.ceil(math.sqrt(most)) if len(examples) == 1 else most, out)
+
+
+def draw_examples(groups: Mapping[str, Sequence[Example]], columns: int, out: str | Path) -> None:
+    """Draw groups of examples side by side, each example a grid of images below its title.
+
+    Args:
+        groups: by heading; empty ones are left out.
+        columns: of each grid.
+        out: as in `draw_results`.
+
+    Raises:
+        ValueError: as `draw_results` does.
+    """
+    check_drawing(out)
+    drawn = {heading: examples for heading, examples in groups.items() if examples}
+    _draw(drawn, columns, out)
+
+
+def _draw(groups: Mapping[str, Sequence[Example]], columns: int, out: str | Path) -> None:
+    if not any(groups.values()):
+        raise ValueError("There are no results to draw.")
     out = Path(out).expanduser()
     with warnings.catch_warnings():
         # A character that no installed font has is drawn as a box.
         warnings.filterwarnings("ignore", message=r"(?s).*[Gg]lyph .*")
-        figure = _draw_page(drawn, columns)
+        figure = _draw_page(groups, columns)
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(out) as temporary_path:
             figure.savefig(temporary_path, format=out.suffix[1:].lower(), dpi=figure.dpi)
 
 
-def _draw_page(query_hits: Mapping[str, Sequence[Hit]], columns: int) -> Figure:
-    width = max(columns, MIN_COLUMNS) * (CELL_WIDTH + GAP) - GAP + 2 * MARGIN
-    titles = {query: _wrap_title(query, width - 2 * MARGIN) for query in query_hits}
+def _draw_page(groups: Mapping[str, Sequence[Example]], columns: int) -> Figure:
+    group_width = max(columns, MIN_COLUMNS) * (CELL_WIDTH + GAP) - GAP
+    width = len(groups) * (group_width + GUTTER) - GUTTER + 2 * MARGIN
     row_height = IMAGE_HEIGHT + CAPTION_HEIGHT + GAP
-    heights = {
-        query: (len(titles[query]) + 0.6) * TITLE_LINE + math.ceil(len(hits) / columns) * row_height
-        for query, hits in query_hits.items()
-    }
-    height = sum(heights.values()) + 2 * MARGIN - GAP
+    heading_height = 1.5 * TITLE_LINE if any(groups) else 0
+
+    # Examples that stand side by side begin and end at the same height.
+    titles = [[_wrap_title(example.title, group_width) for example in examples] for examples in groups.values()]
+    title_heights = [
+        (max(map(len, beside)) + 0.3) * TITLE_LINE for beside in itertools.zip_longest(*titles, fillvalue=())
+    ]
+    nums_rows = [
+        max(math.ceil(len(example.pictures) / columns) for example in beside if example)
+        for beside in itertools.zip_longest(*groups.values())
+    ]
+    heights = [
+        title_height + num_rows * row_height + 0.3 * TITLE_LINE
+        for title_height, num_rows in zip(title_heights, nums_rows, strict=True)
+    ]
+    height = sum(heights) + heading_height + 2 * MARGIN - GAP
     # A huge page gets fewer dots per inch.
     figure = Figure((width, height), dpi=min(DPI, MAX_EDGE_DOTS / max(width, height)), facecolor="white")
     # Coordinates are inches from the top left corner.
     page = figure.add_axes((0, 0, 1, 1), autoscale_on=False, xlim=(0, width), ylim=(height, 0))
     page.set_axis_off()
-    top = MARGIN
-    for query, hits in query_hits.items():
-        for number, line in enumerate(titles[query]):
-            page.text(MARGIN, top + number * TITLE_LINE, line, **TITLE)
-        first_row = top + (len(titles[query]) + 0.3) * TITLE_LINE
-        for index, hit in enumerate(hits):
-            row, column = divmod(index, columns)
-            _draw_hit(page, hit, MARGIN + column * (CELL_WIDTH + GAP), first_row + row * row_height)
-        top += heights[query]
+    for number, (heading, examples) in enumerate(groups.items()):
+        left, top = MARGIN + number * (group_width + GUTTER), MARGIN
+        page.text(left, top, heading, **HEADING)
+        top += heading_height
+        for index, example in enumerate(examples):
+            for line_number, line in enumerate(titles[number][index]):
+                page.text(left, top + line_number * TITLE_LINE, line, **TITLE)
+            for place, picture in enumerate(example.pictures):
+                row, column = divmod(place, columns)
+                x, y = left + column * (CELL_WIDTH + GAP), top + title_heights[index] + row * row_height
+                _draw_picture(page, picture, x, y)
+            top += heights[index]
     return figure
 
 
-def _draw_hit(page: Axes, hit: Hit, left: float, top: float) -> None:
-    """Draw an image as large as fits its cell, undistorted, above its score and file name."""
+def _draw_picture(page: Axes, picture: Picture, left: float, top: float) -> None:
+    """Draw an image as large as fits its cell, undistorted, above its label and file name."""
     try:
-        image = read_image(hit.image)
+        image = read_image(picture.image)
     except ImageError as error:
-        raise ValueError(f"{hit.image} {error}, and cannot be drawn.") from None
+        source = picture.image if isinstance(picture.image, Path) else picture.name
+        raise ValueError(f"{source} {error}, and cannot be drawn.") from None
     image.thumbnail((math.ceil(CELL_WIDTH * DPI), math.ceil(IMAGE_HEIGHT * DPI)))
     page.add_patch(Rectangle((left, top), CELL_WIDTH, IMAGE_HEIGHT, facecolor="#f3f3f3", edgecolor="none", zorder=-1))
     inches_per_pixel = min(CELL_WIDTH / image.width, IMAGE_HEIGHT / image.height)
@@ -113,9 +183,11 @@ def _draw_hit(page: Axes, hit: Hit, left: float, top: float) -> None:
     x, y = left + CELL_WIDTH / 2, top + IMAGE_HEIGHT / 2
     extent = (x - half_width, x + half_width, y + half_height, y - half_height)
     page.imshow(image, extent=extent, aspect="auto", interpolation="antialiased")
+    if picture.is_correct:
+        page.add_patch(Rectangle((left, top), CELL_WIDTH, IMAGE_HEIGHT, fill=False, edgecolor=GREEN, linewidth=3))
     bottom = top + IMAGE_HEIGHT
-    page.text(x, bottom + 0.05, f"{hit.score:.3f}", ha="center", **SCORE)
-    page.text(x, bottom + 0.23, _shorten_name(hit.name), ha="center", **NAME)
+    page.text(x, bottom + 0.05, picture.label, ha="center", **SCORE)
+    page.text(x, bottom + 0.23, _shorten_name(picture.name), ha="center", **NAME)
 
 
 def _wrap_title(title: str, width: float) -> list[str]:

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from clipmini.evaluation.intervals import NUM_RESAMPLES, Interval
 from clipmini.evaluation.naming import eval_results, format_figure, format_interval, format_with_interval
 from clipmini.evaluation.retrieval import DIRECTIONS, RECALL_AT
+from clipmini.files import SAMPLES_FILE
 from clipmini.names import hub_id, public_name
 from modeling_clipmini import ClipMiniConfig
 from modeling_clipmini.processing_clipmini import image_processor_for
@@ -140,6 +141,7 @@ def render_card(
         is_chosen=any(stage.is_chosen for stage in stages),
         results=results,
         shown=shown,
+        samples_file=SAMPLES_FILE,
         headline=recalls.get("text_to_image_r1"),
         tables={split: _recall_rows(measured, is_continued) for split, measured in splits.items()},
         widths={split: _width_rows(measured) for split, measured in splits.items()},

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 import modeling_clipmini
-from clipmini.files import CURVES_FILE, MODEL_FOLDER, RECIPE_FILE, RESULTS_FILE, weights_sha256
+from clipmini.files import CURVES_FILE, RESULTS_FILE, SAMPLES_FILE, run_of, weights_sha256
 from clipmini.inference.embed import load_model
 from clipmini.inference.trust import read_json, refuse_code
 from clipmini.names import first_sentence, public_name
@@ -31,7 +31,7 @@ KNOWN_FILES = (
     *("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("*_clipmini.py", "handler.py", "requirements.txt"),
-    *(RESULTS_FILE, CURVES_FILE, EVALUATIONS),
+    *(RESULTS_FILE, CURVES_FILE, SAMPLES_FILE, EVALUATIONS),
     *(f"{EXAMPLES}/*{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".webp")),
 )
 # Left by a run or a tool: neither pushed nor a reason to refuse.
@@ -42,7 +42,8 @@ SECRET_NAMES = (".env*", "*token", "*.pem", "*.key", "*secret*", "*credential*",
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 TEXT_SUFFIXES = (".md", ".json", ".py", ".txt")
 # Keys of results that list single images and captions: they belong to other people, and no figure needs them.
-SINGLE_INPUT_KEYS = ("skipped", "examples", "alike_examples", "rows", "misses")
+SINGLE_INPUT_KEYS = ("skipped", "examples", "alike_examples", "rows")
+LOCAL_KEYS = ("command",)  # which may hold paths on this machine
 
 
 def list_files(folder: Path) -> dict[str, Path]:
@@ -170,16 +171,16 @@ def list_results(folder: Path) -> dict[str, Path]:
         folder: the model's folder.
 
     Returns:
-        The files by their path in the repository: results and curves of the run, if the folder lies where a run saved
-        it; and evaluations of exactly these weights, from beside and from inside the folder. Evaluations of other
-        weights are left out with a warning.
+        The files by their path in the repository: results, curves and samples of the run, if the folder lies where a
+        run saved it; and evaluations of exactly these weights, from beside and from inside the folder. Evaluations of
+        other weights are left out with a warning.
     """
     folder = folder.absolute()
-    run, files = folder.parent, {}
-    if folder.name == MODEL_FOLDER and (run / RECIPE_FILE).is_file():
-        files = {name: run / name for name in (CURVES_FILE, RESULTS_FILE) if (run / name).is_file()}
+    files = {}
+    if run := run_of(folder):
+        files = {name: run / name for name in (CURVES_FILE, RESULTS_FILE, SAMPLES_FILE) if (run / name).is_file()}
     digest = weights_sha256(folder)
-    for parent in (run, folder):
+    for parent in (folder.parent, folder):
         for file in sorted(parent.glob(EVALUATIONS)):
             try:
                 is_of_model = digest is not None and json.loads(file.read_bytes())["model"]["weights_sha256"] == digest
@@ -218,7 +219,7 @@ def public_results(file: Path) -> bytes:
 
 def _public(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items() if key not in SINGLE_INPUT_KEYS}
+        return {key: _public(item) for key, item in value.items() if key not in SINGLE_INPUT_KEYS + LOCAL_KEYS}
     if isinstance(value, list):
         return [_public(item) for item in value]
     if isinstance(value, str) and (os.path.isabs(value) or value.startswith((".", "~"))):

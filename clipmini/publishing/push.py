@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from PIL import ExifTags, Image
 
-from clipmini.files import RESULTS_FILE
+from clipmini.files import RESULTS_FILE, SAMPLES_FILE
 from clipmini.html import render
 from clipmini.names import check_repository, first_sentence
 from modeling_clipmini.images_clipmini import ImageError, read_image
@@ -31,6 +31,9 @@ from .checks import (
 )
 
 CARD = "README.md"
+# The card's section on samples is a comment, `<!-- samples ... /samples -->`, until it is pushed with them.
+HIDDEN_SAMPLES = re.compile(r"<!-- samples\n(.*?)/samples -->\n*", re.DOTALL)
+SHOWN_SAMPLES = re.compile(r"<!-- samples -->\n.*?<!-- /samples -->\n*", re.DOTALL)
 MAIN = "main"
 REMEDIES = {
     401: "the Hub needs a valid token; log in with `hf auth login`, or set HF_TOKEN to a token that may write",
@@ -49,10 +52,12 @@ class PreparedPush:
     Attributes:
         repo_id: the repository on the Hub.
         files: local files, or their bytes, by path in the repository, sorted.
+        left_out: the samples, which are there, but were not asked for.
     """
 
     repo_id: str
     files: Mapping[str, Path | bytes]
+    left_out: Path | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -73,6 +78,7 @@ class Pushed:
         commit: the commit that the branch is at; None if nothing was uploaded.
         is_new: whether this push made the commit; False if the branch held all files already.
         url: the address of the branch; None if nothing was uploaded.
+        left_out: the samples, which are there, but were not asked for.
     """
 
     repo_id: str
@@ -80,6 +86,7 @@ class Pushed:
     commit: CommitInfo | None = None
     is_new: bool = False
     url: str | None = None
+    left_out: Path | None = None
 
     def __repr__(self) -> str:
         return f"<{len(self.sizes)} files {f'at {self.url}' if self.url else f'for {self.repo_id}, not uploaded'}>"
@@ -88,7 +95,8 @@ class Pushed:
         """Return the files and, if they were uploaded, the commit, ready for JSON."""
         commit = {} if self.commit is None else {"commit": self.commit.oid, "is_new": self.is_new, "url": self.url}
         files = [{"path": path, "size": size} for path, size in self.sizes.items()]
-        return {"repo_id": self.repo_id, "files": files, **commit}
+        left_out = {"left_out": str(self.left_out)} if self.left_out else {}
+        return {"repo_id": self.repo_id, "files": files, **left_out, **commit}
 
     def _repr_html_(self) -> str:
         return render(
@@ -102,6 +110,7 @@ def prepare_push(
     *,
     allow_code_drift: bool = False,
     examples: Sequence[tuple[Path, Sequence[str]]] = (),
+    samples: bool = False,
 ) -> PreparedPush:
     """Check a model's folder and gather the files to push.
 
@@ -111,6 +120,7 @@ def prepare_push(
         allow_code_drift: accept a folder whose code differs from the installed package's. Whether it loads is not
             checked then.
         examples: publishable images for the Hub's widget, each with the labels to choose from.
+        samples: include the picture of sample results, with images and captions of the data, and show it in the card.
 
     Returns:
         The files, ready to push.
@@ -132,6 +142,11 @@ def prepare_push(
         )
     card = _load_card(folder)
     address_card(card, repo_id)
+    left_out = None if samples else files.pop(SAMPLES_FILE, None)
+    assert not isinstance(left_out, bytes)
+    if samples and SAMPLES_FILE not in files:
+        raise ValueError(f"there is no {SAMPLES_FILE} beside {folder}: training draws it if some images are held out.")
+    _show_samples(card, samples)
     images = {_example_path(image): image for image, _ in examples}
     if len(images) < len(examples):
         raise ValueError("two examples have the same name in the repository; rename one of the images.")
@@ -140,7 +155,20 @@ def prepare_push(
     files |= images
     files[CARD] = str(card).encode()
     check_weights(folder, loads=not drifted)
-    return PreparedPush(repo_id, dict(sorted(files.items())))
+    return PreparedPush(repo_id, dict(sorted(files.items())), left_out)
+
+
+def _show_samples(card: ModelCard, is_wanted: bool) -> None:
+    """Show the card's section on samples, or remove it."""
+    if not is_wanted:
+        card.text = SHOWN_SAMPLES.sub("", HIDDEN_SAMPLES.sub("", card.text))
+        return
+    card.text = HIDDEN_SAMPLES.sub(r"<!-- samples -->\n\1<!-- /samples -->\n\n", card.text)
+    if not SHOWN_SAMPLES.search(card.text):
+        raise ValueError(
+            f"the card has no section to show {SAMPLES_FILE} in: write `<!-- samples -->`, the section with "
+            f"`![]({SAMPLES_FILE})`, and `<!-- /samples -->`, each on lines of their own."
+        )
 
 
 def _example_path(image: Path) -> str:
@@ -219,7 +247,8 @@ def push(
             repo_id, [*additions, *deletions], commit_message=message or "Upload model with clipmini", revision=branch
         )
     url = f"{api.endpoint}/{repo_id}" + ("" if branch == MAIN else f"/tree/{branch}")
-    return Pushed(repo_id, prepared.sizes, commit, commit.oid != heads.get(branch, heads.get(MAIN)), url)
+    is_new = commit.oid != heads.get(branch, heads.get(MAIN))
+    return Pushed(repo_id, prepared.sizes, commit, is_new, url, prepared.left_out)
 
 
 def make_repository(api: HfApi, name: str, private: bool | None) -> str:

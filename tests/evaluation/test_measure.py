@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from clipmini.evaluation.measure import Embeddings, embed_pairs, measure_pairs, measure_retrieval, pair_similarities
+from clipmini.evaluation.measure import (
+    Embeddings,
+    embed_pairs,
+    measure_pairs,
+    measure_retrieval,
+    pair_similarities,
+    pick_examples,
+)
 from clipmini.evaluation.retrieval import retrieval_metrics
 from clipmini.inference.encoders import load_encoder
 
@@ -49,25 +56,49 @@ def test_all_parts_agree():
     assert len(others) == 20 * 40 - 40
 
 
-def test_misses_are_the_lowest_ranks_with_the_images_that_beat_them():
+def test_answers_hold_the_first_images_and_the_correct_one():
     embeds = make_embeddings()
-    result = measure_retrieval(embeds, num_misses=5, num_resamples=10)
+    answers = measure_retrieval(embeds, num_resamples=10).answers
     similarity = embeds.texts @ embeds.images.T
     places = (similarity > similarity[torch.arange(40), embeds.row_of_text][:, None]).sum(dim=1) + 1
-    assert [miss.rank for miss in result.misses] == sorted(places.tolist(), reverse=True)[:5]
-    for miss in result.misses:
-        text = embeds.captions.index(miss.caption)
-        assert miss.row == embeds.row_of_text[text]
-        assert miss.similarity == pytest.approx(similarity[text, miss.row].item())
-        assert len(miss.beaten_by) == min(10, miss.rank - 1)
-        rows = [row for row, _ in miss.beaten_by]
-        assert rows == similarity[text].argsort(descending=True)[: len(rows)].tolist()
+    assert (answers.num_queries, answers.num_right) == (40, int((places == 1).sum()))
+    worst = [next(found.rank for found in answer.found if found.is_correct) for answer in answers.worst]
+    assert worst == sorted(places.tolist(), reverse=True)[:10]
+    for answer in (*answers.right, *answers.wrong, *answers.worst):
+        text = embeds.captions.index(answer.caption)
+        place, order = int(places[text]), similarity[text].argsort(descending=True).tolist()
+        ranks = [1, 2, 3, max(4, place)]
+        assert [found.rank for found in answer.found] == ranks
+        assert [found.row for found in answer.found] == [order[rank - 1] for rank in ranks]
+        assert [found.is_correct for found in answer.found] == [rank == place for rank in ranks]
+        assert [found.similarity for found in answer.found] == pytest.approx(
+            [similarity[text, found.row].item() for found in answer.found]
+        )
 
 
-def test_a_perfect_model_has_no_misses():
+def test_examples_are_not_chosen_by_their_results():
+    is_right = torch.arange(1000) % 10 != 0
+    right, wrong = pick_examples(is_right)
+    assert (len(right), len(wrong)) == (8, 8)
+    assert is_right[right].all()
+    assert not is_right[wrong].any()
+    better = is_right.clone()
+    better[wrong[0]] = True
+    others = pick_examples(better)  # another model is shown by the same queries, but where its answers differ
+    assert set(others[0]) - set(right) <= {wrong[0]}
+    assert others[1][:7] == wrong[1:]
+
+
+@pytest.mark.parametrize(("num_right", "nums"), [(0, (0, 8)), (2, (2, 2)), (28, (2, 2)), (30, (8, 0))])
+def test_there_are_as_many_successes_as_failures(num_right, nums):
+    assert tuple(map(len, pick_examples(torch.arange(30) < num_right))) == nums
+
+
+def test_a_perfect_model_has_no_failures():
     embeds = make_embeddings()
     perfect = Embeddings(**{**vars(embeds), "texts": embeds.images[embeds.row_of_text]})
-    assert measure_retrieval(perfect, num_resamples=10).misses == []
+    answers = measure_retrieval(perfect, num_resamples=10).answers
+    assert (answers.num_right, len(answers.right), answers.wrong, answers.worst) == (40, 8, [], [])
 
 
 def test_images_and_captions_can_be_left_out():

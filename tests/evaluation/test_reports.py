@@ -2,23 +2,30 @@
 
 import errno
 import hashlib
+import html
 import json
 import re
+import shlex
 import shutil
 import tempfile
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from markupsafe import escape
 from PIL import Image
 from typer.testing import CliRunner
 
+import clipmini
 from clipmini.cli import app
 from clipmini.evaluation.naming import format_figure
 from clipmini.evaluation.request import check_folder
 from clipmini.evaluation.results import Evaluation, Table
+from modeling_clipmini.images_clipmini import ImageError
 
 FILES = ["model-index.yaml", "report.html", "results.json", "results.md", "written_files.json"]
 
@@ -90,6 +97,76 @@ def test_the_page_is_self_contained_and_escapes_its_input(tiny_folder, pair_fold
     links = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert all(link.startswith(("data:", "#")) for link in links)
     assert "url(http" not in page
+
+
+def test_the_page_says_how_it_was_made(tiny_folder, pair_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tmp_path / "my run" / "model"
+    shutil.copytree(tiny_folder, model)
+    (model.parent / "recipe_as_run.yaml").write_text("data: {source: <elsewhere>}\n")
+    Image.new("RGB", (8, 8)).save(model.parent / "curves.png")
+    options = ["--no-check-leaks", "--split", "train", "--set", "caption_column=caption", "--set", "split_seed=3"]
+    result = run(model, pair_folder, *options, "--json")
+    results = json.loads(result.stdout)
+    words = ["~/my run/model", "~/pairs", *options[1:3], "--no-check-leaks", *options[3:]]
+    assert shlex.split(results["command"]) == ["clipmini", "evaluate", *words]
+    measured = datetime.strptime(results["measured_utc"], "%Y-%m-%d %H:%M").replace(tzinfo=UTC)
+    assert timedelta(0) <= datetime.now(UTC) - measured < timedelta(minutes=5)
+    page = (model.parent / "evaluation-pairs-train" / "report.html").read_text()
+    assert f"Measured on {results['measured_utc']} UTC" in page
+    assert escape(results["command"]) in page
+    assert "In the run “my run”." in page
+    assert "data: {source: &lt;elsewhere&gt;}" in page
+    assert "data:image/png;base64," in page
+    assert str(tmp_path) not in page
+
+
+def test_images_have_names_and_descriptions(tiny_folder, pair_folder, class_folder, tmp_path):
+    run(tiny_folder, pair_folder, "--out", tmp_path / "pairs-report")
+    run(tiny_folder, class_folder, "--task", "zero-shot", "--out", tmp_path / "class-report")
+    pairs, classes = ((tmp_path / f"{name}-report" / "report.html").read_text() for name in ("pairs", "class"))
+    captions = [json.loads(line)["caption"] for line in (pair_folder / "metadata.jsonl").read_text().splitlines()]
+    allowed = {html.escape(caption, quote=True) for caption in captions}
+    for page, alts in ((pairs, allowed), (classes, {"red fox", "sea", "tree"})):
+        images = re.findall(
+            r'<img src="data:image/jpeg[^"]*" alt="([^"]*)"[^>]*>\s*<figcaption><b>.+</b><br>\d+\.png<', page
+        )
+        assert len(images) == page.count("data:image/jpeg")
+        assert set(images) <= alts
+
+
+def test_successes_stand_beside_as_many_failures(tiny_folder, class_folder, tmp_path):
+    result = run(tiny_folder, class_folder, "--task", "zero-shot", "--out", tmp_path / "report", "--json")
+    num_right = round(30 * json.loads(result.stdout)["metrics"]["top1"]["value"])
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f"Right: {num_right} of 30 images" in page
+    assert f"Wrong: {30 - num_right} of 30 images" in page
+    number = min(8, num_right, 30 - num_right) or 8
+    assert page.count('<figure class="correct">') == (number if num_right else 0)
+    assert page.count(", but is ") == (number if num_right < 30 else 0)
+
+
+def test_an_image_that_is_gone_leaves_its_place(tiny_folder, pair_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipmini.html.read_image", Mock(side_effect=ImageError("does not exist")))
+    result = run(tiny_folder, pair_folder, "--out", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "gone or broken" in page
+    assert 'src=""' not in page
+
+
+def test_the_page_has_a_dark_scheme(tiny_folder, pair_folder, tmp_path):
+    run(tiny_folder, pair_folder, "--out", tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "color-scheme: light dark" in page
+    drawings = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert not re.findall(r"(?:fill|stroke): (?!none|var)\S+", drawings)  # each color is a variable of the page
+
+
+def test_a_model_without_a_name_has_no_command(tiny_model, pair_folder):
+    evaluation = clipmini.evaluate(tiny_model, pair_folder)
+    assert evaluation.results["command"] is None
+    assert "from Python." in evaluation.page
 
 
 def test_leaks_are_counted_and_metrics_without_them_reported(tiny_folder, pair_folder, tmp_path):

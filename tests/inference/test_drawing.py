@@ -8,7 +8,7 @@ from PIL import Image
 
 from clipmini.files import DRAWING_SUFFIXES, check_drawing
 from clipmini.inference import drawing
-from clipmini.inference.drawing import draw_results
+from clipmini.inference.drawing import Example, Picture, draw_examples, draw_results
 from clipmini.inference.search import Hit
 
 
@@ -132,3 +132,19 @@ class TestDrawResults:
 
 def test_any_case_of_a_suffix_is_accepted():
     check_drawing("x.PNG")
+
+
+def test_examples_stand_side_by_side_and_the_correct_image_is_framed(folder, tmp_path):
+    red, blue = (
+        Picture(folder / "red.png", "red.png", "1."),
+        Picture(folder / "blue.png", "blue.png", "✓ 2.", "", True),
+    )
+    groups = {"Right": [Example("a", [red]), Example("b", [red])], "Wrong": [Example("a much longer " * 9, [blue])]}
+    draw_examples({**groups, "None": []}, 2, tmp_path / "out.png")
+    drawn = pixels(tmp_path / "out.png")
+    is_red, is_blue, is_frame = ((drawn == color).all(axis=2) for color in ([255, 0, 0], [0, 0, 255], [5, 150, 105]))
+    assert np.nonzero(is_red)[1].max() < np.nonzero(is_frame)[1].min() < np.nonzero(is_blue)[1].min()
+    top = np.nonzero(is_red.any(axis=1))[0].min()
+    assert abs(top - np.nonzero(is_blue.any(axis=1))[0].min()) < 30  # in one row, however long the titles
+    with pytest.raises(ValueError, match="no results"):
+        draw_examples({"None": []}, 2, tmp_path / "out.png")

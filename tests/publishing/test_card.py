@@ -48,10 +48,12 @@ def render(tiny_config, results, *overrides, recipe="demo"):
 
 def test_it_describes_training_and_results(results, tiny_config):
     text = render(tiny_config, results, "source=/home/me/my images").text
-    assert "trained on 1,680 images from `my images`" in text
+    assert "**Trained on:** 1,680 images from `my images`, starting from timm/" in text
     assert "| train | 1,680 | 8,400 |" in text
     assert "| heads | 40 epochs | 64 | 0.001 |" in text
-    assert "**Among the 32 images of the test split" in text
+    assert "of the 160 captions of the test split, **31.2%** rank their own image first among 32" in text
+    assert "50 of 160 captions rank their own image first (left), the\nother 110 do not (right)." in text
+    assert "of 26.8 million parameters" in text
     assert text.count("| text to image | **31.2** (25.0 to 40.0) | **31.2** (25.0 to 40.0) |") == 2
     assert text.count("32 images, 160 captions; the checkpoint was chosen on this split") == 1
     assert "could not be read or had no caption: 2" in text
@@ -121,7 +123,8 @@ def test_there_is_no_empty_section_and_no_trace_of_the_template(results, tiny_co
         assert not re.search(r"^#+ .*\n+(## |$(?!\n))", content, re.MULTILINE)  # a heading over nothing
     assert "## Results" in whole
     assert "## Results" not in bare
-    assert "It was trained on `offline:photos`." in bare
+    assert "- **Trained on:** `offline:photos`." in bare
+    assert "Sample results" not in bare
     assert "The data was not checked for duplicate images or for leaks between splits." in bare
     assert "were not searched for.\n- Captions" in whole
 

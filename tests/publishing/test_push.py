@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from huggingface_hub import ModelCard
 from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
+from clipmini.evaluation.retrieval import METRIC_NAMES
 from clipmini.files import weights_sha256
 from clipmini.publishing.push import address_card, prepare_push
 from modeling_clipmini import ClipMiniTextModel, ClipMiniVisionModel
@@ -61,6 +63,42 @@ def test_the_card_names_the_repository(folder):
     address_card(again, "org/other")  # a card that has been pushed before
     assert "org/clipmini" not in again.text
     assert "\n# other\n" in again.text
+
+
+def test_samples_are_pushed_only_on_request(folder, make_card):
+    split = {name: dict.fromkeys(METRIC_NAMES, 0.5) for name in ("chance", "after")}
+    split |= {"num_images": 8, "num_captions": 8, "intervals": dict.fromkeys(METRIC_NAMES, (0.4, 0.6))}
+    make_card(results={"splits": {"test": split}}).save(folder / "README.md")
+    samples = folder.parent / "samples.jpg"
+    with pytest.raises(ValueError, match=r"there is no samples\.jpg beside"):
+        prepare_push(folder, "org/clipmini", samples=True)
+    samples.write_bytes(b"an image")
+    without = prepare_push(folder, "org/clipmini")
+    assert without.left_out == samples
+    assert "samples.jpg" not in without.files
+    assert b"Sample results" not in without.files["README.md"]
+    assert b"<!--" not in without.files["README.md"]
+    shown = prepare_push(folder, "org/clipmini", samples=True)
+    assert shown.left_out is None
+    assert shown.files["samples.jpg"] == samples
+    text = shown.files["README.md"].decode()
+    assert re.search(
+        r"<!-- samples -->\n## Sample results\n\n!\[.+\]\(samples.jpg\)\n\n(?s:.+)\n<!-- /samples -->", text
+    )
+    # As after a download of what was pushed: they stay only if they are asked for again.
+    (folder / "README.md").write_text(text)
+    samples.rename(folder / "samples.jpg")
+    assert prepare_push(folder, "org/clipmini", samples=True).files["README.md"].decode() == text
+    without = prepare_push(folder, "org/clipmini")
+    assert "samples.jpg" not in without.files
+    assert b"Sample results" not in without.files["README.md"]
+    assert b"<!--" not in without.files["README.md"]
+
+
+def test_a_card_without_a_place_for_samples_is_named(folder):
+    (folder.parent / "samples.jpg").write_bytes(b"an image")
+    with pytest.raises(ValueError, match="the card has no section to show samples"):
+        prepare_push(folder, "org/clipmini", samples=True)
 
 
 def test_a_card_names_others_as_it_did(make_card):

@@ -83,6 +83,7 @@ def test_a_folder_of_images_becomes_a_model(finished):
         "model",
         "recipe_as_run.yaml",
         "results.json",
+        "samples.jpg",
         "written_files.json",
     }
     results = finished.results
@@ -99,6 +100,19 @@ def test_a_folder_of_images_becomes_a_model(finished):
     assert "| text to image |" in card
     assert f"| train | {results['num_train_images']} |" in card
     assert "{{" not in card
+
+
+def test_samples_without_an_image_do_not_cost_the_model(recipe, photos, tmp_path, monkeypatch, caplog):
+    def fail(groups, columns, out):
+        raise ValueError("cat.png does not exist, and cannot be drawn.")
+
+    train(recipe("max_steps=1"))
+    assert (tmp_path / "run" / "samples.jpg").is_file()
+    monkeypatch.setattr("clipmini.training.run.draw_examples", fail)
+    run = train(recipe("max_steps=1"), overwrite=True)
+    assert run.model_folder.is_dir()
+    assert not (run.folder / "samples.jpg").exists()  # those of the earlier model
+    assert "samples.jpg is not drawn: cat.png does not exist" in caplog.text
 
 
 def test_the_saved_weights_are_those_that_were_measured(recipe, photos):

@@ -103,7 +103,7 @@ def test_copies_of_a_image_that_share_an_id_are_right_answers(tiny_model, toy_pa
     rows = [{**row, "image_id": number} for number, row in enumerate(together)]
     apart = type(toy_pairs).from_list(rows, toy_pairs.features)
     for pairs, recall, by_chance in ((together, 1, 1), (apart, 0, 0.5)):  # ties count against the model
-        measured = measure_split(tiny_model, pairs)
+        measured, _ = measure_split(tiny_model, pairs)
         assert measured["after"]["text_to_image_r1"] == recall
         assert measured["chance"]["text_to_image_r1"] == by_chance
 
@@ -131,7 +131,7 @@ def test_it_learns_and_ends_with_the_best_checkpoint(make_trainer, tiny_config):
     history = [entry["eval_mean_recall"] for entry in trainer.state.log_history if "eval_mean_recall" in entry]
     assert trainer.state.best_metric == max(history)
     assert trainer.evaluate()["eval_mean_recall"] == pytest.approx(max(history))
-    assert max(history) > measure_split(trainer.model, trainer.eval_dataset)["chance"]["mean_recall"] + 0.2
+    assert max(history) > measure_split(trainer.model, trainer.eval_dataset)[0]["chance"]["mean_recall"] + 0.2
 
 
 def test_a_run_goes_on_from_its_checkpoint(make_trainer, tmp_path):

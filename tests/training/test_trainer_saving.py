@@ -68,7 +68,7 @@ def test_push_to_hub_is_one_commit_like_that_of_the_command(make_trainer, hub, t
     assert (card.data.license, card.data.datasets, card.data.language) == ("mit", ["org/pairs"], "en")
     assert (card.data.base_model, "toys" in card.data.tags) == (["timm/a", "org/b"], True)
     assert "The author states `mit` as the license" in card.text
-    assert "**Among the 4 images of the validation split" in card.text
+    assert "captions of the validation split, **" in card.text
     assert "| train | 8 | 16 |" in card.text
     for path, file in files.items():
         (tmp_path / path).write_bytes(file.content)
@@ -179,6 +179,7 @@ def test_a_recipe_can_end_with_a_push(recipe, preset, hub, tmp_path):
     assert repository.is_private
     files = repository.at("main").files
     assert {"results.json", "curves.png", "README.md", "NOTICE"} <= set(files)
+    assert "samples.jpg" not in files  # images of the data are pushed only by hand
     assert b'"org/clipmini"' in files["README.md"].content
     texts = [file.content for path, file in files.items() if path.endswith((".md", ".json", ".py", "NOTICE"))]
     assert not any(str(tmp_path).encode() in text for text in texts)
