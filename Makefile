@@ -58,6 +58,17 @@ bench: .venv/.installed  ## measure the figures of benchmarks/README.md, in hour
 build: .venv/.installed  ## build the wheel and the source archive in dist/
 	$(BIN)/python -m build
 
+.PHONY: release
+release: check test  ## build a release and try it in a fresh environment; then say how to publish it
+	rm -rf build dist
+	$(MAKE) build
+	$(BIN)/python -m twine check --strict dist/*
+	PYTHON=$(PYTHON) .ci/try_wheel
+	@version=$$($(BIN)/python -c 'import clipmini; print(clipmini.__version__)') && \
+	echo "Nothing is published yet. To publish version $$version, of the commit that is checked out:" && \
+	echo "  git tag v$$version && git push origin v$$version" && \
+	echo "  $(BIN)/python -m twine upload dist/*"
+
 .PHONY: clean
 clean:  ## remove the environment and all that was built or trained here
 	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -17,7 +17,6 @@ import clipmini
 from .console import (
     Commands,
     RecipeCommand,
-    as_command,
     as_overrides,
     complete_recipe,
     complete_task,
@@ -131,12 +130,16 @@ def train(
     print_contents(run.tables)
     typer.echo(f"The model is in {run.model_folder}")
     if run.example is not None:
+        from clipmini.names import as_command
+
         ranked = ", whose image it ranks first there" if run.example.is_first else ""
         typer.echo(f"Try it with a caption of the {run.example.split} split{ranked}:")
-        typer.echo(as_command("clipmini", "search", run.model_folder, run.example.folder, run.example.query))
+        typer.echo(as_command("search", run.model_folder, run.example.folder, run.example.query))
 
 
-@app.command(epilog="Example: clipmini teach openai/clip-vit-base-patch32 flickr8k --out teacher.parquet")
+@app.command(
+    epilog="Example: clipmini teach openai/clip-vit-base-patch32 flickr8k --set source=FOLDER --out t.parquet"
+)
 def teach(
     model: AnyModelName,
     recipe: Annotated[
@@ -374,7 +377,7 @@ def push(
         return
     print_table(("file", "bytes"), [(path, f"{size:,}") for path, size in pushed.sizes.items()])
     if pushed.left_out:
-        typer.echo(f"Left out: {pushed.left_out}, a picture of sample results; --samples shows it in the card.")
+        typer.echo(f"Left out: {pushed.left_out.name}, an image of sample results; --samples shows it in the card.")
     if dry_run:
         typer.echo("Nothing was uploaded: this was a dry run.")
     else:

@@ -5,8 +5,6 @@ import importlib.abc
 import json
 import logging
 import os
-import re
-import shlex
 import sys
 import traceback
 import warnings
@@ -121,18 +119,6 @@ def print_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def as_command(program: str, verb: str, *arguments: object) -> str:
-    """Return a command line that can be pasted into a shell, whatever the arguments hold."""
-    words = [str(argument) for argument in arguments]
-    if any(word.startswith("-") for word in words):
-        words.insert(0, "--")  # what follows is no option
-    if os.name != "nt":
-        return shlex.join([program, verb, *words])
-    # Both cmd and PowerShell know double quotes, but expand some characters between them, each in another way.
-    safe = [re.sub(r'["$`%]', " ", word).rstrip("\\") for word in words]
-    return " ".join([program, verb, *(f'"{word}"' for word in safe)])
-
-
 def as_overrides(arguments: list[str]) -> list[str]:
     """Turn options that are keys of a recipe, `--key value` or `--key=value`, into "key=value" strings.
 
@@ -175,7 +161,7 @@ def quiet_progress_bars() -> None:
 
     Call this before tqdm is imported, which then reads its variable. `training` still writes a line per evaluation.
     """
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():  # None: started without any console, as by pythonw
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 

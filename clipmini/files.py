@@ -87,8 +87,8 @@ class RunRecord:
 
 def run_of(model_folder: Path) -> Path | None:
     """Return the folder of the run that saved a model's folder, or None if it lies elsewhere."""
-    run = model_folder.absolute().parent
-    return run if model_folder.name == MODEL_FOLDER and (run / RECIPE_FILE).is_file() else None
+    folder = model_folder.absolute()
+    return folder.parent if folder.name == MODEL_FOLDER and (folder.parent / RECIPE_FILE).is_file() else None
 
 
 @contextmanager

@@ -4,9 +4,13 @@ Nothing slow is imported here, so that the command can refuse a wrong name at on
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
+import re
+import shlex
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -23,7 +27,9 @@ TOKEN_SUFFIXES = (".txt", ".token")
 # What ends so is a file, although the Hub would allow it as the end of a name.
 FILE_SUFFIXES = (*TABLE_SUFFIXES, *TOKEN_SUFFIXES, *".yaml .yml .safetensors .zip .tar .jpg .jpeg .png .webp".split())
 OFFLINE_PREFIX = "offline:"  # of towers that PyPI has, and of the photographs that come with clipmini
-HUB_TIMEOUT_S = 3.0  # to connect, and again for an answer
+OFFLINE = "HF_HUB_OFFLINE is set"
+PLAIN_WORD = re.compile(r"[\w./:=-]+")  # that no shell changes
+HUB_TIMEOUT_S = 4.0  # to connect, and again for an answer
 KINDS = {"model": "model", "dataset": "data set"}
 REMEDIES = {  # where there is no Hub
     "model": "Name a model folder; or, to train, set model=lite0-minilm, which needs no Hub.",
@@ -70,14 +76,15 @@ def expand(name: str | Path) -> str:
     name = str(name)
     if name.startswith(OFFLINE_PREFIX):
         short_name, _, below = name.removeprefix(OFFLINE_PREFIX).partition("/")
-        path = Path(str(files("clipmini.photos")), below)
-        if short_name != "photos" or not path.exists():
+        photos = Path(str(files("clipmini.photos")))
+        path = Path(os.path.normpath(photos / below))
+        if short_name != "photos" or not path.is_relative_to(photos) or not path.exists():
             raise ValueError(
                 f"There is no {name}; offline:photos names the photographs that come with clipmini, and "
                 "offline:photos/train, /validation and /test their splits."
             )
         return str(path)
-    return str(Path(name).expanduser()) if name.startswith("~") else name
+    return os.path.expanduser(name)  # and "~$lock.jpg", of no user, as it is
 
 
 def locate(name: str | Path, allowed: str, kind: str = "model") -> str:
@@ -105,28 +112,53 @@ def locate(name: str | Path, allowed: str, kind: str = "model") -> str:
     return _find_on_hub(name, kind)
 
 
+def ask_hub(name: str, kind: str = "model") -> str | None:
+    """Return why the Hub cannot be asked for a repository, or None if it has it.
+
+    Raises:
+        RepositoryNotFoundError: the Hub has no repository of this name that the user may read.
+    """
+    from huggingface_hub import HfApi  # half a second, which a path should not cost
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_S)
+    except RepositoryNotFoundError:
+        raise
+    except OfflineModeIsEnabled:
+        return OFFLINE
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        # A token that has expired or is mistyped
+        remedy = ": log in anew with `hf auth login`, or correct HF_TOKEN" if status == 401 else ""
+        return f"it answers with status {status}{remedy}"
+    except Exception as error:  # of httpx or httpx2, as the version of huggingface_hub has it
+        return f"{type(error).__name__}: {first_sentence(error)}"
+    return None
+
+
+@functools.cache  # one run asks for a model several times
 def _find_on_hub(name: str, kind: str) -> str:
     """Return the id of a repository if the Hub has it, or the folder of a model in the Hub's cache."""
-    from huggingface_hub import HfApi, snapshot_download  # half a second, which a path should not cost
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     what = KINDS[kind]
     try:
-        HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_S)
+        reason = ask_hub(name, kind)
+    except GatedRepoError:
+        raise ValueError(
+            f"The Hub gives the {what} {name} only to people who were granted access: ask for it on its page, and log "
+            "in with `hf auth login`."
+        ) from None
     except RepositoryNotFoundError:
         raise ValueError(
             f"{name} does not exist here (in {Path.cwd()}), and the Hub has no {what} of this name that you may read. "
             "Correct the name; or, if it is private, log in with `hf auth login`."
         ) from None
-    except OfflineModeIsEnabled:
-        if kind == "dataset" and _is_cached(name):
-            return name
-        reason = "HF_HUB_OFFLINE is set"
-    except HfHubHTTPError as error:
-        reason = f"it answers with status {error.response.status_code}"
-    except Exception as error:  # of httpx or httpx2, as the version of huggingface_hub has it
-        reason = f"{type(error).__name__}: {first_sentence(error)}"
-    else:
+    if reason is None:
+        return name
+    if kind == "dataset" and reason == OFFLINE and _is_cached(name):
         return name
     with contextlib.suppress(OSError, ValueError):  # it is not in the cache
         folder = snapshot_download(name, repo_type=kind, local_files_only=True)
@@ -195,6 +227,25 @@ def locate_model(model: str | Path) -> str:
     if model_type != MODEL_TYPE:
         raise ValueError(f"{model} holds a model of type {model_type!r}; a clipmini model is needed.")
     return name
+
+
+def as_command(verb: str, *arguments: object, options: Sequence[str] = ()) -> str:
+    """Return a clipmini command that can be pasted into a shell of this system, whatever its arguments hold."""
+    words = [str(argument) for argument in arguments]
+    if any(word.startswith("-") for word in words):
+        words = [*options, "--", *words]  # what follows is no option
+    else:
+        words += options
+    if os.name == "nt":
+        # Both cmd and PowerShell know double quotes, but expand some characters between them, each in another way; for
+        # PowerShell, typographic quotes are double quotes too. A backslash before a quote would escape it.
+        safe = [re.sub(r"(\\+)$", r"\1\1", re.sub(r'["“”„$`%]', " ", word)) for word in words]
+        return " ".join(["clipmini", verb, *(word if PLAIN_WORD.fullmatch(word) else f'"{word}"' for word in safe)])
+    home = f"{Path.home()}/"  # the shell writes it where people write ~, unquoted
+    quoted = (
+        f"~/{shlex.quote(word.removeprefix(home))}" if word.startswith(home) else shlex.quote(word) for word in words
+    )
+    return " ".join(["clipmini", verb, *quoted])
 
 
 def first_sentence(error: Exception) -> str:

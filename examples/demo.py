@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from clipmini.console import quiet_progress_bars
+
+quiet_progress_bars()  # in a log; before the imports that read its setting
+
 from transformers.utils import logging
 
 from clipmini.data.images import find_images

@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from PIL import Image, ImageDraw
 
+from clipmini import names
 from clipmini.publishing.card import render_card
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.build import character_tokenizer
@@ -101,6 +102,12 @@ def pushable_folder(tiny_folder, make_card, tmp_path):
     shutil.copytree(tiny_folder, folder)
     make_card().save(folder / "README.md")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def hub_is_asked_anew():
+    """Each test has a Hub of its own."""
+    names._find_on_hub.cache_clear()
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_samples_that_stay_behind_are_told(run, pushable_folder):
     (pushable_folder.parent / "samples.jpg").write_bytes(b"an image")
     told = [line for line in run("--dry-run").stdout.splitlines() if "samples" in line]
     samples = pushable_folder.parent / "samples.jpg"
-    assert told == [f"Left out: {samples}, a picture of sample results; --samples shows it in the card."]
+    assert told == [f"Left out: {samples.name}, an image of sample results; --samples shows it in the card."]
     assert json.loads(run("--dry-run", "--json").stdout)["left_out"] == str(samples)
 
 

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from clipmini import console
-from clipmini.console import as_command
+from clipmini import names
+from clipmini.console import quiet_progress_bars
+from clipmini.names import as_command
 
 ODD_WORDS = (
     *("a dog", "it's", 'a "quoted" word', "$HOME", "`ls`", "a\nb", "", "-5 degrees", "--top", "!!", "a\\", "*", "#1"),
@@ -23,7 +24,7 @@ ODD_WORDS = (
 @pytest.mark.parametrize("word", ODD_WORDS)
 def test_a_posix_shell_takes_each_argument_as_it_is(word):
     shown = 'clipmini() { for word in "$@"; do printf "%s\\0" "$word"; done; }\n'
-    script = shown + as_command("clipmini", "search", "my model", word)
+    script = shown + as_command("search", "my model", word)
     done = subprocess.run(["sh", "-c", script], capture_output=True, check=True)
     words = done.stdout.decode().split("\0")[:-1]
     assert [item for item in words if item != "--"] == ["search", "my model", word]
@@ -31,9 +32,16 @@ def test_a_posix_shell_takes_each_argument_as_it_is(word):
 
 
 def test_on_windows_arguments_are_in_double_quotes_that_nothing_ends(monkeypatch):
-    monkeypatch.setattr(console, "os", SimpleNamespace(name="nt"))
-    command = as_command("clipmini", "search", "C:\\my runs\\model", "C:\\photos\\", 'a "red" $x `y` %z')
-    assert command == 'clipmini search "C:\\my runs\\model" "C:\\photos" "a  red   x  y   z"'
+    monkeypatch.setattr(names, "os", SimpleNamespace(name="nt"))
+    command = as_command("search", "C:\\my runs\\model", "C:\\photos\\", 'a "red" $x `y` %z “q”')
+    assert command == 'clipmini search "C:\\my runs\\model" "C:\\photos\\\\" "a  red   x  y   z  q "'
+
+
+def test_options_come_before_arguments_that_look_like_them(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = ["--top", "3"]
+    assert as_command("search", "/home/me/my run", "x", options=options) == "clipmini search ~/'my run' x --top 3"
+    assert as_command("search", "-m", "x", options=options) == "clipmini search --top 3 -- -m x"
 
 
 @pytest.fixture
@@ -54,7 +62,8 @@ def recipe(tmp_path):
     return file
 
 
-def test_bars_are_drawn_on_terminals_alone():
+def test_bars_are_drawn_on_terminals_alone(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     program = (
         "import sys; from clipmini import cli; assert 'tqdm' not in sys.modules; cli.quiet_progress_bars()\n"
         "from tqdm.auto import tqdm; list(tqdm(range(9), desc='bar'))\n"
@@ -66,6 +75,14 @@ def test_bars_are_drawn_on_terminals_alone():
     terminal = program.replace("import sys;", "import sys; sys.stderr.isatty = lambda: True;")
     done = subprocess.run([sys.executable, "-c", terminal], capture_output=True, text=True, check=True)
     assert done.stderr.count("bar: 100%") == 3
+
+
+def test_there_may_be_no_stderr(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setenv("TQDM_DISABLE", "")  # so that the variable is gone after the test
+    monkeypatch.delenv("TQDM_DISABLE")
+    quiet_progress_bars()
+    assert os.environ["TQDM_DISABLE"] == "1"
 
 
 @pytest.mark.slow

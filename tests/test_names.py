@@ -23,10 +23,9 @@ def test_a_path_whose_folder_is_here_is_never_looked_up_on_the_hub(folder, tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(names, "_find_on_hub", lambda name, kind: pytest.fail("asked the Hub"))
     first = folder.split("/")[0]
-    for name in (f"{first}/nothing", f"{first}/x.csv", f"./{first}", "../no/folder", "~/nothing", "pairs.jsonl"):
-        if name != f"./{first}":
-            with pytest.raises(ValueError, match="does not exist"):
-                locate(name, "a folder", "dataset")
+    for name in (f"{first}/nothing", f"{first}/x.csv", "../no/folder", "~/nothing", "pairs.jsonl"):
+        with pytest.raises(ValueError, match="does not exist"):
+            locate(name, "a folder", "dataset")
     assert hub_id(f"{first}/nothing") is None
     assert public_name(f"{first}/nothing") == "nothing"
     assert locate(f"./{first}", "a folder") == f"./{first}"
@@ -37,6 +36,12 @@ def test_a_path_whose_folder_is_here_is_never_looked_up_on_the_hub(folder, tmp_p
 @pytest.mark.parametrize("name", ["my/table.csv", "my/recipe.yaml", "my/a.JPG", "my/model.safetensors"])
 def test_what_ends_like_a_file_is_a_path(name):
     assert hub_id(name) is None
+
+
+def test_a_tilde_that_is_no_home_folder_is_a_letter():
+    assert expand("~$lock.jpg") == "~$lock.jpg"
+    with pytest.raises(ValueError, match=r"~nobody-here/model does not exist"):
+        locate("~nobody-here/model", "a folder")
 
 
 def test_versions_in_a_name_are_no_suffix():
@@ -58,7 +63,17 @@ class TestPhotographs:
     def test_keep_their_name_where_it_is_published(self):
         assert public_name("offline:photos/test") == "offline:photos/test"
 
-    @pytest.mark.parametrize("name", ["offline:phtos", "offline:", "offline:photos/tst", "offline:minilm-l6"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "offline:phtos",
+            "offline:",
+            "offline:photos/tst",
+            "offline:minilm-l6",
+            "offline:photos//etc",
+            "offline:photos/../..",
+        ],
+    )
     def test_a_mistyped_name_is_told(self, name):
         with pytest.raises(ValueError, match=f"There is no {name}; offline:photos names"):
             load_pairs(name)
@@ -136,9 +151,15 @@ class TestWithoutTheHub:
             with pytest.raises(ValueError, match=r"data set org/pairs is neither here .* cannot be reached"):
                 call()
 
+    def test_a_push_at_the_end_is_refused_at_the_start(self, no_hub, tmp_path):
+        options = {"output_dir": tmp_path / "run", "push_to_hub": True, "hub_model_id": "org/new"}
+        with pytest.raises(ValueError, match=r"push_to_hub needs the Hub, which cannot be reached .*leave it out"):
+            clipmini.train("demo", **options)
+
     def test_a_model_that_is_whole_in_the_cache_is_loaded(self, no_hub, cached):
         model = clipmini.load("org/tiny")
         assert model.encode_text("a cat").shape == (16,)
+        assert model.name_or_path == "org/tiny"  # under which reports name it
         hits = clipmini.search("org/tiny", "offline:photos/test", "a cat", top=1)
         assert len(hits) == 1
 
@@ -157,6 +178,11 @@ def test_what_the_hub_does_not_have_is_told(hub):
         clipmini.load("org/gone")
     with pytest.raises(ValueError, match="the Hub has no data set of this name that you may read"):
         load_pairs("org/gone")
-    hub.fail("GET /api/models/org/there", status=503, times=9)
+    hub.fail("GET /api/models/org/here", status=401, times=1)
+    with pytest.raises(ValueError, match=r"\(it answers with status 401: log in anew"):
+        clipmini.load("org/here")
+    hub.fail("GET /api/models/org/here", status=503, times=9)
     with pytest.raises(ValueError, match=r"cannot be reached \(it answers with status 503"):
-        clipmini.load("org/there")
+        clipmini.load("org/here")
+    hub.fail("GET /api/models/org/there", status=503, times=9)  # where one process has found it, it does not ask again
+    assert locate("org/there", "a folder") == "org/there"

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+import clipmini
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("modeling_clipmini", "clipmini", "training")
@@ -121,3 +124,29 @@ def test_make_help_is_the_default_goal():
     result = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "make demo" in result.stdout
     assert "make test" in result.stdout
+
+
+@pytest.mark.parametrize("path", (ROOT / ".github").rglob("*.yml"), ids=lambda path: path.name)
+def test_issue_forms_are_such_that_github_shows_them(path):
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.name == "config.yml":
+        assert form == {"blank_issues_enabled": True}
+        return
+    assert form["name"]
+    assert form["description"]
+    names = [field["id"] for field in form["body"]]
+    assert len(set(names)) == len(names)
+    assert all(field["type"] == "textarea" and field["attributes"]["label"] for field in form["body"])
+
+
+def test_the_citation_is_of_this_version_and_license():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == clipmini.__version__
+    assert citation["license"] == "Apache-2.0"
+
+
+def test_make_and_ci_name_only_files_that_exist():
+    for path in (ROOT / "Makefile", ROOT / ".ci" / "try_wheel"):
+        for name in re.findall(r"(?:\.ci|benchmarks|examples)/[\w/.]+", path.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), name

@@ -14,6 +14,7 @@ from clipmini.data.recipe_files import (
     build_section,
     check_keys,
     find_model,
+    publishable_recipe,
     read_recipe,
     read_yaml,
     section_keys,
@@ -103,7 +104,7 @@ def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[
         parts=[*model_parts(recipe.model), data_part(recipe.data.source)],
         stages=[describe_stage(name, recipe.stages[name]) for name in names] or [describe_stage("", recipe.training)],
         results=results,
-        recipe=_publishable_recipe(recipe.values),
+        recipe=publishable_recipe(recipe.values),
     )
 
 
@@ -175,16 +176,3 @@ def _from_card(
         return None, ()
     bases, license = data.get("base_model") or [], data.get("license")
     return license if isinstance(license, str) else None, (bases,) if isinstance(bases, str) else tuple(bases)
-
-
-def _publishable_recipe(values: Mapping[str, Any]) -> str:
-    """Return a recipe as YAML without private paths: only their last parts, and nothing that concerns one machine."""
-
-    def shorten(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: shorten(item) for key, item in value.items() if key not in ("output_dir", "strict")}
-        if isinstance(value, str) and ("/" in value or "\\" in value):
-            return public_name(value)
-        return value
-
-    return yaml.safe_dump(shorten(values), sort_keys=False, allow_unicode=True)

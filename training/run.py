@@ -6,8 +6,8 @@ import json
 import logging
 import platform
 import re
-import shlex
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import RepositoryNotFoundError
 from torch import nn
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -42,7 +43,7 @@ from clipmini.files import (
 )
 from clipmini.inference.drawing import draw_examples
 from clipmini.inference.embed import load_model
-from clipmini.names import public_name
+from clipmini.names import as_command, ask_hub, expand, public_name
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import explain_refusals, prepare_push, push
 from modeling_clipmini import ClipMiniModel
@@ -144,12 +145,17 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         if recipe.training.push_to_hub:
             _push_model(model_dir, recipe.training)
     shown = [*reversed(held_out), "train"][0]
-    return Run(output_dir, results, _find_example(recipe.data.source, shown, pairs[shown], answers))
+    return Run(output_dir, results, _find_example(recipe.data.source, shown, pairs, answers))
 
 
-def _find_example(source: str, split: str, rows: Dataset, answers: Answers | None) -> SearchExample | None:
+def _find_example(source: str, split: str, pairs: DatasetDict, answers: Answers | None) -> SearchExample | None:
     """Find a search for the images of a split: a caption that was answered right, if there is one."""
+    rows = pairs[split]
     folder = folder_of(source, (image["path"] for image in rows["image"]))
+    others = (image["path"] for name in pairs.keys() - {split} for image in pairs[name]["image"])
+    root = Path(expand(folder or "")).absolute()
+    # The search ranks all images in the folder: what was first in the split need not be so among those of others.
+    is_alone = folder is not None and not any(path and Path(path).is_relative_to(root) for path in others)
     if answers is None:  # nothing was measured
         found = [(caption, False) for captions in rows["captions"][:MAX_EXAMPLES] for caption in captions]
     else:
@@ -157,7 +163,7 @@ def _find_example(source: str, split: str, rows: Dataset, answers: Answers | Non
     for caption, is_first in found:
         query = "".join(filter(str.isprintable, " ".join(caption.split())))
         if folder is not None and 0 < len(query) <= MAX_QUERY_CHARACTERS:
-            return SearchExample(folder, query, split, is_first)
+            return SearchExample(folder, query, split, is_first and is_alone)
     return None
 
 
@@ -219,11 +225,9 @@ def _push_model(folder: Path, args: ClipMiniTrainingArguments) -> None:
         prepared = prepare_push(folder, repo_id)
         pushed = push(prepared, private=args.hub_private_repo, revision=branch)
     except ValueError as error:
-        again = ["clipmini", "push", str(folder), repo_id]
-        again += ["--private"] * bool(args.hub_private_repo) + (["--revision", branch] if branch else [])
-        raise ValueError(
-            f"the model is trained and saved, but not pushed: {error} To push it: {shlex.join(again)}"
-        ) from error
+        options = ["--private"] * bool(args.hub_private_repo) + (["--revision", branch] if branch else [])
+        again = as_command("push", folder, repo_id, options=options)
+        raise ValueError(f"the model is trained and saved, but not pushed: {error} To push it: {again}") from error
     logger.warning("the model is pushed: %s", pushed.url)
 
 
@@ -344,6 +348,13 @@ def _check_push(recipe: Recipe) -> None:
         raise ValueError(f"push_to_hub with hub_model_id={args.hub_model_id!r}: name the repository as owner/name.")
     if not recipe.license:
         raise ValueError("push_to_hub needs the model's license: set it in the recipe, such as `license: apache-2.0`.")
+    reason = None
+    with suppress(RepositoryNotFoundError):  # it will be made
+        reason = ask_hub(str(args.hub_model_id))
+    if reason:
+        raise ValueError(
+            f"push_to_hub needs the Hub, which cannot be reached ({reason}): leave it out, and `clipmini push` later."
+        )
     with explain_refusals(str(args.hub_model_id)):
         ModelCard(f"---\nlicense: {recipe.license}\n---\n").validate()  # asks the Hub whether it knows the license
 

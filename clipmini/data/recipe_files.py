@@ -24,7 +24,7 @@ import yaml
 
 from clipmini.declared import Option, declared_options
 from clipmini.files import RECIPE_FILE
-from clipmini.names import OFFLINE_PREFIX, expand, hub_id, locate
+from clipmini.names import OFFLINE_PREFIX, expand, hub_id, locate, public_name
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,9 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
         key, separator, value = text.partition("=")
         if not separator or not key:
             raise ValueError(f"--set {text!r} is not of the form key=value.")
+        if re.search(r"(^|\s)#", value) and value.lstrip()[:1] not in tuple("\"'[{"):
+            changes[key] = value  # YAML would take "Photos #1" for "Photos" and a comment
+            continue
         try:
             changes[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: it looks like a date, but is not one
@@ -189,8 +192,8 @@ def read_data_section(name_or_source: str, changes: Mapping[str, Any]) -> dict[s
 def _check_source(data: Mapping[str, Any], recipe: str) -> None:
     if "source" not in data:
         raise ValueError(
-            f"data.source is missing: {recipe} names no data. Add --set source=FOLDER, as in "
-            f"`clipmini train {recipe} --set source=FOLDER`; a table or a Hub id will do too."
+            f"data.source is missing: {recipe} names no data. Add --set source=FOLDER; "
+            "a table or a Hub id will do too."
         )
     source = data["source"]
     if not isinstance(source, (str, int, datetime.date)) or isinstance(source, bool):  # YAML reads 2024 as a number
@@ -442,3 +445,16 @@ def _members(hint: Any) -> list[Any]:
     """List the plain types that a type hint allows."""
     is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     return [typing.get_origin(member) or member for member in (typing.get_args(hint) if is_union else (hint,))]
+
+
+def publishable_recipe(values: Mapping[str, Any]) -> str:
+    """Return a recipe as YAML without private paths: only their last parts, and nothing that concerns one machine."""
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: shorten(item) for key, item in value.items() if key not in ("output_dir", "strict")}
+        if isinstance(value, str) and ("/" in value or "\\" in value):
+            return public_name(value)
+        return value
+
+    return yaml.safe_dump(shorten(values), sort_keys=False, allow_unicode=True)

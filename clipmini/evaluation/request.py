@@ -1,8 +1,6 @@
 """What to evaluate, and the folder of the report: checked before anything slow is imported."""
 
 import json
-import re
-import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +11,7 @@ from typing import Any
 from clipmini.data.recipe_files import is_same_source, parse_changes, read_data_section
 from clipmini.files import RECIPE_FILE, RESULTS_FILE, RunRecord
 from clipmini.inference.prompts import load_templates
-from clipmini.names import expand, locate, locate_any_model
+from clipmini.names import as_command, expand, locate, locate_any_model
 
 RETRIEVAL, ZERO_SHOT, PROBE = "retrieval", "zero-shot", "probe"
 OPTIONS = {  # that only some tasks have
@@ -72,7 +70,7 @@ class Request:
         """The command that measures the same; None for a model that has no name but is an object of Python."""
         if not all(isinstance(model, (str, Path)) for model in self.models):
             return None
-        words = ["clipmini", "evaluate", str(self.model), self.data]
+        words: list[str] = []
         task = None if self.task == RETRIEVAL else self.task
         options = {"task": task, "split": self.split, "baseline": self.baseline, "template": self.template}
         for name, value in {**options, "train-data": self.train_data}.items():
@@ -82,8 +80,7 @@ class Request:
             plain = f"{key}={value}"
             is_plain = parse_changes([plain]) == {key: value}
             words += ["--set", plain if is_plain else f"{key}={json.dumps(value, default=str)}"]
-        home = str(Path.home())  # the shell writes it where people write ~
-        return shlex.join(re.sub(rf"^{re.escape(home)}(?=/)", "~", word) for word in words)
+        return as_command("evaluate", self.model, self.data, options=words)
 
     @property
     def models(self) -> list[Any]:

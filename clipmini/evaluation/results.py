@@ -18,6 +18,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from clipmini.data.images import Skipped
 from clipmini.data.leaks import LeakReport
+from clipmini.data.recipe_files import publishable_recipe, read_yaml
 from clipmini.files import (
     CURVES_FILE,
     MODEL_FOLDER,
@@ -89,7 +90,7 @@ class SearchExample:
         folder: the images, as `clipmini search` takes them.
         query: a caption of one of them.
         split: where the caption is from.
-        is_first: whether its image ranked first in the split.
+        is_first: whether its image ranked first in the split, and the folder holds images of no other split.
     """
 
     folder: str
@@ -339,7 +340,7 @@ def _run_on_page(model: Any) -> dict[str, str] | None:
     run = run_of(Path(model).expanduser()) if isinstance(model, (str, Path)) else None
     if run is None:
         return None
-    curves, recipe = run / CURVES_FILE, (run / RECIPE_FILE).read_text(encoding="utf-8")
+    curves, recipe = run / CURVES_FILE, publishable_recipe(read_yaml(run / RECIPE_FILE))
     uri = f"data:image/png;base64,{base64.b64encode(curves.read_bytes()).decode()}" if curves.is_file() else ""
     return {"name": run.name, "recipe": recipe, "curves": uri}
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from clipmini.data.augment import describe_processor
 from clipmini.data.images import Skipped
-from clipmini.names import first_sentence, locate_model
+from clipmini.names import expand, first_sentence, locate_model
 from clipmini.store import digest
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.encoding_clipmini import by_length, embed_in_batches
@@ -171,7 +171,7 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
             is no such device.
     """
     device = choose_device(device)  # before the seconds that loading takes
-    name_or_path = locate_model(name_or_path)
+    name, name_or_path = expand(name_or_path), locate_model(name_or_path)
     refuse_code(name_or_path)
     part = "model"
     try:
@@ -189,6 +189,7 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
     if processor.tokenizer.vocab_size <= len(processor.tokenizer.all_special_ids):
         raise ValueError(f"{name_or_path} is incomplete or damaged: its tokenizer has no vocabulary; save it again.")
     model.processor = processor
+    model.name_or_path = name  # not that of a folder in the Hub's cache
     return model.eval().to(device)
 
 

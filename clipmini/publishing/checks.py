@@ -43,7 +43,6 @@ TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 TEXT_SUFFIXES = (".md", ".json", ".py", ".txt")
 # Keys of results that list single images and captions: they belong to other people, and no figure needs them.
 SINGLE_INPUT_KEYS = ("skipped", "examples", "alike_examples", "rows")
-LOCAL_KEYS = ("command",)  # which may hold paths on this machine
 
 
 def list_files(folder: Path) -> dict[str, Path]:
@@ -212,6 +211,7 @@ def public_results(file: Path) -> bytes:
         source = None
     if not source:
         raise ValueError(f'{file} does not say what data it was measured on; add "data": {{"source": "NAME"}} to it.')
+    results.pop("command", None)  # it may hold paths on this machine
     results = _public(results)
     results["data"]["source"] = public_name(str(source))
     return (json.dumps(results, indent=2) + "\n").encode()
@@ -219,7 +219,7 @@ def public_results(file: Path) -> bytes:
 
 def _public(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items() if key not in SINGLE_INPUT_KEYS + LOCAL_KEYS}
+        return {key: _public(item) for key, item in value.items() if key not in SINGLE_INPUT_KEYS}
     if isinstance(value, list):
         return [_public(item) for item in value]
     if isinstance(value, str) and (os.path.isabs(value) or value.startswith((".", "~"))):

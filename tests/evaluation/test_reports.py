@@ -103,20 +103,23 @@ def test_the_page_says_how_it_was_made(tiny_folder, pair_folder, tmp_path, monke
     monkeypatch.setenv("HOME", str(tmp_path))
     model = tmp_path / "my run" / "model"
     shutil.copytree(tiny_folder, model)
-    (model.parent / "recipe_as_run.yaml").write_text("data: {source: <elsewhere>}\n")
+    (model.parent / "recipe_as_run.yaml").write_text(
+        f"data: {{source: {tmp_path}/<elsewhere>}}\ntraining: {{output_dir: {tmp_path}/run}}\n"
+    )
     Image.new("RGB", (8, 8)).save(model.parent / "curves.png")
     options = ["--no-check-leaks", "--split", "train", "--set", "caption_column=caption", "--set", "split_seed=3"]
     result = run(model, pair_folder, *options, "--json")
     results = json.loads(result.stdout)
     words = ["~/my run/model", "~/pairs", *options[1:3], "--no-check-leaks", *options[3:]]
     assert shlex.split(results["command"]) == ["clipmini", "evaluate", *words]
+    assert results["command"].startswith("clipmini evaluate ~/'my run/model' ~/pairs ")  # a shell expands these
     measured = datetime.strptime(results["measured_utc"], "%Y-%m-%d %H:%M").replace(tzinfo=UTC)
     assert timedelta(0) <= datetime.now(UTC) - measured < timedelta(minutes=5)
     page = (model.parent / "evaluation-pairs-train" / "report.html").read_text()
     assert f"Measured on {results['measured_utc']} UTC" in page
     assert escape(results["command"]) in page
     assert "In the run “my run”." in page
-    assert "data: {source: &lt;elsewhere&gt;}" in page
+    assert "source: &lt;elsewhere&gt;" in page
     assert "data:image/png;base64," in page
     assert str(tmp_path) not in page
 

@@ -12,6 +12,7 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 def test_the_demo_searches_and_draws(tiny_folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(tiny_folder, tmp_path / "runs" / "demo" / "model")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # which the demo sets where stderr is a file; here, it is put back
     runpy.run_path(str(DEMO), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4

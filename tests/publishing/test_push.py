@@ -27,6 +27,8 @@ def folder(pushable_folder):
         "skipped": [{"path": "/home/me/photos/7.png", "reason": "is empty"}],
         "duplicates": {"captions": {"num_groups": 1, "examples": [{"caption": "a dog", "image_ids": [1, 2]}]}},
         "num_skipped": 1,
+        "command": "clipmini evaluate /home/me/model /home/me/photos",
+        "per_class": {"command": 0.5},
     }
     (run / "results.json").write_text(json.dumps(results))
     return pushable_folder
@@ -48,6 +50,7 @@ def test_what_is_pushed(folder, tiny_folder):
         "data": {"source": "photos"},
         "duplicates": {"captions": {"num_groups": 1}},
         "num_skipped": 1,
+        "per_class": {"command": 0.5},  # a class of this name
     }
     assert all(b"/home/me" not in content for content in files.values())
 

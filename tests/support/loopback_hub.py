@@ -46,6 +46,7 @@ class LoopbackHub:
     """The repositories, and what was asked of them.
 
     Attributes:
+        user: who is logged in, and may create repositories.
         models: repositories by id.
         datasets: likewise.
         requests: "METHOD /path" of every request, in order.
@@ -54,6 +55,7 @@ class LoopbackHub:
     """
 
     def __init__(self):
+        self.user = USER
         self.models, self.datasets = {}, {}
         self.uploaded = {}  # by SHA-256
         self.requests, self.unknown, self.faults = [], [], []
@@ -231,9 +233,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self):
         wanted = self._json()
         kind = "datasets" if wanted.get("type") == "dataset" else "models"
-        name = f"{wanted.get('organization') or USER}/{wanted['name']}"
+        name = f"{wanted.get('organization') or self.hub.user}/{wanted['name']}"
         where = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
-        if not name.startswith(f"{USER}/"):
+        if not name.startswith(f"{self.hub.user}/"):
             raise HubError(403, f"You don't have the rights to create a model under the namespace {name}")
         if name in self.hub.repositories(kind):
             self._answer({"error": "You already created this repo", "url": where, "name": name}, 409)
@@ -243,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"url": where, "name": name, "id": name})
 
     def _whoami(self):
-        self._answer({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+        self._answer({"type": "user", "name": self.hub.user, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
 
     def _validate(self):
         faults = metadata_faults(self._json()["content"])
@@ -260,7 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "_id": name,
                 "id": name,
-                "author": USER,
+                "author": self.hub.user,
                 "sha": commit.sha,
                 "private": repository.is_private,
                 "gated": False,
@@ -279,7 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"branches": heads, "converts": [], "tags": [], "pullRequests": []})
 
     def _commits(self, kind, name, revision):
-        facts = {"authors": [{"user": USER}], "date": "2024-01-01T00:00:00.000Z", "message": ""}
+        facts = {"authors": [{"user": self.hub.user}], "date": "2024-01-01T00:00:00.000Z", "message": ""}
         history = self._repository(name, kind).history(revision)
         self._answer([{"id": commit.sha, "title": commit.title, **facts} for commit in history])
 

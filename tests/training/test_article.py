@@ -59,7 +59,7 @@ def check_article(run, towers):
         before = load_file(towers.parent / name / "model.safetensors")
         after = {key.removeprefix("timm_model."): value.cpu() for key, value in tower.named_parameters()}
         moved = [key for key, value in after.items() if not torch.equal(value, before[key])]
-        assert len(moved) > 0.7 * len(after)  # a random residual block passes no gradient to some at its first step
+        assert len(moved) > 0.7 * len(after)  # a random residual block passes on no gradient at its first step
     assert run.results["num_train_captions"] == 5 * run.results["num_train_images"]
     assert set(run.results["splits"]) == {"validation", "test"}
 
@@ -77,9 +77,9 @@ def test_it_trains_both_towers_under_heads_of_256(layout, tmp_path):
 @pytest.mark.slow
 def test_it_trains_towers_of_the_real_size(tmp_path):
     towers = write_towers(tmp_path, "resnet50")
-    options = {"model": towers, "max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True}
+    options = {"model": towers, "max_steps": 3, "per_device_train_batch_size": 4, "use_cpu": True}
     source = write_flickr8k(tmp_path / "flickr8k", "kaggle")
-    run = clipmini.train("article", source=source, output_dir=tmp_path / "run", eval_steps=1, save_steps=1, **options)
+    run = clipmini.train("article", source=source, output_dir=tmp_path / "run", eval_steps=3, save_steps=3, **options)
     check_article(run, towers)
 
 

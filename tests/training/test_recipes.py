@@ -61,6 +61,10 @@ def test_values_arrive_with_their_types(tmp_path):
         (["training.learning_rate=1e-3"], lambda r: r.training.learning_rate, 1e-3),
         (["learning_rate=0.5"], lambda r: r.training.learning_rate, 0.5),
         (["source=other folder"], lambda r: r.data.source, "other folder"),
+        (["source=Photos #1"], lambda r: r.data.source, "Photos #1"),
+        (["source=2024 #1"], lambda r: r.data.source, "2024 #1"),
+        (["source=#1"], lambda r: r.data.source, "#1"),
+        (['source="Photos #1"'], lambda r: r.data.source, "Photos #1"),
         (["projection=mlp"], lambda r: r.values["model_config"], {"projection": "mlp"}),
         (["model_config.loss=sigmoid"], lambda r: r.values["model_config"], {"loss": "sigmoid"}),
         (["model=org/name"], lambda r: r.model, "org/name"),
@@ -155,7 +159,7 @@ def test_output_folder_is_named_after_the_recipe(tmp_path):
 def test_every_recipe_of_the_package_is_valid_and_says_how_it_is_run(name):
     needs_data = name != "demo"
     if needs_data:
-        with pytest.raises(ValueError, match=f"`clipmini train {name} --set source=FOLDER`"):
+        with pytest.raises(ValueError, match=f"{name} names no data. Add --set source=FOLDER;"):
             load_recipe(name)
     recipe = load_recipe(name, {"source": "mine"} if needs_data else {})
     assert isinstance(recipe.model, ModelPreset)

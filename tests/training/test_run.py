@@ -9,11 +9,11 @@ from PIL import Image, ImageDraw
 
 from clipmini.data.pairs import load_pairs
 from clipmini.data.recipe_files import parse_changes
-from clipmini.evaluation.measure import measure_pairs
+from clipmini.evaluation.measure import Answer, Answers, Found, measure_pairs
 from clipmini.evaluation.results import Evaluation
 from clipmini.inference.embed import load_model
 from clipmini.training.recipes import load_recipe
-from clipmini.training.run import keep_freed_memory, train
+from clipmini.training.run import _find_example, keep_freed_memory, train
 from modeling_clipmini import ClipMiniModel
 
 RECIPE = """
@@ -298,3 +298,18 @@ def test_freed_memory_is_used_again():
 def test_it_does_nothing_elsewhere(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("has_folders", [True, False])
+def test_an_image_is_said_to_be_first_only_where_the_search_ranks_its_split_alone(has_folders, tmp_path):
+    rows = []
+    for number, split in enumerate(("train", "train", "test")):
+        image = tmp_path / (split if has_folders else "all") / f"{number}.png"
+        image.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (80 * number, 0, 0)).save(image)
+        rows.append(f"{image.relative_to(tmp_path)},image {number},{split}\n")
+    (tmp_path / "metadata.csv").write_text("file_name,caption,split\n" + "".join(rows))
+    pairs = load_pairs(tmp_path)
+    answers = Answers(1, 1, [Answer("image 2", [Found(0, 1, 1.0, True)])], [], [])
+    example = _find_example(str(tmp_path), "test", pairs, answers)
+    assert (example.query, example.is_first) == ("image 2", has_folders)
