@@ -6,7 +6,7 @@ The page opens without a network: drawings and thumbnails are embedded in it.
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -340,7 +340,9 @@ def _run_on_page(model: Any) -> dict[str, str] | None:
     run = run_of(Path(model).expanduser()) if isinstance(model, (str, Path)) else None
     if run is None:
         return None
-    curves, recipe = run / CURVES_FILE, publishable_recipe(read_yaml(run / RECIPE_FILE))
+    curves, recipe = run / CURVES_FILE, ""
+    with suppress(ValueError):  # a damaged recipe must not cost what was measured
+        recipe = publishable_recipe(read_yaml(run / RECIPE_FILE))
     uri = f"data:image/png;base64,{base64.b64encode(curves.read_bytes()).decode()}" if curves.is_file() else ""
     return {"name": run.name, "recipe": recipe, "curves": uri}
 

@@ -124,6 +124,16 @@ def test_the_page_says_how_it_was_made(tiny_folder, pair_folder, tmp_path, monke
     assert str(tmp_path) not in page
 
 
+def test_a_damaged_recipe_beside_the_model_costs_no_measurement(tiny_folder, class_folder, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "run" / "model")
+    (model.parent / "recipe_as_run.yaml").write_text("data: {source: [")
+    result = run(model, class_folder, "--task", "zero-shot", "--out", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "In the run “run”." in page
+    assert "Its recipe" not in page
+
+
 def test_images_have_names_and_descriptions(tiny_folder, pair_folder, class_folder, tmp_path):
     run(tiny_folder, pair_folder, "--out", tmp_path / "pairs-report")
     run(tiny_folder, class_folder, "--task", "zero-shot", "--out", tmp_path / "class-report")
