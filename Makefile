@@ -53,6 +53,8 @@ bench: .venv/.installed  ## measure the figures of benchmarks/README.md, in hour
 	$(BIN)/python benchmarks/ranking.py
 	$(BIN)/python benchmarks/ranking.py --num-kept 10
 	$(BIN)/python benchmarks/recipes.py --source $(FLICKR8K)
+	$(BIN)/clipmini train flickr8k --set source=$(FLICKR8K) --set output_dir=runs/bench-flickr8k --overwrite
+	$(BIN)/python benchmarks/bank.py runs/bench-flickr8k/model --source $(FLICKR8K) --gallery offline:photos
 
 .PHONY: build
 build: .venv/.installed  ## build the wheel and the source archive in dist/

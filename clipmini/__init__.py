@@ -296,7 +296,7 @@ def push(
     images = [(Path(image), labels) for image, labels in examples]
     prepared = prepare_push(Path(folder), repo_id, allow_code_drift=allow_code_drift, examples=images, samples=samples)
     if dry_run:
-        return Pushed(repo_id, prepared.sizes, left_out=prepared.left_out)
+        return Pushed(repo_id, prepared.sizes, left_out=prepared.left_out, bank=prepared.bank)
     return upload(prepared, private=private or None, revision=revision, message=message)
 
 

@@ -378,6 +378,11 @@ def push(
     print_table(("file", "bytes"), [(path, f"{size:,}") for path, size in pushed.sizes.items()])
     if pushed.left_out:
         typer.echo(f"Left out: {pushed.left_out.name}, an image of sample results; --samples shows it in the card.")
+    if pushed.bank:
+        typer.echo(
+            f"bank.safetensors holds vectors of {pushed.bank['num_captions']:,} captions and "
+            f"{pushed.bank['num_images']:,} images of the training data: who has one can test whether it is there."
+        )
     if dry_run:
         typer.echo("Nothing was uploaded: this was a dry run.")
     else:

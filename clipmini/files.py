@@ -13,6 +13,7 @@ from pathlib import Path
 
 RECIPE_FILE, RESULTS_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "model"
 CURVES_FILE, SAMPLES_FILE = "curves.png", "samples.jpg"
+WEIGHTS_FILE, BANK_FILE = "model.safetensors", "bank.safetensors"
 STAGE_FILE, RECORD_FILE = "stage.json", "written_files.json"
 IGNORED_NAMES = {"__pycache__", ".DS_Store"}  # Python and operating systems leave these anywhere
 CHECKPOINTS = "checkpoint-*"  # in a record, this stands for all checkpoints: Trainer adds the step to their names
@@ -158,7 +159,7 @@ def versions() -> dict[str, str]:
 
 def weights_sha256(folder: Path) -> str | None:
     """Return the SHA-256 of a folder's `model.safetensors`, by which results name their weights; None without one."""
-    file = folder / "model.safetensors"
+    file = folder / WEIGHTS_FILE
     if not file.is_file():
         return None
     with file.open("rb") as stream:

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from clipmini import cli
+from clipmini.inference.bank import Bank, save_bank
 
 
 @pytest.fixture
@@ -29,6 +31,26 @@ def test_a_dry_run_lists_files_and_sizes_without_the_network(run, hub, pushable_
     assert f"{sizes['model.safetensors']:,}" in table
     assert "Nothing was uploaded" in table
     assert hub.requests == []
+
+
+def test_a_bank_is_named_with_what_it_holds(run, pushable_folder):
+    vectors = torch.eye(3, 16).half()
+    save_bank(Bank(vectors, vectors[:2], 14.0), pushable_folder)
+    assert "holds vectors of 3 captions and 2 images of the training data" in run("--dry-run").stdout
+    answer = json.loads(run("--dry-run", "--json").stdout)
+    assert answer["bank"] == {"num_captions": 3, "num_images": 2}
+    assert "bank.safetensors" in [file["path"] for file in answer["files"]]
+
+
+def test_the_bank_of_other_weights_is_refused(run, pushable_folder, tiny_model):
+    vectors = torch.eye(3, 16).half()
+    save_bank(Bank(vectors, vectors, 14.0), pushable_folder)
+    with torch.no_grad():
+        next(tiny_model.parameters()).add_(1)
+    tiny_model.save_pretrained(pushable_folder)
+    result = run("--dry-run")
+    assert result.exit_code == 2
+    assert "is of other weights than those beside it" in result.stderr
 
 
 def test_samples_that_stay_behind_are_told(run, pushable_folder):

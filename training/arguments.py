@@ -90,6 +90,12 @@ class ClipMiniTrainingArguments(TrainingArguments):
         metadata={"help": "Learn from embeddings made by `clipmini teach`: {file: teacher.parquet, weight: 0.5}."},
     )
 
+    # What is saved
+    bank: bool = field(
+        default=True,
+        metadata={"help": "Save vectors of training captions and images, to score without hubs, beside the model."},
+    )
+
     # Changed defaults of TrainingArguments
     # The collator needs image and captions, which `forward` does not take.
     remove_unused_columns: bool = field(

@@ -27,9 +27,10 @@ from clipmini.data.images import Skipped, folder_of
 from clipmini.data.pairs import PairDataset, load_data
 from clipmini.data.recipe_files import check_stage
 from clipmini.evaluation.curves import draw_curves
-from clipmini.evaluation.measure import Answers, measure_split
+from clipmini.evaluation.measure import Answers, draw_bank, measure_split
 from clipmini.evaluation.results import Run, SearchExample, show_answers
 from clipmini.files import (
+    BANK_FILE,
     CHECKPOINTS,
     CURVES_FILE,
     MODEL_FOLDER,
@@ -41,6 +42,7 @@ from clipmini.files import (
     atomic_write,
     versions,
 )
+from clipmini.inference.bank import Bank
 from clipmini.inference.drawing import draw_examples
 from clipmini.inference.embed import load_model
 from clipmini.names import as_command, ask_hub, expand, public_name
@@ -112,9 +114,12 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
                 _claim_output_dir(record, recipe, wanted, overwrite)
             trainer.accelerator.wait_for_everyone()  # checkpoints that the others look for may be gone now
         model, histories[name], train_s = _run_stage(trainer, output_dir / name, record, is_one_of_many=bool(name))
+    bank = _draw_bank(model, features["train"], args) if args.bank else None
     measured, answers = {}, None
     for split in held_out:
-        after, answers = measure_split(model, features[split], args.per_device_eval_batch_size, args.matryoshka_widths)
+        after, answers = measure_split(
+            model, features[split], args.per_device_eval_batch_size, args.matryoshka_widths, bank
+        )
         measured[split] = {"before": before[split], **after}
 
     skipped.log_summary()
@@ -127,6 +132,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         **skipped.to_dict(),
         "duplicates": duplicates.as_dict(),
         "num_parameters": model.num_parameters(),
+        "bank": None if bank is None else bank.sizes,
         "train_s": None if None in times else sum(times),
         "stages": list(finished),
         "versions": versions(),
@@ -135,7 +141,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     model_dir = output_dir / MODEL_FOLDER
     if args.process_index == 0:
         card = render_recipe_card(recipe, model.config, results)
-        save_model_folder(model, model_dir, card, made_of=_folders_of_origin(recipe), record=record)
+        save_model_folder(model, model_dir, card, bank, made_of=_folders_of_origin(recipe), record=record)
         draw_curves({name or "training": log for name, log in histories.items()}, output_dir / CURVES_FILE)
         if answers is not None:
             _draw_samples(pairs[held_out[-1]], answers, output_dir / SAMPLES_FILE)
@@ -146,6 +152,16 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
             _push_model(model_dir, recipe.training)
     shown = [*reversed(held_out), "train"][0]
     return Run(output_dir, results, _find_example(recipe.data.source, shown, pairs, answers))
+
+
+def _draw_bank(model: ClipMiniModel, pairs: PairDataset, args: ClipMiniTrainingArguments) -> Bank | None:
+    if args.augment is not None:  # the images as people search them, not the views that were trained on
+        pairs = PairDataset(pairs.rows, text_features=pairs.text_features)
+    try:
+        return draw_bank(model, pairs, args.seed, args.per_device_eval_batch_size)
+    except ValueError as error:  # an image that is gone since, or a training that diverged, must not cost the model
+        logger.warning("%s is not saved: %s", BANK_FILE, error)
+        return None
 
 
 def _find_example(source: str, split: str, pairs: DatasetDict, answers: Answers | None) -> SearchExample | None:

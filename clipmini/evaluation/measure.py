@@ -3,8 +3,9 @@
 Every image and caption is embedded once. Where frozen parts of the towers have run already, their features are used.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from clipmini.data.pairs import PairDataset
+from clipmini.inference.bank import Bank
 from clipmini.inference.embed import DualEncoder, as_encoder
 from clipmini.inference.encoders import check_widths
 from modeling_clipmini import ClipMiniModel
@@ -34,8 +36,12 @@ from .retrieval import (
     summarize_scores,
 )
 
+logger = logging.getLogger(__name__)
+
 Metric = TypeVar("Metric")
 PROJECTED_AT_ONCE = 8192  # pooled outputs of a tower that only its projection has to process
+NUM_BANK_TEXTS, NUM_BANK_IMAGES = 10_000, 3_000  # larger banks gain little; see benchmarks/bank.py
+MIN_BANK = 1_000  # captions, and images: smaller banks gain nothing that is sure, and banks of a hundred harm
 CURVE_END = 100  # the last k of a recall curve
 MAX_COMPARED = 2000  # images, and captions, in the histogram of similarities that do not match
 NUM_EXAMPLES = 8  # successes to look at, and as many failures
@@ -69,6 +75,20 @@ class Embeddings:
     def scores(self, change: Callable[[Tensor], Tensor] = lambda vectors: vectors) -> dict[str, QueryScores]:
         """Score every query, by direction, with the vectors as they are, or changed, such as truncated."""
         return retrieval_scores(change(self.images), change(self.texts), self.text_image_ids, self.image_ids)
+
+    def normalized(self, bank: Bank) -> "Embeddings":
+        """Widen the vectors by two, so that their products are scores without hubs in both directions.
+
+        The score of a pair is its cosine minus the priors of its image and its caption. To the images that a caption
+        ranks, its own prior is a constant and changes nothing; and likewise for an image.
+        """
+        ones = torch.ones(max(len(self.images), len(self.texts)), 1)
+        of_images, of_texts = bank.prior_of_images(self.images)[:, None], bank.prior_of_texts(self.texts)[:, None]
+        return replace(
+            self,
+            images=torch.cat([self.images, -of_images, ones[: len(of_images)]], dim=1),
+            texts=torch.cat([self.texts, ones[: len(of_texts)], -of_texts], dim=1),
+        )
 
     def without(self, rows: Sequence[int], texts: Sequence[int]) -> "Embeddings":
         """Leave out some images with all their captions, and some captions more."""
@@ -148,6 +168,7 @@ class RetrievalResult:
         recall_curve: by direction, R@k for k from 1 to 100, or to all candidates where there are fewer.
         chance_curve: the same for a random order.
         scores: scores of every query, to compare with another model's.
+        never_first: as `share_never_first` returns it.
         answers: what some of the captions found.
     """
 
@@ -159,7 +180,23 @@ class RetrievalResult:
     recall_curve: dict[str, list[float]]
     chance_curve: dict[str, list[float]]
     scores: dict[str, QueryScores]
+    never_first: float
     answers: Answers
+
+
+@dataclass(frozen=True)
+class NormalizedResult:
+    """A model's retrieval on a split by scores without hubs.
+
+    Attributes:
+        metrics: as in `summarize_scores`, with 95 % intervals.
+        scores: scores of every query, to compare with those by cosine.
+        never_first: as `share_never_first` returns it.
+    """
+
+    metrics: dict[str, Interval]
+    scores: dict[str, QueryScores]
+    never_first: float
 
 
 def embed_pairs(encoder: DualEncoder, pairs: Dataset | PairDataset, batch_size: int = 16) -> Embeddings:
@@ -176,32 +213,74 @@ def embed_pairs(encoder: DualEncoder, pairs: Dataset | PairDataset, batch_size: 
         ValueError: images and captions are embedded in different widths.
     """
     data = pairs if isinstance(pairs, PairDataset) else PairDataset(pairs)
+    images = _embed_images(encoder, data, range(len(data)), batch_size)
+    texts = _embed_captions(encoder, data, range(sum(data.num_captions)), batch_size)
+    check_widths(encoder, images, texts)
+    return Embeddings(images, texts, torch.tensor(data.image_ids), data.captions, data.image_of_captions())
+
+
+def draw_bank(model: ClipMiniModel, pairs: PairDataset, seed: int, batch_size: int = 16) -> Bank | None:
+    """Draw training captions and images at random, and embed them.
+
+    Args:
+        model: with its processor.
+        pairs: the training split, with features as in `embed_pairs`.
+        seed: of the draw.
+        batch_size: images per forward pass.
+
+    Returns:
+        A bank of `NUM_BANK_TEXTS` captions and `NUM_BANK_IMAGES` images, or of all where there are fewer. None where
+        there are fewer than `MIN_BANK` of either.
+
+    Raises:
+        ImageError: an image cannot be read.
+        ValueError: the model returns vectors that are NaN.
+    """
+    num_captions, num_images = sum(pairs.num_captions), len(pairs)
+    if min(num_captions, num_images) < MIN_BANK:
+        logger.info("no bank: it takes %d training captions, and as many images", MIN_BANK)
+        return None
+    encoder, generator = as_encoder(model), torch.Generator().manual_seed(seed)
+    texts = torch.randperm(num_captions, generator=generator)[:NUM_BANK_TEXTS].tolist()
+    images = torch.randperm(num_images, generator=generator)[:NUM_BANK_IMAGES].tolist()
+    return Bank(
+        _embed_captions(encoder, pairs, texts, batch_size).half(),
+        _embed_images(encoder, pairs, images, batch_size).half(),
+        model.get_logit_scale().item(),
+    )
+
+
+def _embed_images(encoder: DualEncoder, data: PairDataset, rows: Sequence[int], batch_size: int) -> Tensor:
+    """Embed the images of some rows, from their features if there are any: (len(rows), D), of length 1."""
     model: Any = encoder.module
 
-    def embed_image_features(rows: list[int]) -> Tensor:
+    def embed_features(some: list[int]) -> Tensor:
         assert data.image_features is not None
-        batch = torch.tensor(data.image_features[rows, 0], dtype=torch.float32, device=model.device)
+        batch = torch.tensor(data.image_features[some, 0], dtype=torch.float32, device=model.device)
         pooled = batch if data.frozen_stages is None else data.frozen_stages.resume(model, batch)
         return model.get_image_features(pooled_image=pooled).pooler_output
 
-    def embed_text_features(rows: list[int]) -> Tensor:
+    with eval_mode(model):
+        if data.image_features is None:
+            return encoder.encode_images(data.rows.select(rows)["image"], batch_size)
+        size = PROJECTED_AT_ONCE if data.frozen_stages is None else batch_size
+        return normalize(embed_in_batches(rows, embed_features, size))
+
+
+def _embed_captions(encoder: DualEncoder, data: PairDataset, indices: Sequence[int], batch_size: int) -> Tensor:
+    """Embed some of all captions, from their features if there are any: (len(indices), D), of length 1."""
+    model: Any = encoder.module
+
+    def embed_features(some: list[int]) -> Tensor:
         assert data.text_features is not None
-        batch = torch.tensor(data.text_features[rows], dtype=torch.float32, device=model.device)
+        batch = torch.tensor(data.text_features[some], dtype=torch.float32, device=model.device)
         return model.get_text_features(pooled_text=batch).pooler_output
 
-    captions = data.captions
-    with eval_mode(encoder.module):
-        if data.image_features is None:
-            images = encoder.encode_images(data.rows["image"], batch_size)
-        else:
-            size = PROJECTED_AT_ONCE if data.frozen_stages is None else batch_size
-            images = normalize(embed_in_batches(range(len(data)), embed_image_features, size))
+    with eval_mode(model):
         if data.text_features is None:
-            texts = encoder.encode_texts(captions, 8 * batch_size)
-        else:
-            texts = normalize(embed_in_batches(range(len(captions)), embed_text_features, PROJECTED_AT_ONCE))
-    check_widths(encoder, images, texts)
-    return Embeddings(images, texts, torch.tensor(data.image_ids), captions, data.image_of_captions())
+            captions = data.captions
+            return encoder.encode_texts([captions[index] for index in indices], 8 * batch_size)
+        return normalize(embed_in_batches(indices, embed_features, PROJECTED_AT_ONCE))
 
 
 def measure_pairs(
@@ -223,13 +302,18 @@ def measure_pairs(
 
 
 def measure_split(
-    model: ClipMiniModel, pairs: Dataset | PairDataset, batch_size: int = 16, widths: Sequence[int] = ()
+    model: ClipMiniModel,
+    pairs: Dataset | PairDataset,
+    batch_size: int = 16,
+    widths: Sequence[int] = (),
+    bank: Bank | None = None,
 ) -> tuple[dict[str, Any], Answers]:
-    """Measure retrieval on a split with intervals; arguments as in `measure_pairs`.
+    """Measure retrieval on a split with intervals; arguments as in `measure_pairs`, and a bank to score without hubs.
 
     Returns:
         In the form of `results.json`, `num_images`, `num_captions`, and by metric `chance`, `after` training, and
-        `intervals` of the latter; and what some of the captions found.
+        `intervals` of the latter; with a bank also `normalized`, `normalized_intervals` and `never_first`. And what
+        some of the captions found.
     """
     embeds = embed_pairs(as_encoder(model), pairs, batch_size)
     ids = embeds.text_image_ids, embeds.image_ids
@@ -242,6 +326,14 @@ def measure_split(
         "after": {name: interval.value for name, interval in metrics.items()},
         "intervals": interval_ends(metrics),
     }
+    if bank is not None:
+        result = measure_normalized(embeds, bank)
+        by_cosine = share_never_first(embeds, rankings[0])
+        facts |= {
+            "normalized": {name: interval.value for name, interval in result.metrics.items()},
+            "normalized_intervals": interval_ends(result.metrics),
+            "never_first": {"cosine": by_cosine, "normalized": result.never_first},
+        }
     return facts, _pick_answers(embeds, rankings[0])
 
 
@@ -306,8 +398,28 @@ def measure_retrieval(
         },
         chance_curve={direction: [chance[f"{direction}_r{k}"] for k in ks[direction]] for direction in DIRECTIONS},
         scores=scores,
+        never_first=share_never_first(embeds, rankings[0]),
         answers=_pick_answers(embeds, rankings[0]),
     )
+
+
+def measure_normalized(embeds: Embeddings, bank: Bank) -> NormalizedResult:
+    """Measure retrieval by scores without hubs, with the bank of the model that embedded images and captions."""
+    widened, ids = embeds.normalized(bank), (embeds.text_image_ids, embeds.image_ids)
+    rankings = rank_candidates(widened.images, widened.texts, *ids, PRECISION_AT)
+    scores = score_rankings(rankings, *ids)
+    return NormalizedResult(bootstrap_intervals(scores), scores, share_never_first(embeds, rankings[0]))
+
+
+def share_never_first(embeds: Embeddings, ranking: Ranking) -> float:
+    """Return the share of images that no caption ranks first, in [0, 1]: small where there are no hubs.
+
+    Args:
+        embeds: the images and captions.
+        ranking: of the images for each caption, with one wrong image or more of each.
+    """
+    first = torch.where(ranking.ranks == 0, embeds.row_of_text, ranking.wrong_rows[:, 0])
+    return 1 - len(first.unique()) / len(embeds.images)
 
 
 def pair_similarities(embeds: Embeddings) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from clipmini.data.labeled import keep_readable, load_labeled
 from clipmini.data.leaks import LeakReport, find_leaks
 from clipmini.data.pairs import DataArguments, choose_split, load_data
 from clipmini.data.recipe_files import build_section
+from clipmini.inference.bank import Bank
 from clipmini.inference.drawing import Example, Picture
 from clipmini.inference.embed import DualEncoder
 from clipmini.inference.encoders import load_encoder, load_encoders
@@ -28,6 +29,7 @@ from .measure import (
     Embeddings,
     RetrievalResult,
     embed_pairs,
+    measure_normalized,
     measure_retrieval,
     pair_similarities,
     pick_examples,
@@ -36,10 +38,12 @@ from .naming import METRIC_LABELS, format_figure, format_number
 from .probe import NEIGHBOR_TEMPERATURE, ProbeResult, probe
 from .request import PROBE, RETRIEVAL, ZERO_SHOT, Request
 from .results import (
+    NORMALIZED,
     Evaluation,
     Shown,
     Table,
     build_evaluation,
+    describe_normalized,
     image_name,
     show_answers,
     tabulate_differences,
@@ -101,6 +105,9 @@ def _evaluate_retrieval(request: Request, skipped: Skipped) -> Evaluation:
         **{attribute: getattr(result, attribute) for attribute in measured},
     }
     tables = [tabulate_metrics("Image-text retrieval", result.metrics, result.chance)]
+    if encoder.bank is not None:
+        facts[NORMALIZED], table = _normalized(embeds, encoder.bank, result)
+        tables.append(table)
     curves = {encoder.name: result.recall_curve}
     for other in others:
         second = measure_retrieval(embed_pairs(other, rows), logit_scale=other.logit_scale)
@@ -133,6 +140,22 @@ def _evaluate_retrieval(request: Request, skipped: Skipped) -> Evaluation:
         leak_table=leak_table,
         shown=show_answers(rows, result.answers),
     )
+
+
+def _normalized(embeds: Embeddings, bank: Bank, result: RetrievalResult) -> tuple[dict[str, Any], Table]:
+    """Return what `results.json` and the report say about scores without hubs, against those by cosine."""
+    second = measure_normalized(embeds, bank)
+    differences = paired_bootstrap(second.scores, result.scores)
+    never_first = {"cosine": result.never_first, NORMALIZED: second.never_first}
+    facts = {
+        "bank": bank.sizes,
+        "metrics": second.metrics,
+        "differences": differences,
+        "never_first": never_first,
+    }
+    table = tabulate_differences(NORMALIZED, second.metrics, "cosine", result.metrics, differences)
+    note = f"{describe_normalized(never_first)} All other tables and drawings are by cosine. {table.note}"
+    return facts, replace(table, note=note)
 
 
 def _load_pairs(section: Mapping[str, Any], skipped: Skipped) -> tuple[str, DatasetDict]:

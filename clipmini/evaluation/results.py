@@ -40,6 +40,7 @@ from .naming import METRIC_LABELS, eval_results, format_figure, format_interval,
 from .request import FILES, INDEX_FILE, PAGE_FILE, PROBE, RETRIEVAL, TABLE_FILE, ZERO_SHOT, Request, check_folder
 
 RUN_COLUMNS = ("chance", "before", "after")
+NORMALIZED = "normalized"  # scores without hubs, beside those by cosine
 TEMPLATE = Path(__file__).parent / "report.html"
 TITLES = {  # of each task, on the page and on the Hub
     RETRIEVAL: ("Image-text retrieval", "image-text-retrieval"),
@@ -145,6 +146,7 @@ class Run:
 
 
 def _tabulate_run(split: str, facts: Mapping[str, Any]) -> Table:
+    columns, note = ["", *RUN_COLUMNS, "95 % interval"], ""
     rows = [
         [
             METRIC_LABELS[name],
@@ -153,8 +155,23 @@ def _tabulate_run(split: str, facts: Mapping[str, Any]) -> Table:
         ]
         for name in facts["chance"]
     ]
+    if NORMALIZED in facts:
+        columns += [NORMALIZED, "95 % interval"]
+        for row, name in zip(rows, facts["chance"], strict=True):
+            interval = Interval(facts[NORMALIZED][name], *facts["normalized_intervals"].get(name, ()))
+            row += [format_figure(name, interval.value), format_interval(name, interval)]
+        note = f"Before and after: by cosine. {describe_normalized(facts['never_first'])}"
     title = f"{split}: {facts['num_images']} images, {facts['num_captions']} captions; recall in percent"
-    return Table(title, ["", *RUN_COLUMNS, "95 % interval"], rows)
+    return Table(title, columns, rows, note)
+
+
+def describe_normalized(never_first: Mapping[str, float]) -> str:
+    """Say what normalized scores are, and how many images no caption ranks first, by "cosine" and "normalized"."""
+    by_cosine, normalized = (format_figure("", never_first[name]) for name in ("cosine", NORMALIZED))
+    return (
+        "Normalized: from the cosine is taken how well an image fits captions in general, and a caption images. By "
+        f"cosine {by_cosine} % of the images are first for no caption, normalized {normalized} %."
+    )
 
 
 def _interval(facts: Mapping[str, Any], name: str) -> Interval:
@@ -374,7 +391,7 @@ def tabulate_differences(
     other_metrics: Mapping[str, Interval],
     differences: Mapping[str, Difference],
 ) -> Table:
-    """Return a table of the differences of two models, the first minus the second."""
+    """Return a table of the differences of two models, or of two ways to score, the first minus the second."""
     rows = [
         [
             METRIC_LABELS[metric],
@@ -387,8 +404,8 @@ def tabulate_differences(
         for metric, difference in differences.items()
     ]
     note = (
-        "Both models on the same resamples of images (paired bootstrap). The difference is the first minus the "
-        "second; p is two-sided, for each metric by itself."
+        "Both on the same resamples of images (paired bootstrap). The difference is the first minus the second; p is "
+        "two-sided, for each metric by itself."
     )
     columns = ["metric", name, other_name, "difference", "95 % interval", "p"]
     return Table(f"{name} against {other_name}", columns, rows, note)

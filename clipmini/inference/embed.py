@@ -22,6 +22,7 @@ from modeling_clipmini.encoding_clipmini import by_length, embed_in_batches
 from modeling_clipmini.images_clipmini import ImageError, read_image, read_named
 from modeling_clipmini.modeling_clipmini import normalize
 
+from .bank import Bank
 from .trust import refuse_code
 
 
@@ -40,6 +41,7 @@ class DualEncoder:
         describe: returns what embeddings depend on besides the weights, for their key: how images and captions are
             prepared.
         weights_sha256: digest of the weights of a clipmini folder; None for any other model.
+        bank: training captions and images to score without hubs; None where the model has none.
     """
 
     name: str
@@ -51,6 +53,7 @@ class DualEncoder:
     embed_texts: Callable[[list[str]], Tensor]
     describe: Callable[[], str]
     weights_sha256: str | None = None
+    bank: Bank | None = None
 
     def about(self) -> dict[str, str]:
         """Return the model's name, kind and, if known, the digest of its weights, as results record them."""

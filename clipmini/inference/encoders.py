@@ -1,6 +1,7 @@
 """Load any model that embeds images and captions into one space: to search with, to compare with, to learn from."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from modeling_clipmini import ClipMiniModel
 from modeling_clipmini.encoding_clipmini import channels_last
 from modeling_clipmini.processing_clipmini import DEFAULT_MAX_TOKENS
 
+from .bank import load_bank
 from .embed import DualEncoder, as_encoder, choose_device, describe_processors, load_model
 from .trust import read_json, refuse_code
+
+logger = logging.getLogger(__name__)
 
 OPEN_CLIP_SCHEMES = ("hf-hub:", "local-dir:")  # open_clip's own prefixes; what follows them may contain slashes
 
@@ -40,7 +44,8 @@ def load_encoder(model: str | Path | ClipMiniModel | DualEncoder) -> DualEncoder
 
     Returns:
         The encoder, on the best device unless it was loaded already. It is named by its Hub id or folder; a folder
-        called "model", as in every training run, by the folder above it.
+        called "model", as in every training run, by the folder above it. A clipmini model has its bank, unless that is
+        damaged or of other weights, which is logged.
 
     Raises:
         ValueError: the model cannot be loaded, or does not embed both images and captions.
@@ -57,6 +62,10 @@ def load_encoder(model: str | Path | ClipMiniModel | DualEncoder) -> DualEncoder
         config = read_json(folder / CONFIG_FILE)
         if isinstance(config, dict) and config.get("model_type") == MODEL_TYPE:
             encoder = as_encoder(load_model(name), name, weights_sha256(Path(name)))
+            try:
+                encoder.bank = load_bank(name)
+            except ValueError as error:  # the model works without it, and by cosine as the literature has it
+                logger.warning("Scores are cosines: %s", error)
         # Before transformers: its model may be in the same folder, but is only the first module of this one.
         elif (folder / SENTENCE_TRANSFORMERS_FILE).exists():
             encoder = _load_sentence_transformer(name)

@@ -158,7 +158,7 @@ def _interval(measured: Mapping[str, Any], metric: str) -> Interval:
 
 
 def _recall_rows(measured: Mapping[str, Any], is_continued: bool) -> list[tuple[str, list[str]]]:
-    """Lay out a split's recalls by direction, then those of the starting model, if there is one, and of chance."""
+    """Lay out a split's recalls by direction, then normalized, of the starting model, and by chance, where known."""
     rows = []
     for direction, metrics in RECALLS.items():
         recalls = {metric: _interval(measured, metric) for metric in metrics}
@@ -167,6 +167,14 @@ def _recall_rows(measured: Mapping[str, Any], is_continued: bool) -> list[tuple[
             for metric, recall in recalls.items()
         ]
         rows.append((direction.replace("_", " "), cells))
+    if "normalized" in measured:
+        for direction, metrics in RECALLS.items():
+            intervals = {
+                metric: Interval(measured["normalized"][metric], *measured["normalized_intervals"][metric])
+                for metric in metrics
+            }
+            cells = [format_with_interval(metric, interval) for metric, interval in intervals.items()]
+            rows.append((f"{direction.replace('_', ' ')}, normalized", cells))
     for column, label in {"before": "before training", "chance": "chance"}.items():
         if column == "chance" or (is_continued and column in measured):
             for direction, metrics in RECALLS.items():

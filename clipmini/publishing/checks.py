@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 import modeling_clipmini
-from clipmini.files import CURVES_FILE, RESULTS_FILE, SAMPLES_FILE, run_of, weights_sha256
+from clipmini.files import BANK_FILE, CURVES_FILE, RESULTS_FILE, SAMPLES_FILE, run_of, weights_sha256
 from clipmini.inference.embed import load_model
 from clipmini.inference.trust import read_json, refuse_code
 from clipmini.names import first_sentence, public_name
@@ -26,6 +26,7 @@ EVALUATIONS = f"evaluation*/{RESULTS_FILE}"
 KNOWN_FILES = (
     *("README.md", "LICENSE*", "NOTICE*", ".gitattributes"),
     *("config.json", "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
+    BANK_FILE,
     *("processor_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
     *("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
@@ -132,7 +133,7 @@ def check_weights(folder: Path, *, loads: bool = True) -> None:
     Raises:
         ValueError: files are missing or damaged, or a weight is missing, NaN or infinite.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name != BANK_FILE)
     if not files:
         raise ValueError(f"{folder} has no weights: model.safetensors is missing.")
     for file in files:

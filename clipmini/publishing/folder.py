@@ -11,7 +11,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 import modeling_clipmini
-from clipmini.files import RunRecord, atomic_write
+from clipmini.files import WEIGHTS_FILE, RunRecord, atomic_write
+from clipmini.inference.bank import Bank, save_bank
 from modeling_clipmini import ClipMiniModel
 
 HANDLER = Path(modeling_clipmini.__file__).parent / "handler.py"  # Inference Endpoints look for it in the folder
@@ -44,6 +45,7 @@ def save_model_folder(
     model: ClipMiniModel,
     folder: Path,
     card: ModelCard | None = None,
+    bank: Bank | None = None,
     made_of: Iterable[str] = (),
     record: RunRecord | None = None,
 ) -> None:
@@ -57,6 +59,7 @@ def save_model_folder(
         model: the model to save, with its processor.
         folder: where to save it.
         card: saved as README.md.
+        bank: the model's, saved beside the weights; without one, none is left from an earlier model.
         made_of: folders of the towers, or of the model that training started from; their NOTICE files are kept.
         record: the record of the run that the folder belongs to; the saved files are added to it.
     """
@@ -64,7 +67,9 @@ def save_model_folder(
         model.save_pretrained(temporary)
         model.processor.save_pretrained(temporary)
         # safetensors makes a file that only its owner can read.
-        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
+        shutil.copymode(temporary / "config.json", temporary / WEIGHTS_FILE)
+        if bank is not None:
+            save_bank(bank, temporary)
         for name, content in SENTENCE_TRANSFORMERS_FILES.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (temporary / "requirements.txt").write_text(_requirements(), encoding="utf-8")

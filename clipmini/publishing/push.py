@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 
 from clipmini.files import RESULTS_FILE, SAMPLES_FILE
 from clipmini.html import render
+from clipmini.inference.bank import load_bank
 from clipmini.names import check_repository, first_sentence
 from modeling_clipmini.images_clipmini import ImageError, read_image
 
@@ -53,11 +54,13 @@ class PreparedPush:
         repo_id: the repository on the Hub.
         files: local files, or their bytes, by path in the repository, sorted.
         left_out: the samples, which are there, but were not asked for.
+        bank: how many captions and images of the training data its file holds as vectors; None if there is none.
     """
 
     repo_id: str
     files: Mapping[str, Path | bytes]
     left_out: Path | None = None
+    bank: Mapping[str, int] | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -79,6 +82,7 @@ class Pushed:
         is_new: whether this push made the commit; False if the branch held all files already.
         url: the address of the branch; None if nothing was uploaded.
         left_out: the samples, which are there, but were not asked for.
+        bank: as in `PreparedPush`.
     """
 
     repo_id: str
@@ -87,6 +91,7 @@ class Pushed:
     is_new: bool = False
     url: str | None = None
     left_out: Path | None = None
+    bank: Mapping[str, int] | None = None
 
     def __repr__(self) -> str:
         return f"<{len(self.sizes)} files {f'at {self.url}' if self.url else f'for {self.repo_id}, not uploaded'}>"
@@ -96,7 +101,8 @@ class Pushed:
         commit = {} if self.commit is None else {"commit": self.commit.oid, "is_new": self.is_new, "url": self.url}
         files = [{"path": path, "size": size} for path, size in self.sizes.items()]
         left_out = {"left_out": str(self.left_out)} if self.left_out else {}
-        return {"repo_id": self.repo_id, "files": files, **left_out, **commit}
+        bank = {"bank": dict(self.bank)} if self.bank else {}
+        return {"repo_id": self.repo_id, "files": files, **left_out, **bank, **commit}
 
     def _repr_html_(self) -> str:
         return render(
@@ -155,7 +161,9 @@ def prepare_push(
     files |= images
     files[CARD] = str(card).encode()
     check_weights(folder, loads=not drifted)
-    return PreparedPush(repo_id, dict(sorted(files.items())), left_out)
+    bank = load_bank(folder)  # raises if it is not of these weights
+    sizes = None if bank is None else bank.sizes
+    return PreparedPush(repo_id, dict(sorted(files.items())), left_out, sizes)
 
 
 def _show_samples(card: ModelCard, is_wanted: bool) -> None:
@@ -248,7 +256,7 @@ def push(
         )
     url = f"{api.endpoint}/{repo_id}" + ("" if branch == MAIN else f"/tree/{branch}")
     is_new = commit.oid != heads.get(branch, heads.get(MAIN))
-    return Pushed(repo_id, prepared.sizes, commit, is_new, url, prepared.left_out)
+    return Pushed(repo_id, prepared.sizes, commit, is_new, url, prepared.left_out, prepared.bank)
 
 
 def make_repository(api: HfApi, name: str, private: bool | None) -> str:

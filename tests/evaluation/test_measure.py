@@ -5,12 +5,14 @@ from torch.nn.functional import normalize
 from clipmini.evaluation.measure import (
     Embeddings,
     embed_pairs,
+    measure_normalized,
     measure_pairs,
     measure_retrieval,
     pair_similarities,
     pick_examples,
 )
 from clipmini.evaluation.retrieval import retrieval_metrics
+from clipmini.inference.bank import Bank
 from clipmini.inference.encoders import load_encoder
 
 
@@ -54,6 +56,41 @@ def test_all_parts_agree():
     matching, others = pair_similarities(embeds)
     assert len(matching) == 40
     assert len(others) == 20 * 40 - 40
+
+
+def test_scores_without_hubs_by_hand():
+    """Both captions find the first image, until how well each image fits the bank's caption is taken from that."""
+    images = torch.tensor([[0.8, 0.6, 0.0], [0.0, 0.8, 0.6]])
+    texts = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0]])
+    embeds = Embeddings(images, texts, torch.tensor([3, 8]), ["one", "two"], torch.tensor([0, 1]))
+    bank = Bank(torch.tensor([[0.8, 0.6, 0.0]]).half(), torch.tensor([[0.0, 1.0, 0.0]]).half(), 10.0)
+    widened = embeds.normalized(bank)
+    scores = torch.tensor([[0.8, 0.96], [0.0, 0.64]])  # cosines
+    scores -= torch.tensor([[1.0], [0.48]])  # of the images with the caption of the bank
+    scores -= torch.tensor([[0.0, 0.8]])  # of the captions with its image
+    torch.testing.assert_close(widened.images @ widened.texts.T, scores, atol=1e-3, rtol=0)
+    result = measure_normalized(embeds, bank)
+    assert embeds.scores()["text_to_image"].ranks.tolist() == [0, 1]
+    assert result.scores["text_to_image"].ranks.tolist() == [0, 0]
+    assert (measure_retrieval(embeds, num_resamples=1).never_first, result.never_first) == (0.5, 0)
+
+
+def test_each_direction_ranks_by_its_own_prior():
+    embeds, others = make_embeddings(), make_embeddings(seed=1)
+    bank = Bank(others.texts.half(), others.images.half(), 20.0)
+    result = measure_normalized(embeds, bank)
+    cosines = embeds.images @ embeds.texts.T
+    of_images = cosines - bank.prior_of_images(embeds.images)[:, None]
+    of_texts = cosines - bank.prior_of_texts(embeds.texts)
+    own = embeds.row_of_text
+    expected = (of_images > of_images[own, torch.arange(40)]).sum(dim=0)
+    assert torch.equal(result.scores["text_to_image"].ranks, expected)
+    best = of_texts.masked_fill(own != torch.arange(20)[:, None], -torch.inf).max(dim=1, keepdim=True).values
+    assert torch.equal(result.scores["image_to_text"].ranks, (of_texts > best).sum(dim=1))
+    by_cosine = measure_retrieval(embeds, num_resamples=10)
+    for measured, scores in ((by_cosine, cosines), (result, of_images)):
+        assert measured.never_first == 1 - len(scores.argmax(dim=0).unique()) / 20
+    assert set(result.metrics) == set(by_cosine.metrics)
 
 
 def test_answers_hold_the_first_images_and_the_correct_one():

@@ -14,10 +14,12 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markupsafe import escape
 from PIL import Image
+from torch.nn.functional import normalize
 from typer.testing import CliRunner
 
 import clipmini
@@ -25,6 +27,7 @@ from clipmini.cli import app
 from clipmini.evaluation.naming import format_figure
 from clipmini.evaluation.request import check_folder
 from clipmini.evaluation.results import Evaluation, Table
+from clipmini.inference.bank import Bank, save_bank
 from modeling_clipmini.images_clipmini import ImageError
 
 FILES = ["model-index.yaml", "report.html", "results.json", "results.md", "written_files.json"]
@@ -82,6 +85,27 @@ def test_retrieval_with_a_baseline(tiny_folder, clip_folder, pair_folder, tmp_pa
 
     table = (out / "results.md").read_text()
     assert f"| text to image R@5 | {format_figure('text_to_image_r5', recall['value'])} |" in table
+
+
+def test_a_model_with_a_bank_is_measured_both_ways(tiny_folder, pair_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    vectors = normalize(torch.randn(6, 16, generator=torch.Generator().manual_seed(0))).half()
+    save_bank(Bank(vectors, vectors[:4], 14.0), folder)
+    for model, name in ((folder, "with"), (tiny_folder, "without")):
+        assert run(model, pair_folder, "--out", tmp_path / name).exit_code == 0
+    results, without = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("with", "without"))
+    assert "normalized" not in without
+    assert results["metrics"] == without["metrics"]  # the headline is by cosine as before
+    normalized = results["normalized"]
+    assert normalized["bank"] == {"num_captions": 6, "num_images": 4}
+    for name, difference in normalized["differences"].items():
+        gain = normalized["metrics"][name]["value"] - results["metrics"][name]["value"]
+        assert difference["value"] == pytest.approx(gain)
+    assert all(0 <= share < 1 for share in normalized["never_first"].values())
+    table = (tmp_path / "with" / "results.md").read_text()
+    assert "**normalized against cosine**" in table
+    assert "| metric | normalized | cosine | difference | 95 % interval | p |" in table
+    assert "normalized against cosine" in (tmp_path / "with" / "report.html").read_text()
 
 
 def test_the_page_is_self_contained_and_escapes_its_input(tiny_folder, pair_folder, tmp_path):

@@ -4,11 +4,13 @@ import re
 from importlib.metadata import requires
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from clipmini.data.recipe_files import parse_changes
 from clipmini.evaluation.retrieval import METRIC_NAMES
+from clipmini.inference.bank import Bank
 from clipmini.publishing.folder import save_model_folder
 from clipmini.training.recipes import load_recipe, render_recipe_card
 from hub_schema import metadata_faults, metadata_of
@@ -63,6 +65,19 @@ def test_it_describes_training_and_results(results, tiny_config):
     assert "torch 2.15.0" in text
     assert "captions of COCO and Flickr30k" in text  # every figure depends on what MiniLM was trained on
     assert "before training" not in text  # random heads are nothing to compare with
+
+
+def test_a_bank_and_what_it_gains_are_told(results, tiny_config):
+    assert "bank" not in render(tiny_config, results).text.split("<details>")[0].lower()
+    results["bank"] = {"num_captions": 10_000, "num_images": 3_000}
+    for split in results["splits"].values():
+        split["normalized"] = dict.fromkeys(METRIC_NAMES, 0.375)
+        split["normalized_intervals"] = {name: [0.3, 0.45] for name in METRIC_NAMES}
+    card = render(tiny_config, results)
+    assert card.text.count("| image to text, normalized | 37.5 (30.0 to 45.0) | 37.5 (30.0 to 45.0) |") == 2
+    assert "They are by cosine, except the rows" in card.text
+    assert "holds, as vectors, 10,000 captions and 3,000 images of the training data" in card.text
+    assert {result.metric_value for result in card.data.eval_results} == {0.3125}  # the literature's are by cosine
 
 
 def test_a_time_is_told_with_what_it_counts(results, tiny_config):
@@ -191,8 +206,8 @@ def python_blocks(card, folder):
 def test_every_python_block_runs_where_clipmini_is_not_installed(
     tiny_model, tiny_processor, results, tiny_config, tmp_path
 ):
-    folder = tmp_path / "model"
-    save_model_folder(tiny_model, folder)
+    folder, vectors = tmp_path / "model", torch.eye(3, 16).half()
+    save_model_folder(tiny_model, folder, bank=Bank(vectors, vectors, 14.0))  # which other libraries pass over
     Image.linear_gradient("L").resize((200, 120)).convert("RGB").save(tmp_path / "image.jpg")
     blocks = python_blocks(render(tiny_config, results), folder)
     assert len(blocks) == 4

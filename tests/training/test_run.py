@@ -7,14 +7,17 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from clipmini.data.pairs import load_pairs
+from clipmini.data.pairs import PairDataset, load_pairs
 from clipmini.data.recipe_files import parse_changes
-from clipmini.evaluation.measure import Answer, Answers, Found, measure_pairs
+from clipmini.evaluation import measure
+from clipmini.evaluation.measure import Answer, Answers, Found, draw_bank, measure_pairs
 from clipmini.evaluation.results import Evaluation
+from clipmini.inference.bank import load_bank
 from clipmini.inference.embed import load_model
 from clipmini.training.recipes import load_recipe
 from clipmini.training.run import _find_example, keep_freed_memory, train
 from modeling_clipmini import ClipMiniModel
+from modeling_clipmini.images_clipmini import ImageError
 
 RECIPE = """
 model: tiny
@@ -64,6 +67,12 @@ def finished(make_recipe, tmp_path_factory):
 
 
 @pytest.fixture
+def small_banks(monkeypatch):
+    """Draw banks of few captions and images too."""
+    monkeypatch.setattr(measure, "MIN_BANK", 1)
+
+
+@pytest.fixture
 def finished_run(finished, tmp_path):
     """The folder of a finished run of `recipe()`, which may be changed."""
     run = shutil.copytree(finished.folder, tmp_path / "run")
@@ -100,6 +109,77 @@ def test_a_folder_of_images_becomes_a_model(finished):
     assert "| text to image |" in card
     assert f"| train | {results['num_train_images']} |" in card
     assert "{{" not in card
+
+
+@pytest.mark.usefixtures("small_banks")
+def test_a_run_saves_a_bank_and_measures_with_it(recipe, photos):
+    """Every training image has one caption, and all of them are drawn."""
+    finished = train(recipe())
+    results = finished.results
+    assert results["bank"] == {
+        "num_captions": results["num_train_captions"],
+        "num_images": results["num_train_images"],
+    }
+    bank, model = load_bank(finished.model_folder), load_model(finished.model_folder)
+    rows = load_pairs(photos)["train"]
+    encoded = torch.from_numpy(model.encode_text([caption for captions in rows["captions"] for caption in captions]))
+    cosines = bank.texts.float() @ encoded.T
+    assert (cosines.max(dim=1).values > 0.999).all()  # each is one of them
+    test = results["splits"]["test"]
+    assert set(test["normalized"]) == set(test["after"])
+    assert set(test["normalized_intervals"]) == set(test["intervals"])
+    assert set(test["never_first"]) == {"cosine", "normalized"}
+    table = finished.tables[0]
+    assert table.columns == ["", "chance", "before", "after", "95 % interval", "normalized", "95 % interval"]
+    assert {len(row) for row in table.rows} == {7}
+    assert "are first for no caption" in table.note
+    card = (finished.model_folder / "README.md").read_text()
+    assert "| text to image, normalized |" in card
+    assert (
+        f"holds, as vectors, {results['num_train_captions']} captions and {results['num_train_images']} images" in card
+    )
+
+
+@pytest.mark.parametrize(("override", "smallest"), [("bank=false", 1), ("bank=true", 1000)])
+def test_without_a_bank_nothing_of_it_is_saved_or_told(recipe, monkeypatch, override, smallest):
+    """Also where there is too little data for one."""
+    monkeypatch.setattr(measure, "MIN_BANK", smallest)
+    run = train(recipe("max_steps=1", override))
+    assert not (run.model_folder / "bank.safetensors").exists()
+    assert run.results["bank"] is None
+    assert "normalized" not in run.results["splits"]["test"]
+    assert run.tables[0].columns == ["", "chance", "before", "after", "95 % interval"]
+    assert "bank.safetensors" not in (run.model_folder / "README.md").read_text()
+    assert "normalized |" not in (run.model_folder / "README.md").read_text()
+
+
+def test_a_bank_that_cannot_be_drawn_does_not_cost_the_model(recipe, monkeypatch, caplog):
+    def fail(*args):
+        raise ImageError("cat.png does not exist")
+
+    monkeypatch.setattr("clipmini.training.run.draw_bank", fail)
+    run = train(recipe("max_steps=1"))
+    assert not (run.model_folder / "bank.safetensors").exists()
+    assert "bank.safetensors is not saved: cat.png does not exist" in caplog.text
+
+
+@pytest.mark.usefixtures("small_banks")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("freeze_vision=true", "freeze_text=true"),
+        ("freeze_vision=true", "augment={flip: always}"),
+        ("vision_stages=1",),
+    ],
+)
+def test_the_bank_is_that_of_the_saved_weights_with_frozen_towers_too(recipe, photos, overrides):
+    """Features of frozen parts were computed before training, and serve again unless they are of augmented views."""
+    run = train(recipe("max_steps=1", *overrides))
+    bank, model, pairs = load_bank(run.model_folder), load_model(run.model_folder, "cpu"), load_pairs(photos)
+    again = draw_bank(model, PairDataset(pairs["train"]), seed=42)
+    torch.testing.assert_close(bank.texts, again.texts, atol=2e-3, rtol=0)
+    torch.testing.assert_close(bank.images, again.images, atol=2e-3, rtol=0)
+    assert bank.scale == pytest.approx(again.scale)
 
 
 def test_samples_without_an_image_do_not_cost_the_model(recipe, photos, tmp_path, monkeypatch, caplog):
