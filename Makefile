@@ -12,7 +12,7 @@ help:  ## list the targets
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmini needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,lora,serve,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[app,demo,lora,ray,search,serve,dev]'
 	touch $@
 
 .PHONY: demo
@@ -52,6 +52,7 @@ bench: .venv/.installed  ## measure the figures of benchmarks/README.md, in hour
 	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/ranking.py
 	$(BIN)/python benchmarks/ranking.py --num-kept 10
+	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/recipes.py --source $(FLICKR8K)
 	$(BIN)/clipmini train flickr8k --set source=$(FLICKR8K) --set output_dir=runs/bench-flickr8k --overwrite
 	$(BIN)/python benchmarks/bank.py runs/bench-flickr8k/model --source $(FLICKR8K) --gallery offline:photos

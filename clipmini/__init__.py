@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import device as Device
 
     from clipmini.evaluation.results import Evaluation, Run
+    from clipmini.indexing.index import Index
     from clipmini.inference.search import Hits
     from clipmini.inference.zero_shot import Classification
     from clipmini.publishing.push import Pushed
@@ -28,7 +29,7 @@ if find_spec("clipmini.training") is None:  # Python has found the checkout befo
         "`pip install -e .` in the checkout, or start Python elsewhere."
     )
 
-__all__ = ["__version__", "classify", "evaluate", "load", "metric", "push", "search", "train"]
+__all__ = ["__version__", "classify", "evaluate", "load", "metric", "open_index", "push", "search", "train"]
 
 try:
     __version__ = version("clipmini")
@@ -158,44 +159,101 @@ def evaluate(
 def search(
     model: str | Path | ClipMiniModel,
     images: str | Path | Sequence[str | Path | Image],
-    query: str,
+    query: str | Image,
     top: int = 9,
     *,
+    plus: Sequence[str | Image] = (),
+    minus: Sequence[str | Image] = (),
+    where: str | None = None,
+    collapse: bool = False,
+    use_index: bool = True,
     strict: bool = False,
 ) -> Hits:
-    """Find the images that best match a description.
+    """Find the images that best match a description, or are most like an image.
 
     Args:
         model: as in `evaluate`.
         images: a folder, including its subfolders; or a list of image files and Pillow images.
-        query: what the images should show, in words.
+        query: what the images should show, in words; or an image, as `image:` and its path, or itself.
         top: how many images to find; fewer if there are fewer.
+        plus: words or images to add to the query.
+        minus: words or images to subtract from it.
+        where: a condition in SQL, such as "width > 1000 and date >= '2024-01-01'"; for a folder with an index only.
+        collapse: of images that are near-copies of each other, find the best alone.
+        use_index: keep the vectors of a folder in the cache, so that the next search embeds only new images; this
+            needs lancedb, `pip install 'clipmini[search]'`.
         strict: raise an error at the first image that cannot be read, instead of leaving it out.
 
     Returns:
-        A sequence of hits, the best first, each with `image` and `score`, its cosine similarity in [-1, 1].
+        A sequence of hits, the best first, each with `image` and `score`: its cosine similarity in [-1, 1], or, where
+        the model has a bank, the cosine minus the image's prior, so that no image fits every query.
 
     Raises:
-        ValueError: the model, the query or `top` is not allowed, or no image can be read.
+        ValueError: the model, the query or another argument is not allowed, or no image can be read.
 
     Example:
         >>> hits = clipmini.search(folder, images, "a red bicycle", top=3)
         >>> len(hits), hits[0].score >= hits[2].score
         (3, True)
     """
+    options: dict[str, Any] = {"plus": plus, "minus": minus, "where": where, "collapse": collapse}
+    return search_each(model, images, [query], top, **options, use_index=use_index, strict=strict)[0]
+
+
+def search_each(
+    model: str | Path | ClipMiniModel,
+    images: str | Path | Sequence[str | Path | Image],
+    queries: Sequence[str | Image],
+    top: int = 9,
+    *,
+    strict: bool = False,
+    **options: Any,
+) -> list[Hits]:
+    """Search for each of several queries as `search` does, of which the other arguments are."""
     from clipmini.data.images import Skipped, expand_files, find_images
-    from clipmini.inference.prompts import check_query
+    from clipmini.inference.prompts import check_queries
     from clipmini.names import locate_any_model
 
-    check_query(query, top)
+    check_queries([*queries, *options.get("plus", ()), *options.get("minus", ())], top)
     locate_any_model(model)
-    found = find_images(images) if isinstance(images, (str, os.PathLike)) else expand_files(images)
-    from clipmini.inference.encoders import load_encoder
-    from clipmini.inference.search import Hits, rank
+    if isinstance(images, (str, os.PathLike)):
+        find_images(images)
+    else:
+        images = expand_files(images)
+    from clipmini.indexing.find import find
 
-    encoder, skipped = load_encoder(model), Skipped(strict)
-    kept, embeds = encoder.encode_files(found, skipped)
-    return Hits(query, rank(kept, embeds, encoder.encode_texts([query])[0], top), skipped)
+    return find(model, images, queries, top, **options, skipped=Skipped(strict))
+
+
+def open_index(path: str | Path, model: str | Path | ClipMiniModel | None = None) -> Index:
+    """Open an index of images, which is searched without embedding them again; make one if there is none.
+
+    Args:
+        path: the index: a folder, or an address of object storage, such as s3://bucket/photos.
+        model: as in `evaluate`: the model to make a new index with; or where that of an index has moved to.
+
+    Returns:
+        The index, with `search`, `add`, `remove` and `to_datasets`. `len` is its number of images.
+
+    Raises:
+        ValueError: there is no index and no model to make one, it is damaged or was made with another model, or
+            lancedb is not installed.
+
+    Example:
+        >>> index = clipmini.open_index(folder / "photos.index", folder)
+        >>> index.add(images).num_embedded == len(index)
+        True
+        >>> hits = index.search("a red bicycle", top=3)[0]
+        >>> len(hits)
+        3
+    """
+    from clipmini.names import is_index
+
+    try:
+        from clipmini.indexing.index import Index
+    except ModuleNotFoundError as error:
+        raise ValueError(f"An index needs {error.name}: pip install 'clipmini[search]'.") from None
+    return Index.create(path, model) if model is not None and not is_index(path) else Index(path, model)
 
 
 def classify(

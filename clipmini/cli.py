@@ -5,9 +5,12 @@ input, 130 interrupted. Each verb imports what is slow to import by itself, so t
 """
 
 import re
+import socket
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -26,6 +29,9 @@ from .console import (
     quiet_progress_bars,
     working,
 )
+
+if TYPE_CHECKING:
+    from clipmini.inference.search import Hits
 
 app = typer.Typer(
     cls=Commands,
@@ -242,33 +248,128 @@ def evaluate(
     typer.echo(f"The report is in {folder / 'report.html'}")
 
 
-@app.command(epilog='Example: clipmini search runs/demo/model ~/Pictures "a red fish near coral" --out result.png')
-def search(
+@app.command(epilog="Example: clipmini index runs/demo/model ~/Pictures --out pictures.index")
+def index(
     model: AnyModelName,
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The images to search, including subfolders.")],
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What the images should show, in words.")],
-    top: Annotated[int, typer.Option(help="How many images to find.")] = 9,
-    out: Annotated[Path | None, typer.Option(help="Also draw the results: a .png, .jpg, .webp or .pdf file.")] = None,
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE", help="Images: folders with their subfolders, tables, data sets, Hub ids."),
+    ],
+    out: Annotated[str, typer.Option(metavar="INDEX", help="The index: a new folder, or one to bring up to date.")],
+    engine: Annotated[
+        str, typer.Option(metavar="local|ray", help="Embed on this machine, or on the Ray cluster of RAY_ADDRESS.")
+    ] = "local",
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the images of a folder that best match a description."""
+    """Embed images once, and keep their vectors for searching; run it again to bring them up to date.
+
+    Only new and changed images are embedded, and those that are gone from a source are dropped. A run that is killed
+    goes on where it was.
+    """
+    from clipmini.names import locate, locate_any_model
+
+    locate_any_model(model)
+    for source in sources if engine == "local" else ():  # Ray also reads addresses
+        locate(source, "a folder or a table of images", "dataset")
+    with working():
+        changes = clipmini.open_index(out, model).add(*sources, strict=strict, engine=engine)
+    if as_json:
+        print_json({**changes.to_dict(), "index": out})
+        return
+    rows = [
+        (name.removeprefix("num_"), f"{number:,}")
+        for name, number in changes.to_dict().items()
+        if isinstance(number, int)
+    ]
+    print_table(("images", "number"), rows)
+    typer.echo(f"The index is in {out}; search it with: clipmini search {out} WORDS")
+
+
+@app.command(
+    epilog='Example: clipmini search runs/demo/model ~/Pictures "a red fish near coral" --out result.png, or, in an '
+    'index, clipmini search pictures.index "a dog" image:dog.jpg --minus "a beach"'
+)
+def search(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL FOLDER | INDEX", help="Where to search: a model and a folder, or an index."),
+    ],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="QUERY", help="What the images should show, in words; or image:PATH. May be several."),
+    ],
+    plus: Annotated[
+        list[str] | None, typer.Option(metavar="TERM", help="Words or image:PATH to add. May be repeated.")
+    ] = None,
+    minus: Annotated[
+        list[str] | None, typer.Option(metavar="TERM", help="Words or image:PATH to subtract. May be repeated.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="How many images to find for each query.")] = 9,
+    where: Annotated[
+        str | None, typer.Option(metavar="SQL", help="A condition: \"width > 1000 and date >= '2024-01-01'\".")
+    ] = None,
+    collapse: Annotated[bool, _flag("--collapse", "Of near-copies, show the best alone.")] = False,
+    moved: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="Where the model of the index has moved to.")
+    ] = None,
+    use_index: Annotated[
+        bool, _flag("--index/--no-index", "Keep the vectors of FOLDER in the cache for the next search.")
+    ] = True,
+    out: Annotated[Path | None, typer.Option(help="Also draw the results: a .png, .jpg, .webp or .pdf file.")] = None,
+    is_opened: Annotated[bool, _flag("--open", "Show the drawing; without --out, in a temporary file.")] = False,
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the images that best match a description, in a folder or in an index.
+
+    MODEL may be of clipmini, transformers, sentence-transformers or open_clip. The first search in a folder embeds all
+    of its images; with lancedb installed, later ones embed only those that are new.
+    """
     from clipmini.files import check_drawing
+    from clipmini.names import is_index
 
     if out is not None:
         check_drawing(out)
-    with working():
-        hits = clipmini.search(model, folder, query, top, strict=strict)
-    if as_json:
-        print_json(hits.to_dict())
+    terms: dict[str, Any] = {
+        "top": top,
+        "plus": plus or [],
+        "minus": minus or [],
+        "where": where,
+        "collapse": collapse,
+    }
+    if is_index(model):
+        with working():
+            found = clipmini.open_index(model, moved).search(*words, **terms)
     else:
-        rows = [(number, f"{hit.score:.3f}", hit.image) for number, hit in enumerate(hits, start=1)]
-        print_table(("rank", "score", "image"), rows)
+        if moved is not None:
+            raise ValueError(f"--model {moved} cannot be used: it is for an index, and {model} is no index.")
+        folder, *queries = words
+        if not queries:
+            raise ValueError(f"QUERY is missing: write what to look for in {folder}; or name an index alone.")
+        with working():
+            found = clipmini.search_each(model, folder, queries, **terms, use_index=use_index, strict=strict)
+    if as_json:
+        print_json(found[0].to_dict() if len(found) == 1 else [hits.to_dict() for hits in found])
+    else:
+        _print_hits(found)
+    if out is None and is_opened:
+        out = Path(tempfile.mkdtemp(prefix="clipmini-")) / "search.png"
     if out is not None:
         from clipmini.inference.drawing import draw_results
 
-        draw_results({query: hits}, out)
+        draw_results({hits.query: hits for hits in found}, out)
         typer.echo(f"The results are drawn in {out}", err=True)
+        if is_opened:
+            typer.launch(str(out))
+
+
+def _print_hits(found: "Sequence[Hits]") -> None:
+    for hits in found:
+        if len(found) > 1:
+            typer.echo(hits.query)
+        rows = [(number, f"{hit.score:.3f}", hit.path) for number, hit in enumerate(hits, start=1)]
+        print_table(("rank", "score", "image"), rows)
 
 
 @app.command(epilog='Example: clipmini classify runs/demo/model photo.jpg --labels "cat,dog"')
@@ -324,9 +425,49 @@ def serve(
         sock = bind(host, port)
         server = create_app(RequestHandler(clipmini.load(model)), limits)
     sock.listen()  # clients may connect from here on
-    address = f"[{host}]" if ":" in host else host
-    typer.echo(f"Serving {model} at http://{address}:{sock.getsockname()[1]} until Ctrl-C")
+    typer.echo(f"Serving {model} at {_address(host, sock)} until Ctrl-C")
     run(server, sock)
+
+
+@app.command("app", epilog="Example: clipmini app runs/demo/model --index ~/Pictures")
+def run_app(
+    model: AnyModelName,
+    index: Annotated[
+        str | None, typer.Option(help="What to search: an index, or a folder of images, which is indexed first.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at; 0 for any free one.")] = 7860,
+) -> None:
+    """Open a page to search images and to label them, for a browser on this machine.
+
+    Nothing is sent elsewhere. Whoever reaches the page sees small copies of all images of the index.
+    """
+    from clipmini.data.images import find_images
+    from clipmini.names import expand, is_index, locate_any_model
+
+    locate_any_model(model)
+    if index is not None and not is_index(index):
+        find_images(index)  # raises an error if it is no folder of images either
+    try:
+        from clipmini.indexing.app import Page, serve
+        from clipmini.inference.server import bind
+    except ModuleNotFoundError as error:
+        raise ValueError(f"app needs {error.name}, which is not installed: pip install 'clipmini[app]'.") from None
+    sock = bind(host, port)
+    with working():
+        from clipmini.indexing.find import open_kept_index
+        from clipmini.inference.encoders import load_encoder
+
+        if index is None:
+            page = Page(load_encoder(model))
+        else:
+            images = (
+                clipmini.open_index(index, model) if is_index(index) else open_kept_index(model, Path(expand(index)))
+            )
+            page = Page(images.encoder, images)
+    sock.listen()  # browsers may connect from here on
+    typer.echo(f"Open {_address(host, sock)} in a browser; Ctrl-C ends the page")
+    serve(page, model, sock)
 
 
 @app.command(epilog="Example: clipmini push runs/demo/model my-name/my-clip --dry-run")
@@ -409,6 +550,10 @@ def cache(
         for space in found
     ]
     print_table(("removed" if clear else "kept", "rows", "bytes", "days since last use"), rows)
+
+
+def _address(host: str, sock: socket.socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
 
 
 def _report_folder(model: str, data: str, task: str, split: str | None) -> Path:

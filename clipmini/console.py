@@ -114,7 +114,7 @@ def _visible(text: object) -> str:
     )
 
 
-def print_json(value: dict[str, Any]) -> None:
+def print_json(value: Any) -> None:
     """Print a value as JSON."""
     typer.echo(json.dumps(value, indent=2))
 

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 MODEL_TYPE = "clipmini"  # in a model's config.json; the class itself takes seconds to import
 OPEN_CLIP_PREFIX = "open_clip:"
 CONFIG_FILE, SENTENCE_TRANSFORMERS_FILE = "config.json", "modules.json"  # every model folder has one of them
+MANIFEST_FILE = "manifest.json"  # of an index of images; no model has it
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 TOKEN_SUFFIXES = (".txt", ".token")
 # What ends so is a file, although the Hub would allow it as the end of a name.
@@ -227,6 +228,23 @@ def locate_model(model: str | Path) -> str:
     if model_type != MODEL_TYPE:
         raise ValueError(f"{model} holds a model of type {model_type!r}; a clipmini model is needed.")
     return name
+
+
+def is_index(path: str | Path) -> bool:
+    """Return whether a path or an address is that of an index of images, rather than of a model.
+
+    Raises:
+        ValueError: an address cannot be reached.
+    """
+    if "://" not in str(path):
+        return Path(expand(path), MANIFEST_FILE).is_file()
+    import fsspec  # a quarter of a second
+
+    try:
+        filesystem, folder = fsspec.url_to_fs(str(path))
+        return filesystem.exists(f"{folder}/{MANIFEST_FILE}")
+    except (ImportError, ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be reached: {first_sentence(error)}.") from error
 
 
 def as_command(verb: str, *arguments: object, options: Sequence[str] = ()) -> str:

@@ -4,8 +4,8 @@ Frozen features of training, a teacher's embeddings and the facts of a scan are 
 digest of what it is computed from, so nothing is ever out of date: what has changed has another digest. The order and
 the number of rows do not matter, and data sets that share images share their rows.
 
-The index that people search will be a Lance table instead: rows are added to it, removed and queried. Here they are
-only computed, found by their key, and read.
+An index that people search is a Lance table instead: rows are added to it, removed and queried. Here they are only
+computed, found by their key, and read.
 
 A space is a folder of chunks: safetensors files with `keys` (n, 16) and `rows` (n, ...), each named by the digest of
 its bytes. A chunk is written beside its place, renamed, and never changed. So a killed run loses no more than the
@@ -310,6 +310,11 @@ def _rows_folder() -> Path:
     return cache_root() / "rows"
 
 
+def indexes_folder() -> Path:
+    """Return the folder of the indexes that `clipmini search` keeps; they are listed and cleared like other rows."""
+    return cache_root() / "indexes"
+
+
 @dataclass(frozen=True)
 class StoredSpace:
     """What a space holds.
@@ -336,14 +341,18 @@ def spaces(older_than_days: float = 0.0) -> list[StoredSpace]:
         older_than_days: leave out what was used later than so many days ago.
     """
     found = []
-    for about in (folder / SPACE_FILE for folder in _rows_folder().glob("*/")):
+    for about in (
+        folder / SPACE_FILE for parent in (_rows_folder(), indexes_folder()) for folder in parent.glob("*/")
+    ):
         chunks = [chunk for chunk in about.parent.glob(f"*{SUFFIX}") if chunk.is_file()]
         try:
-            description = str(json.loads(about.read_text(encoding="utf-8"))["description"])
+            facts = json.loads(about.read_text(encoding="utf-8"))
+            description = str(facts["description"])
             num_rows = sum(safe_open(chunk, "numpy").get_slice("keys").get_shape()[0] for chunk in chunks)
+            num_rows += facts.get("num_rows", 0)  # of an index, whose own files are Lance's
         except Exception as error:  # a damaged header raises nearly anything
             description, num_rows = f"damaged ({type(error).__name__})", 0
-        num_bytes = sum(chunk.stat().st_size for chunk in chunks if chunk.exists())
+        num_bytes = sum(file.stat().st_size for file in about.parent.rglob("*") if file.suffix in (SUFFIX, ".lance"))
         used = about if about.exists() else about.parent
         days_unused = max(0.0, time.time() - used.stat().st_mtime) / DAY_S
         if days_unused >= older_than_days:

@@ -94,7 +94,7 @@ def read_image(
             wide; or has 32-bit pixels, whose range is unknown.
         TypeError: `source` is none of these types.
     """
-    with _open(source, allow_paths, allow_addresses, formats, max_pixels) as image:
+    with open_image(source, allow_paths, allow_addresses, formats, max_pixels) as image:
         if image is not source:
             _choose_scale(image)
         return _decode(image, max_pixels)
@@ -132,7 +132,7 @@ def image_size(source: Any, **options: Any) -> tuple[int, int]:
     Raises:
         ImageError: the image cannot be opened or exceeds a limit; faults that only decoding reveals are not found.
     """
-    with _open(source, **options) as image:
+    with open_image(source, **options) as image:
         width, height = image.size
         return width, height
 
@@ -180,14 +180,28 @@ def _make_opaque(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _open(
+def open_image(
     source: Any,
     allow_paths: bool = True,
     allow_addresses: bool = False,
     formats: Sequence[str] = FORMATS,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Image.Image]:
-    """Open an image without decoding it, and check its size."""
+    """Open an image without decoding it, and check its size: for what its header says.
+
+    Args:
+        source: as in `read_image`, like the other arguments.
+        allow_paths: see there.
+        allow_addresses: see there.
+        formats: see there.
+        max_pixels: see there.
+
+    Yields:
+        The image as its file has it, before its orientation is applied.
+
+    Raises:
+        ImageError: the image cannot be opened or exceeds a limit; faults that only decoding reveals are not found.
+    """
     if isinstance(source, Mapping):
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
     if source is None:
@@ -213,6 +227,22 @@ def _open(
         _check_size(image, max_pixels)
         _check_memory(image, stream)
         yield image
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of an image's file, which `read_image` takes as well as the path.
+
+    Raises:
+        ImageError: it does not exist, is no regular file, is larger than `MAX_BYTES`, or cannot be read.
+    """
+    with _open_file(path) as stream:
+        try:
+            content = stream.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise ImageError(f"cannot be read ({error.strerror})") from None
+    if len(content) > MAX_BYTES:
+        raise ImageTooLargeError(f"has over {MAX_BYTES / 2**20:g} MiB, the limit")
+    return content
 
 
 def _open_file(path: str | os.PathLike[str]) -> BinaryIO:

@@ -11,7 +11,7 @@ Shape letters used in the comments:
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any, Self
 
@@ -295,6 +295,15 @@ def normalize(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1)
 
 
+def join_levels(parts: Sequence[Tensor]) -> Tensor:
+    """Join features from several stages of a tower, each (N, channels), as (N, V) with V the sum of all channels.
+
+    Each part is scaled to root mean square 1, since feature maps differ in size a hundredfold. Joining stages goes
+    back to hypercolumns (Hariharan et al. 2015, https://arxiv.org/abs/1411.5752).
+    """
+    return torch.cat([F.normalize(part, dim=1) * part.shape[1] ** 0.5 for part in parts], dim=1)
+
+
 class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
     """The image half: timm model, pooled output, projection."""
 
@@ -331,11 +340,7 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
     def _run_vision_tower(
         self, pixel_values: Tensor | None, output_hidden_states: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Run the vision tower; `pooler_output` is (I, V) and includes the averaged maps of `vision_levels`, if any.
-
-        Each part is then scaled to root mean square 1, since feature maps differ in size a hundredfold. Joining stages
-        goes back to hypercolumns (Hariharan et al. 2015, https://arxiv.org/abs/1411.5752).
-        """
+        """Run the vision tower; `pooler_output`, (I, V), includes the averaged maps of `vision_levels`, if any."""
         levels = self.config.vision_levels
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -346,8 +351,7 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         pooled, maps = outputs.pooler_output.flatten(1), outputs.hidden_states
         if levels:
             level_maps = [maps[level] for level in levels] if output_hidden_states else maps
-            parts = [pooled, *(level_map.flatten(2).mean(dim=2) for level_map in level_maps)]
-            pooled = torch.cat([F.normalize(part, dim=1) * part.shape[1] ** 0.5 for part in parts], dim=1)  # (I, V)
+            pooled = join_levels([pooled, *(level_map.flatten(2).mean(dim=2) for level_map in level_maps)])  # (I, V)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=pooled,

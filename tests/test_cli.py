@@ -137,7 +137,9 @@ class TestSearch:
             (["{images}/red.png", "a fish"], ["not a folder"]),
             (["{tiny_folder}", "a fish"], ["no images"]),
             (["{images}"], ["QUERY"]),
-            (["{images}", "a", "fish"], ["fish"]),
+            (["{images}", "a fish", "image:none.png"], ["none.png: does not exist"]),
+            (["{images}", "a fish", "--minus", "a fish"], ["Nothing is left"]),
+            (["{images}", "a fish", "--model", "other"], ["--model", "no index"]),
             (["{images}", "a fish", "--tip", "3"], ["--tip"]),
         ],
     )
@@ -372,7 +374,7 @@ class TestErrors:
             def load_encoder(name):
                 raise error
 
-            monkeypatch.setattr(clipmini.inference.encoders, "load_encoder", load_encoder)
+            monkeypatch.setattr(clipmini.indexing.index, "load_encoder", load_encoder)
             return run(*options, "search", tiny_folder, images, "a")
 
         return fail
@@ -415,7 +417,7 @@ class TestErrors:
 
 
 def test_warnings_are_short_lines(run, tiny_folder, images, monkeypatch):
-    load_encoder = clipmini.inference.encoders.load_encoder
+    load_encoder = clipmini.indexing.index.load_encoder
 
     def noisy_load(name):
         warnings.warn("mind\n the gap", stacklevel=2)
@@ -424,7 +426,7 @@ def test_warnings_are_short_lines(run, tiny_folder, images, monkeypatch):
         sys.stdout.write("from print\n")
         return load_encoder(name)
 
-    monkeypatch.setattr(clipmini.inference.encoders, "load_encoder", noisy_load)
+    monkeypatch.setattr(clipmini.indexing.index, "load_encoder", noisy_load)
     handlers = list(logging.getLogger().handlers)
     result = run("search", tiny_folder, images, "a", "--json")
     assert json.loads(result.stdout)["num_skipped"] == 0

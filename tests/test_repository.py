@@ -26,6 +26,7 @@ LADDER = (
     "clipmini/store.py",
     "clipmini/data",
     "clipmini/inference",
+    "clipmini/indexing",
     "clipmini/evaluation",
     "clipmini/publishing",
     "training",

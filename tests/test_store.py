@@ -309,9 +309,11 @@ class TestDamage:
             file.write_bytes(data)
             caplog.clear()
             assert len(keep_all()) in (2, 4), position
-            (warning,) = caplog.messages
-            assert f"{file} is damaged (" in warning
-            assert warning.endswith("it is removed, and its rows are computed again")
+            # In a changed header, other bytes may pass for the keys: these are nobody's, and the file is written anew.
+            assert len(caplog.messages) <= 1
+            for warning in caplog.messages:
+                assert f"{file} is damaged (" in warning
+                assert warning.endswith("it is removed, and its rows are computed again")
             assert keep_all() == []
 
     @pytest.mark.parametrize("size", [0, 5, 100, 200])

@@ -187,7 +187,7 @@ def _draw_samples(rows: Dataset, answers: Answers, out: Path) -> None:
     groups = {heading: examples[:NUM_SAMPLES] for heading, examples in show_answers(rows, answers).groups.items()}
     try:
         draw_examples(groups, SAMPLE_COLUMNS, out)
-    except ValueError as error:  # an image that is gone since must not cost the trained model
+    except ValueError as error:  # a drawing must not cost the trained model
         logger.warning("%s is not drawn: %s", out.name, error)
 
 

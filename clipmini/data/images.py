@@ -73,15 +73,17 @@ def folder_of(source: str, paths: Iterable[str | None]) -> str | None:
     return os.path.relpath(folder) if Path(folder).is_relative_to(Path.cwd()) else folder
 
 
-def walk_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
+def walk_files(folder: Path, suffixes: Collection[str], unreachable: list[str] | None = None) -> Iterator[Path]:
     """Yield the files below a folder that have one of some lower-case suffixes, each folder before its sub-folders.
 
     Hidden files and folders are ignored. Folders that cannot be read, which `os.walk` would ignore silently, are
-    logged.
+    logged, and added to `unreachable`.
     """
 
     def warn(error: OSError) -> None:
         logger.warning("cannot look into %s (%s)", error.filename, error.strerror)
+        if unreachable is not None:
+            unreachable.append(error.filename)
 
     for parent, folders, files in os.walk(folder, onerror=warn):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

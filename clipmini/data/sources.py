@@ -75,12 +75,14 @@ class SourceReader:
         caption_column: the column with captions; None to find it.
         image_root: the folder that paths are relative to; None for the table's.
         skipped: collects rows that cannot be parsed.
+        needs_captions: refuse a source without captions; otherwise its images have none.
     """
 
     image_column: str | None
     caption_column: str | None
     image_root: Path | None
     skipped: Skipped
+    needs_captions: bool = True
 
     def read(self, source: str | Path) -> RawPairs:
         """Read the rows of a source, a path or the id of a data set on the Hub, in order.
@@ -107,7 +109,7 @@ class SourceReader:
             if isinstance(saved, Dataset):
                 return self._from_columns(saved, str(folder), folder)
             return self._from_splits(saved, str(folder), folder)
-        tables = _find_tables(folder)
+        tables = find_tables(folder)
         if not tables:
             find_images(folder)  # raises an error if there are none
             raise ValueError(
@@ -189,8 +191,11 @@ class SourceReader:
             raise NoPairsError(f"{name} has no rows.")
         image = find_image_column(features, self.image_column, name)
         others = [column for column in features if column != image]
-        caption = find_column(others, self.caption_column, CAPTION_COLUMNS, "caption", name)
-        texts = pa.array((caption_texts(value) for value in columns[caption][:]), pa.list_(pa.string()))
+        if self.needs_captions or _find_named(others, CAPTION_COLUMNS):
+            caption = find_column(others, self.caption_column, CAPTION_COLUMNS, "caption", name)
+            texts = pa.array((caption_texts(value) for value in columns[caption][:]), pa.list_(pa.string()))
+        else:
+            texts = pa.nulls(len(columns[image]), pa.list_(pa.string()))
         split_column = None if split else _find_named(features, ("split",))
         splits: list[str | None] = [split] * len(texts)
         if split_column:
@@ -247,8 +252,12 @@ def load_from_hub(name: str, config_name: str | None = None) -> DatasetDict:
         ) from error
 
 
-def _find_tables(folder: Path) -> list[Path]:
-    """Find a folder's tables: `metadata.*` in any sub-folder; if none, data files; if none, the only token file."""
+def find_tables(folder: Path) -> list[Path]:
+    """Find a folder's tables: `metadata.*` in any sub-folder; if none, data files; if none, the only token file.
+
+    Raises:
+        ValueError: there are several token files.
+    """
     found = list(walk_files(folder, TABLE_SUFFIXES + TOKEN_SUFFIXES))
     tables = [path for path in found if path.suffix.lower() in TABLE_SUFFIXES]
     metadata = [path for path in tables if path.stem == "metadata"]

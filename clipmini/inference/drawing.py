@@ -85,7 +85,7 @@ def draw_results(query_hits: Mapping[str, Sequence[Hit]], out: str | Path) -> No
         out: the file to write, whole or not at all; its folder is created.
 
     Raises:
-        ValueError: `out` cannot be such a file, there is nothing to draw, or an image can no longer be read.
+        ValueError: `out` cannot be such a file, or there is nothing to draw.
     """
     check_drawing(out)
     examples = [
@@ -170,19 +170,23 @@ def _draw_page(groups: Mapping[str, Sequence[Example]], columns: int) -> Figure:
 
 
 def _draw_picture(page: Axes, picture: Picture, left: float, top: float) -> None:
-    """Draw an image as large as fits its cell, undistorted, above its label and file name."""
+    """Draw an image as large as fits its cell, undistorted, above its label and file name.
+
+    The cell of one that cannot be read stays gray: it may be gone since it was indexed.
+    """
+    page.add_patch(Rectangle((left, top), CELL_WIDTH, IMAGE_HEIGHT, facecolor="#f3f3f3", edgecolor="none", zorder=-1))
+    x, y = left + CELL_WIDTH / 2, top + IMAGE_HEIGHT / 2
     try:
         image = read_image(picture.image)
     except ImageError as error:
         source = picture.image if isinstance(picture.image, Path) else picture.name
-        raise ValueError(f"{source} {error}, and cannot be drawn.") from None
-    image.thumbnail((math.ceil(CELL_WIDTH * DPI), math.ceil(IMAGE_HEIGHT * DPI)))
-    page.add_patch(Rectangle((left, top), CELL_WIDTH, IMAGE_HEIGHT, facecolor="#f3f3f3", edgecolor="none", zorder=-1))
-    inches_per_pixel = min(CELL_WIDTH / image.width, IMAGE_HEIGHT / image.height)
-    half_width, half_height = image.width * inches_per_pixel / 2, image.height * inches_per_pixel / 2
-    x, y = left + CELL_WIDTH / 2, top + IMAGE_HEIGHT / 2
-    extent = (x - half_width, x + half_width, y + half_height, y - half_height)
-    page.imshow(image, extent=extent, aspect="auto", interpolation="antialiased")
+        logger.warning("%s %s, and is not drawn", source, error)
+    else:
+        image.thumbnail((math.ceil(CELL_WIDTH * DPI), math.ceil(IMAGE_HEIGHT * DPI)))
+        inches_per_pixel = min(CELL_WIDTH / image.width, IMAGE_HEIGHT / image.height)
+        half_width, half_height = image.width * inches_per_pixel / 2, image.height * inches_per_pixel / 2
+        extent = (x - half_width, x + half_width, y + half_height, y - half_height)
+        page.imshow(image, extent=extent, aspect="auto", interpolation="antialiased")
     if picture.is_correct:
         page.add_patch(Rectangle((left, top), CELL_WIDTH, IMAGE_HEIGHT, fill=False, edgecolor=GREEN, linewidth=3))
     bottom = top + IMAGE_HEIGHT

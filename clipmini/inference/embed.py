@@ -1,6 +1,7 @@
 """Embed images and captions with a model, whatever library it comes from: images of a data set, files, captions."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,9 @@ class DualEncoder:
         unit: str,
         order: Callable[[Any], int] | None = None,
     ) -> Tensor:
-        with tqdm(total=total, desc=f"{unit}s", unit=unit, leave=False) as bar:
+        # Of one batch, such as a query, there is no progress to see. Whoever says `disable` overrides TQDM_DISABLE.
+        options: Any = {"disable": True} if total is not None and total <= batch_size else {}
+        with tqdm(total=total, desc=f"{unit}s", unit=unit, leave=False, **options) as bar:
             return normalize(embed_in_batches(inputs, embed, batch_size, order, bar.update))
 
 
@@ -163,7 +166,9 @@ def as_encoder(model: ClipMiniModel, name: str = "model", weights_sha256: str | 
 
 def describe_processors(image_processor: Any, tokenizer: Any, **options: Any) -> str:
     """Describe a stock image processor and a tokenizer, with options of the latter's calls."""
-    return f"{describe_processor(image_processor)} {digest(tokenizer.backend_tokenizer.to_str()).hex()} {options}"
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    definition |= {"truncation": None, "padding": None}  # these are of its latest call
+    return f"{describe_processor(image_processor)} {digest(json.dumps(definition)).hex()} {options}"
 
 
 def load_model(name_or_path: str | Path, device: str | torch.device | None = None) -> ClipMiniModel:

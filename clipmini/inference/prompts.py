@@ -2,21 +2,39 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from clipmini.data.recipe_files import find_preset, preset_names
 
+IMAGE_PREFIX = "image:"  # of a query that is the path of an image
 
-def check_query(query: str, top: int) -> None:
+
+def is_image(term: Any) -> bool:
+    """Return whether a term of a query is an image, given by its path or itself, and not words."""
+    return not isinstance(term, str) or term.startswith(IMAGE_PREFIX)
+
+
+def check_queries(terms: Sequence[Any], top: int) -> None:
     """Check what is searched for.
 
+    Args:
+        terms: words, `image:` and a path, or Pillow images.
+        top: the number of images wanted.
+
     Raises:
-        ValueError: the query is blank or not UTF-8, or `top`, the number of images wanted, is below 1.
+        ValueError: there is no term, one is blank, not UTF-8, or names no image, or `top` is below 1.
     """
-    check_text("query", query)
-    if not query.strip():
-        raise ValueError("The query is empty; say in words what the image should show.")
+    if not terms:
+        raise ValueError("There is no query; say in words what the image should show, or name one as image:PATH.")
+    for term in terms:
+        if isinstance(term, str):
+            check_text("query", term)
+            if not term.removeprefix(IMAGE_PREFIX).strip():
+                raise ValueError("The query is empty; say in words what the image should show.")
+        elif not hasattr(term, "getexif"):  # of a Pillow image
+            raise ValueError(f"The query {term!r} is not a text; give words, or a Pillow image.")
     if not isinstance(top, int) or top < 1:
         raise ValueError(f"top={top} is not allowed; ask for at least 1 image.")
 

@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from types import FrameType
 from typing import Any
 
 import torch
@@ -136,15 +137,24 @@ def make_server(app: Starlette) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def run(app: Starlette, sock: socket.socket) -> None:
+def run(app: Starlette, sock: socket.socket, on_stop: Callable[[], Any] | None = None) -> None:
     """Serve until Ctrl-C.
 
     Args:
         app: from `create_app`.
         sock: from `bind`.
+        on_stop: called at Ctrl-C, to end connections that would stay open.
     """
+    server = make_server(app)
+    if on_stop is not None:
+
+        def stop(sig: int, frame: FrameType | None) -> None:
+            on_stop()
+            uvicorn.Server.handle_exit(server, sig, frame)
+
+        server.handle_exit = stop  # type: ignore[method-assign]
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after an orderly shutdown
-        make_server(app).run(sockets=[sock])
+        server.run(sockets=[sock])
 
 
 class _Service:

@@ -40,6 +40,7 @@ MAX_NOT_RUN = 4
 # What stands on a page, and what is run instead; {port} is a free one.
 REPLACED = {
     "8000": "{port}",
+    "--index photos.index": "--index photos.index --port {port}",
     "https://example.org/other.jpg": "my_images/2.jpg",
     "runs/flickr8k/model": "runs/demo/model",
     "FOLDER": "my_images",
@@ -59,10 +60,10 @@ for target; do
     if [ "$target" = demo ]; then "$REAL/clipmini" train demo --overwrite && "$REAL/python" examples/demo.py; fi
 done""",
     "clipmini": """
-if [ "$1" != serve ]; then exec "$REAL/clipmini" "$@"; fi
+if [ "$1" != serve ] && [ "$1" != app ]; then exec "$REAL/clipmini" "$@"; fi
 "$REAL/clipmini" "$@" >serve.log 2>&1 &
 echo $! >>"$PAGE/started"
-until grep -q ^Serving serve.log; do kill -0 $! && sleep 0.2; done""",
+until grep -q "^Serving\\|^Open" serve.log; do kill -0 $! && sleep 0.2; done""",
 }
 PEERS = ("openai/clip-vit-base-patch32",)  # models on the Hub of this test: tiny ones
 OWNER = "my-name"  # who is logged in there

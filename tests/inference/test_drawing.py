@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from clipmini.files import DRAWING_SUFFIXES, check_drawing
@@ -97,11 +98,20 @@ class TestDrawResults:
         with pytest.raises(ValueError, match="is a folder"):
             draw_results({"a": self.hits(folder)}, tmp_path / "out.png")
 
-    def test_a_failure_keeps_the_old_file(self, folder, tmp_path):
+    def test_an_image_that_is_gone_leaves_its_cell_empty(self, folder, tmp_path, caplog):
+        out = tmp_path / "out.png"
+        draw_results({"a": [Hit(folder / "gone.png", 1.0), Hit(folder / "red.png", 0.5)]}, out)
+        assert "gone.png does not exist, and is not drawn" in caplog.text
+        with Image.open(out) as image:
+            colors = dict(map(reversed, image.convert("RGB").getcolors(2**20)))
+        assert {(243, 243, 243), (255, 0, 0)} <= set(colors)
+
+    def test_a_failure_keeps_the_old_file(self, folder, tmp_path, monkeypatch):
         out = tmp_path / "out.png"
         out.write_text("old")
-        with pytest.raises(ValueError, match=r"gone\.png does not exist"):
-            draw_results({"a": [Hit(folder / "gone.png", 1.0)]}, out)
+        monkeypatch.setattr(Figure, "savefig", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            draw_results({"a": self.hits(folder)}, out)
         assert out.read_text() == "old"
         assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out.png"]
 

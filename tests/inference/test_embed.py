@@ -1,7 +1,10 @@
 """Damaged model folders and unreadable images: one sentence names each."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,3 +139,17 @@ def test_names_shapes_and_dtypes_are_part_of_the_hash_of_weights():
     zeros = torch.zeros(4)
     others = [("b", zeros), ("a", zeros.view(2, 2)), ("a", zeros.view(torch.int32)), ("a", zeros.bfloat16())]
     assert len({holding("a", zeros), *(holding(*other) for other in others)}) == 5
+
+
+def test_no_bar_where_bars_are_turned_off():
+    """As the command does where stderr is a file; tqdm reads its variable when it is imported."""
+    program = (
+        "import torch\n"
+        "from clipmini.inference.embed import DualEncoder\n"
+        "embed = lambda texts: torch.ones(len(texts), 2)\n"
+        "encoder = DualEncoder('a', 'b', torch.nn.Identity(), 1.0, None, None, embed, None)\n"
+        "encoder.encode_texts(['a'] * 9, batch_size=4)\n"
+    )
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

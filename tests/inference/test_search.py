@@ -120,6 +120,7 @@ class TestHits:
         hits = Hits("a fish", [Hit(folder / "red.png", 0.25), Hit(Image.new("RGB", (4, 4)), 0.125)], skipped)
         assert json.loads(json.dumps(hits.to_dict())) == {
             "query": "a fish",
+            "scoring": "cosine",
             "hits": [{"path": str(folder / "red.png"), "score": 0.25}, {"path": None, "score": 0.125}],
             "num_skipped": 1,
             "skipped": [{"path": "bad.png", "reason": "is empty"}],

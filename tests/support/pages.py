@@ -65,7 +65,7 @@ def notebook_blocks(notebook):
 def clipmini_commands(code):
     """Find the arguments of each call of `clipmini` in lines of bash, without those of other programs."""
     for line in code.replace("\\\n", " ").splitlines():
-        reader = shlex.shlex(re.sub(r"\d?>+ ?\S+", "", line), posix=True, punctuation_chars=True)
+        reader = shlex.shlex(re.sub(r"\s\d?>+ ?[\w./]+(?=\s*([|;&]|$))", "", line), posix=True, punctuation_chars=True)
         reader.whitespace_split = True
         words = list(reader)
         for start, word in enumerate(words, start=1):

@@ -1,4 +1,4 @@
-"""`clipmini serve` in a process of its own; import as `serving`."""
+"""`clipmini serve` or `clipmini app` in a process of its own; import as `serving`."""
 
 import contextlib
 import subprocess
@@ -6,9 +6,9 @@ import sys
 
 
 @contextlib.contextmanager
-def serve_command(folder):
+def serve_command(folder, verb="serve", *options):
     """Start it on a free port; yield its URL, once it answers, and the process."""
-    command = [sys.executable, "-m", "clipmini.cli", "serve", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "clipmini.cli", verb, str(folder), *options, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()
