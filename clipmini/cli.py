@@ -267,7 +267,7 @@ def index(
     Only new and changed images are embedded, and those that are gone from a source are dropped. A run that is killed
     goes on where it was.
     """
-    from clipmini.names import locate, locate_any_model
+    from clipmini.names import as_command, locate, locate_any_model
 
     locate_any_model(model)
     for source in sources if engine == "local" else ():  # Ray also reads addresses
@@ -283,7 +283,7 @@ def index(
         if isinstance(number, int)
     ]
     print_table(("images", "number"), rows)
-    typer.echo(f"The index is in {out}; search it with: clipmini search {out} WORDS")
+    typer.echo(f"The index is in {out}; search it with: {as_command('search', out)} WORDS")
 
 
 @app.command(

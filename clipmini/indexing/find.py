@@ -64,9 +64,18 @@ def find(
         can_index = False
     if can_index:
         assert folder is not None
-        index = open_kept_index(model, folder, skipped)
-        found = index.search(*queries, top=top, plus=plus, minus=minus, where=where, collapse=collapse)
-        return [replace(hits, skipped=skipped) for hits in found]
+        from .index import UnwritableIndexError
+
+        try:
+            index = open_kept_index(model, folder, skipped)
+        except UnwritableIndexError as error:
+            if where is not None:
+                raise
+            logger.warning("%s Until then, every image is embedded anew at each search.", error)
+            skipped.items.clear()
+        else:
+            found = index.search(*queries, top=top, plus=plus, minus=minus, where=where, collapse=collapse)
+            return [replace(hits, skipped=skipped) for hits in found]
     if where is not None:
         raise ValueError(f"The condition {where!r} can be used with an index only: search a folder, with lancedb.")
     files = expand_files(images) if folder is None else find_images(folder)

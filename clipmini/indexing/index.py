@@ -101,6 +101,10 @@ class UnusableIndexError(ValueError):
     """An index is damaged, of another version, or not of the model at hand: it has to be made anew."""
 
 
+class UnwritableIndexError(ValueError):
+    """An index cannot be written, since a disk is full or a folder is read-only."""
+
+
 class Known(NamedTuple):
     """What identifies an image in an index, see `Entry`, and the digest of its bytes."""
 
@@ -427,6 +431,7 @@ class Index:
         """Return the index as a data set: its columns, with each `vector` as the model embedded it, (D,) float16."""
         with _reading(self.path):
             table = self.table.to_arrow()
+        table = table if len(table) else self.manifest.schema.empty_table()  # `datasets` takes no column of no chunks
         vectors = np.ascontiguousarray(stack(table["vector"], np.float16)[:, : self.manifest.num_dimensions])
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
         return Dataset(table.set_column(table.schema.names.index("vector"), "vector", column))
@@ -458,7 +463,7 @@ def _locked(path: str, wait: bool = False) -> Iterator[None]:
     except Timeout:
         raise ValueError(f"Another process is writing to {path}; wait until it is done.") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
+        raise UnwritableIndexError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def _check_place(folder: Path) -> None:
@@ -526,7 +531,7 @@ def _writing(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(
+        raise UnwritableIndexError(
             f"The index {path} cannot be written: {_reason(error)}. What was in it before is safe; once there is "
             "room, and permission to write, run the same command again."
         ) from error

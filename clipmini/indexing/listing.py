@@ -141,9 +141,9 @@ def _read_rows(
     try:
         raw = SourceReader(None, None, None, skipped, needs_captions=False).read(located)
     except NoPairsError as error:
-        if not has_files:
+        if not path.is_dir():
             raise
-        logger.warning("left out %s", error)  # of something else, as people keep beside their photographs
+        logger.warning("left out %s", error)  # a table of something else, as people keep beside photographs
         return
     first_row: dict[str, int] = {}
     captions: dict[str, list[str]] = {}

@@ -259,6 +259,10 @@ class TestFiles:
         assert index.add(photos).num_dropped == 1
         assert len(Index.create(tmp_path / "new.index", index.encoder)) == 0
 
+    def test_an_empty_index(self, tmp_path, tiny_folder):
+        index = clipmini.open_index(tmp_path / "empty.index", tiny_folder)
+        assert len(index.search("a")[0]) == len(index.to_datasets()) == index.remove("width > 0") == 0
+
     def test_a_run_killed_at_its_start_leaves_no_obstacle(self, tmp_path, tiny_folder, photos, monkeypatch):
         path = tmp_path / "killed.index"
         monkeypatch.setattr("clipmini.indexing.index._write_manifest", lambda *args: 1 / 0)
@@ -318,6 +322,16 @@ class TestKeptIndex:
         expected = clipmini.search(folder, photos, "a", use_index=False)
         assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], abs=2e-3)
         assert "It is made anew" in caplog.text
+
+    def test_in_a_cache_that_cannot_be_written_every_image_is_looked_at(
+        self, tiny_folder, photos, monkeypatch, caplog, tmp_path
+    ):
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(find, "indexes_folder", lambda: tmp_path / "file")
+        assert len(clipmini.search(tiny_folder, photos, "a")) == 6
+        assert "cannot be written: Not a directory. Until then, every image is embedded anew" in caplog.text
+        with pytest.raises(ValueError, match="cannot be written"):
+            clipmini.search_each(tiny_folder, photos, ["a"], where="width > 0")
 
     def test_it_is_listed_and_cleared_with_the_cache(self, tiny_folder, photos):
         clipmini.search(tiny_folder, photos, "a")

@@ -153,10 +153,14 @@ class TestFiles:
         ("name", "content"),
         [("notes.csv", "date,place\n1,2\n"), ("package.json", '{"a": 1}'), ("0.png.json", '{"title": "0.png"}')],
     )
-    def test_tables_of_something_else_are_left_out(self, index, photos, caplog, name, content):
+    def test_tables_of_something_else_are_left_out(self, index, photos, tmp_path, caplog, name, content):
         (photos / name).write_text(content)
         assert numbers(index.add(photos)) == {"embedded": 5, "images": 5}
         assert f"left out {photos / name} has no image column" in caplog.text
+        (tmp_path / "documents").mkdir()
+        (tmp_path / "documents" / name).write_text(content)
+        with pytest.raises(ValueError, match="documents has no images; looked for"):
+            index.add(tmp_path / "documents")
 
     def test_captions_are_kept_and_updated(self, index, photos, num_embedded):
         rows = [{"file_name": "0.png", "caption": "a dog"}, {"file_name": "0.png", "caption": "a brown dog"}]
