@@ -185,8 +185,9 @@ def search(
         strict: raise an error at the first image that cannot be read, instead of leaving it out.
 
     Returns:
-        A sequence of hits, the best first, each with `image` and `score`: its cosine similarity in [-1, 1], or, where
-        the model has a bank, the cosine minus the image's prior, so that no image fits every query.
+        A sequence of hits, the best first, each with `image` and `score`: its cosine similarity in [-1, 1]; or, where
+        a model that is given by name has a bank, the cosine minus the image's prior, so that no image fits every
+        query.
 
     Raises:
         ValueError: the model, the query or another argument is not allowed, or no image can be read.
@@ -225,12 +226,13 @@ def search_each(
     return find(model, images, queries, top, **options, skipped=Skipped(strict))
 
 
-def open_index(path: str | Path, model: str | Path | ClipMiniModel | None = None) -> Index:
+def open_index(path: str | Path, model: str | Path | None = None) -> Index:
     """Open an index of images, which is searched without embedding them again; make one if there is none.
 
     Args:
         path: the index: a folder, or an address of object storage, such as s3://bucket/photos.
-        model: as in `evaluate`: the model to make a new index with; or where that of an index has moved to.
+        model: the name of a model, as in `evaluate`: to make a new index with, which records it; or where that of an
+            index has moved to.
 
     Returns:
         The index, with `search`, `add`, `remove` and `to_datasets`. `len` is its number of images.
@@ -249,6 +251,11 @@ def open_index(path: str | Path, model: str | Path | ClipMiniModel | None = None
     """
     from clipmini.names import is_index
 
+    if model is not None and not isinstance(model, (str, Path)):
+        raise ValueError(
+            f"A loaded {type(model).__name__} is not a name, and an index records its model: give the model's folder "
+            "or Hub id."
+        )
     try:
         from clipmini.indexing.index import Index
     except ModuleNotFoundError as error:

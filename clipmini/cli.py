@@ -339,6 +339,8 @@ def search(
         "collapse": collapse,
     }
     if is_index(model):
+        if strict or not use_index:
+            raise ValueError(f"{'--strict' if strict else '--no-index'} is for a folder, and {model} is an index.")
         with working():
             found = clipmini.open_index(model, moved).search(*words, **terms)
     else:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
@@ -165,7 +165,7 @@ class Index:
             model: as in `load_encoder`; or an encoder.
 
         Raises:
-            ValueError: the folder holds other files, cannot be made, or the model cannot be loaded.
+            ValueError: the place holds other files or another table, cannot be written, or the model cannot be loaded.
         """
         path = _absolute(path)
         if "://" not in path:
@@ -182,7 +182,12 @@ class Index:
                 )
                 with _writing(path):
                     database = lancedb.connect(path)
-                    is_left = TABLE in database.list_tables().tables  # by a run that was killed here
+                    is_left, num_rows = TABLE in database.list_tables().tables, 0
+                    with suppress(ValueError):  # there is none, or a run that was killed here has only begun one
+                        num_rows = database.open_table(TABLE).count_rows()
+                if num_rows:
+                    raise ValueError(f"{path} holds a table {TABLE!r} that is no index; name another place.")
+                with _writing(path):
                     mode: Any = "overwrite" if is_left else "create"
                     table: Any = database.create_table(TABLE, schema=manifest.schema, mode=mode)
                     # It keeps two writers from adding an image twice; not so where the column also has a scalar index.

@@ -142,7 +142,8 @@ def embed_queries(
             raise ValueError(f"Nothing is left of the query {_name(query)!r}: its terms cancel out; leave one out.")
         text = " + ".join(map(_name, [query, *plus]))
         text = " - ".join([text, *map(_name, minus)])
-        composed.append(Query(text, normalize(vector[None])[0], len(words) == len(terms)))
+        is_words = not any(map(is_image, [query, *plus, *minus]))
+        composed.append(Query(text, normalize(vector[None])[0], is_words))
     return composed
 
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import lancedb
 import pytest
 import torch
 from filelock import FileLock
@@ -150,6 +151,13 @@ class TestWithoutHubs:
         assert names(found) == sorted(expected, key=expected.get, reverse=True)
         (by_image,) = index.search(f"image:{photos / '0.png'}", top=1)
         assert (by_image.scoring, by_image[0].score) == ("cosine", pytest.approx(1, abs=2e-3))
+        words, image = index.search("x", f"image:{photos / '0.png'}", top=6)  # each is scored as it is alone
+        assert (words.scoring, image.scoring) == ("normalized", "cosine")
+        assert words.to_dict() == found.to_dict()
+        both = clipmini.search_each(folder, photos, ["x", f"image:{photos / '0.png'}"], use_index=False)
+        assert [hits.scoring for hits in both] == ["normalized", "cosine"]
+        (mixed,) = index.search("x", plus=[f"image:{photos / '0.png'}"])
+        assert mixed.scoring == "cosine"
         # Another bank is another model: priors would not fit.
         save_bank(Bank(texts[:2].half(), texts.half(), scale=10.0), folder)
         with pytest.raises(ValueError, match="another model, or another version"):
@@ -179,6 +187,13 @@ class TestModels:
         with pytest.raises(ValueError, match=r"cannot be loaded: .*gone does not exist.*If it has moved, name it"):
             clipmini.open_index(index.path).search("a")
         assert len(clipmini.open_index(index.path, moved).search("a")[0]) == 6
+
+    def test_one_that_is_loaded_has_no_name_to_record(self, index, tiny_folder, tmp_path):
+        model = clipmini.load(tiny_folder, "cpu")
+        for path in (index.path, tmp_path / "new.index"):
+            with pytest.raises(ValueError, match=r"ClipMiniModel is not a name.*records its model"):
+                clipmini.open_index(path, model)
+        assert not (tmp_path / "new.index").exists()
 
     def test_models_of_other_libraries(self, clip_folder, photos, tmp_path):
         index = clipmini.open_index(tmp_path / "clip.index", clip_folder)
@@ -236,7 +251,7 @@ class TestFiles:
         for file in Path(index.path, "images.lance", folder).iterdir():
             file.write_bytes(file.read_bytes()[:20])
         with pytest.raises(ValueError, match=r"is incomplete or damaged.*make it anew") as caught:
-            use(clipmini.open_index(index.path, index.encoder), photos)
+            use(Index(index.path, index.encoder), photos)
         assert ".rs" not in str(caught.value)
 
     def test_a_disk_that_is_full(self, index, photos, tmp_path):
@@ -271,6 +286,13 @@ class TestFiles:
         monkeypatch.undo()
         assert not is_index(path)
         assert clipmini.open_index(path, tiny_folder).add(photos).num_embedded == 6
+
+    def test_a_table_of_somebody_else_is_not_replaced(self, tmp_path, tiny_folder):
+        table = lancedb.connect(tmp_path / "other").create_table("images", [{"mine": 1}])
+        for path in (tmp_path / "other", f"file://{tmp_path}/other"):
+            with pytest.raises(ValueError, match="holds a table 'images' that is no index"):
+                clipmini.open_index(path, tiny_folder)
+        assert table.to_arrow().to_pylist() == [{"mine": 1}]
 
     def test_an_address(self, tmp_path, tiny_folder, photos):
         """Object storage is addressed alike."""
@@ -370,6 +392,9 @@ def test_commands(run, tiny_folder, photos, tmp_path):
     assert run("search", out, "a", "--out", tmp_path / "grid.png").exit_code == 0
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 100
+    for option in ("--strict", "--no-index"):
+        refused = run("search", out, "a", option)
+        assert (refused.exit_code, f"{option} is for a folder" in refused.stderr) == (2, True)
     refused = run("index", tiny_folder, tmp_path / "none", "--out", out)
     assert (refused.exit_code, "none does not exist" in refused.stderr) == (2, True)
 
