@@ -50,6 +50,7 @@ bench: .venv/.installed  ## measure the figures of benchmarks/README.md, in hour
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/images.py
 	$(BIN)/python benchmarks/scan.py
+	$(BIN)/python benchmarks/rows.py
 	$(BIN)/python benchmarks/ranking.py
 	$(BIN)/python benchmarks/ranking.py --num-kept 10
 	$(BIN)/python benchmarks/search.py

@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
+import pillow_heif
 import typer
 from PIL import Image
 from transformers import CLIPImageProcessor
@@ -35,6 +36,7 @@ from modeling_clipmini.images_clipmini import (
     read_image,
 )
 
+pillow_heif.register_heif_opener()
 LIMIT_S, TOO_SLOW = 20, "takes too long"
 CHUNK = 1000  # images that a process reads
 SMALL = (64, 48)
@@ -56,6 +58,7 @@ KINDS: list[tuple[str, str, dict[str, Any]]] = [
     ("TIFF", "I;16", {}),
     ("AVIF", "RGB", {"speed": 10}),
     ("AVIF", "RGBA", {"speed": 10}),
+    *(("HEIF", mode, {"enc_params": {"preset": "ultrafast"}}) for mode in ("RGB", "RGBA", "L", "I;16")),
     ("JPEG2000", "RGB", {}),
     ("JPEG2000", "RGBA", {}),
     ("PPM", "RGB", {}),

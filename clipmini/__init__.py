@@ -92,7 +92,7 @@ def train(recipe: str | Path, /, *, overwrite: bool = False, stage: str | None =
         >>> run.model().encode_text("a red bicycle").shape
         (32,)
     """
-    from clipmini.data.recipe_files import check_origin, check_start, read_recipe
+    from clipmini.recipe_files import check_origin, check_start, read_recipe
 
     values = read_recipe(str(recipe), changes)
     check_start(values, stage)
@@ -134,7 +134,7 @@ def evaluate(
         check_leaks: look for test data among the training data; not for zero-shot.
         strict: raise an error at the first image or caption that cannot be used, instead of leaving it out.
         **changes: keys of a recipe's `data`, such as `caption_column`; for labeled images, `image_column`,
-            `label_column` and `config_name`.
+            `label_column`, `config_name` and `class_names`: a file or a mapping from folders to names.
 
     Returns:
         The evaluation: `results`, `tables` and `page`.

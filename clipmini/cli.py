@@ -116,7 +116,7 @@ def train(
 
     Each key of the recipe is an option too: --seed 7 is the same as --set seed=7.
     """
-    from clipmini.data.recipe_files import parse_changes
+    from clipmini.recipe_files import parse_changes
 
     changes = parse_changes([*(overrides or []), *as_overrides(context.args)])
     if strict:
@@ -162,8 +162,8 @@ def teach(
 ) -> None:
     """Embed the training pairs of a recipe with a larger model, which it can then name as its `teacher`."""
     from clipmini.data.images import Skipped
-    from clipmini.data.recipe_files import check_start, parse_changes, read_recipe
     from clipmini.names import locate_any_model
+    from clipmini.recipe_files import check_start, parse_changes, read_recipe
 
     locate_any_model(model)
     values = read_recipe(recipe, parse_changes(overrides or []))
@@ -219,8 +219,8 @@ def evaluate(
 
     The report is a folder with report.html, results.json, results.md and model-index.yaml.
     """
-    from clipmini.data.recipe_files import parse_changes
     from clipmini.evaluation.request import check_folder
+    from clipmini.recipe_files import parse_changes
 
     changes = parse_changes(overrides or [])
     folder = (out and out.expanduser()) or _report_folder(model, data, task, split)
@@ -378,13 +378,21 @@ def _print_hits(found: "Sequence[Hits]") -> None:
 def classify(
     model: AnyModelName,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="The image files to classify.")],
-    labels: Annotated[str, typer.Option(help="What the images may show, separated by commas.")],
+    labels: Annotated[
+        list[str],
+        typer.Option(
+            help="What the images may show, separated by commas; or a file with a label a line. Given several times, "
+            "each is one label and may have commas."
+        ),
+    ],
     template: Template = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
     """Score how well each label fits each image, without training on the labels."""
-    names = [label.strip() for label in labels.split(",")]
+    from clipmini.inference.prompts import read_labels
+
+    names = read_labels(labels)
     with working():
         answer = clipmini.classify(model, images, names, template, strict=strict)
     if as_json:
@@ -497,12 +505,14 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload a trained model to the Hub in one commit, with its model card and results."""
+    from clipmini.inference.prompts import split_labels
+
     images = []
     for example in examples or []:
         image, separator, labels = example.rpartition("=")
         if not separator:
             raise ValueError(f"--example {example!r} is not of the form IMAGE=LABEL,LABEL.")
-        images.append((image, [label.strip() for label in labels.split(",")]))
+        images.append((image, split_labels(labels)))
     with working():
         pushed = clipmini.push(
             folder,
@@ -570,7 +580,7 @@ def _report_folder(model: str, data: str, task: str, split: str | None) -> Path:
 
 def _show_plan(recipe: str, changes: dict[str, Any], overwrite: bool, stage: str | None, as_json: bool) -> None:
     """Print what a recipe would do."""
-    from clipmini.data.recipe_files import check_start, read_recipe
+    from clipmini.recipe_files import check_start, read_recipe
 
     values = read_recipe(recipe, changes)
     check_start(values, stage)

@@ -52,7 +52,7 @@ class RecipeCommand(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, and all keys by section with their defaults."""
-        from clipmini.data.recipe_files import RECIPE_KEYS, section_options
+        from clipmini.recipe_files import RECIPE_KEYS, section_options
 
         super().format_help(ctx, formatter)
         own, inherited = section_options("training")
@@ -73,7 +73,7 @@ class RecipeCommand(TyperCommand):
 
 def complete_recipe(start: str) -> list[str]:
     """List the recipes in the package whose name begins so; the shell adds files."""
-    from clipmini.data.recipe_files import preset_names
+    from clipmini.recipe_files import preset_names
 
     return [name for name in preset_names("recipes") if name.startswith(start)]
 
@@ -208,6 +208,7 @@ def _logging_to_stderr() -> Iterator[None]:
 
     handler = _LineHandler()
     logging.getLogger().addHandler(handler)
+    logging.getLogger("clipmini.data").setLevel(logging.INFO)  # what a source was found to be
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
@@ -217,12 +218,13 @@ def _logging_to_stderr() -> Iterator[None]:
 
 
 class _LineHandler(logging.Handler):
-    """Write "warning: ..." to stderr, above the progress bar if there is one."""
+    """Write "warning: ..." to stderr, above the progress bar if there is one; information has no word before it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
         try:
-            tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+            level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+            tqdm.write(f"{level}{record.getMessage()}", file=sys.stderr)
         except Exception:
             self.handleError(record)

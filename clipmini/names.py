@@ -23,8 +23,10 @@ MODEL_TYPE = "clipmini"  # in a model's config.json; the class itself takes seco
 OPEN_CLIP_PREFIX = "open_clip:"
 CONFIG_FILE, SENTENCE_TRANSFORMERS_FILE = "config.json", "modules.json"  # every model folder has one of them
 MANIFEST_FILE = "manifest.json"  # of an index of images; no model has it
-TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
-TOKEN_SUFFIXES = (".txt", ".token")
+TABLE_SUFFIXES = (
+    *".parquet .arrow .feather .csv .tsv .jsonl .jsonlines .ndjson .json .xlsx .xlsm .gz .bz2 .xz".split(),
+)
+TOKEN_SUFFIXES = (".txt", ".token", ".caption")
 # What ends so is a file, although the Hub would allow it as the end of a name.
 FILE_SUFFIXES = (*TABLE_SUFFIXES, *TOKEN_SUFFIXES, *".yaml .yml .safetensors .zip .tar .jpg .jpeg .png .webp".split())
 OFFLINE_PREFIX = "offline:"  # of towers that PyPI has, and of the photographs that come with clipmini

@@ -59,6 +59,11 @@ def as_keys(digests: Iterable[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, KEY_BYTES)
 
 
+def as_scalars(keys: np.ndarray) -> np.ndarray:
+    """Return (N, 16) keys as N values that can be sorted and compared."""
+    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}")[:, 0]
+
+
 class StoredRows:
     """Rows in memory-mapped chunks, read like an array. Pickling it does not copy the rows.
 
@@ -95,11 +100,12 @@ class StoredRows:
         chunk_of, row_of = self._chunk_of[index], self._row_of[index]
         if chunk_of.ndim == 0:
             return self._chunks[chunk_of][row_of]
-        rows = np.empty((*chunk_of.shape, *self._row_shape), self.dtype)
-        for chunk in np.unique(chunk_of):
-            is_here = chunk_of == chunk
-            rows[is_here] = self._chunks[chunk][row_of[is_here]]
-        return rows
+        rows = np.empty((chunk_of.size, *self._row_shape), self.dtype)
+        order = np.argsort(chunk_of, axis=None, kind="stable")
+        chunks, starts = np.unique(chunk_of.flat[order], return_index=True)
+        for chunk, places in zip(chunks, np.split(order, starts)[1:], strict=True):
+            rows[places] = self._chunks[chunk][row_of.flat[places]]
+        return rows.reshape(*chunk_of.shape, *self._row_shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._files, self.dtype, self._row_shape, self._chunk_of, self._row_of)
@@ -184,9 +190,7 @@ class _FoundRows:
 
     def __init__(self, folder: Path, dtype: np.dtype, keys: np.ndarray) -> None:
         self.folder, self.dtype, self.keys = folder, dtype, keys
-        self.wanted, self._firsts, self.number_of = np.unique(
-            _as_scalars(keys), return_index=True, return_inverse=True
-        )
+        self.wanted, self._firsts, self.number_of = np.unique(as_scalars(keys), return_index=True, return_inverse=True)
         self.chunk_of = np.full(len(self.wanted), -1, dtype=np.int32)
         self.row_of = np.zeros(len(self.wanted), dtype=np.int32)
         self.files: list[Path] = []
@@ -211,7 +215,7 @@ class _FoundRows:
         try:
             data = _map_file(file)
             keys, rows = _parse_chunk(data, self.dtype)
-            keys = _as_scalars(keys)
+            keys = as_scalars(keys)
             places = np.minimum(np.searchsorted(self.wanted, keys), len(self.wanted) - 1)
             is_new = (self.wanted[places] == keys) & (self.chunk_of[places] < 0)
             if not is_new.any():
@@ -302,10 +306,6 @@ def _name_of(data: Any) -> str:
     return hashlib.blake2b(data, digest_size=KEY_BYTES).hexdigest() + SUFFIX
 
 
-def _as_scalars(keys: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}")[:, 0]
-
-
 def _rows_folder() -> Path:
     return cache_root() / "rows"
 
@@ -313,6 +313,11 @@ def _rows_folder() -> Path:
 def indexes_folder() -> Path:
     """Return the folder of the indexes that `clipmini search` keeps; they are listed and cleared like other rows."""
     return cache_root() / "indexes"
+
+
+def unpacked_folder() -> Path:
+    """Return the folder of unpacked archives, which are listed and cleared likewise."""
+    return cache_root() / "unpacked"
 
 
 @dataclass(frozen=True)
@@ -334,6 +339,10 @@ class StoredSpace:
     days_unused: float
 
 
+def _is_content(file: Path) -> bool:
+    return file.is_file() and file.name != SPACE_FILE and not file.name.startswith("lock-")
+
+
 def spaces(older_than_days: float = 0.0) -> list[StoredSpace]:
     """List what the cache holds, last used first.
 
@@ -341,9 +350,8 @@ def spaces(older_than_days: float = 0.0) -> list[StoredSpace]:
         older_than_days: leave out what was used later than so many days ago.
     """
     found = []
-    for about in (
-        folder / SPACE_FILE for parent in (_rows_folder(), indexes_folder()) for folder in parent.glob("*/")
-    ):
+    parents = (_rows_folder(), indexes_folder(), unpacked_folder())
+    for about in (folder / SPACE_FILE for parent in parents for folder in parent.glob("*/")):
         chunks = [chunk for chunk in about.parent.glob(f"*{SUFFIX}") if chunk.is_file()]
         try:
             facts = json.loads(about.read_text(encoding="utf-8"))
@@ -352,7 +360,7 @@ def spaces(older_than_days: float = 0.0) -> list[StoredSpace]:
             num_rows += facts.get("num_rows", 0)  # of an index, whose own files are Lance's
         except Exception as error:  # a damaged header raises nearly anything
             description, num_rows = f"damaged ({type(error).__name__})", 0
-        num_bytes = sum(file.stat().st_size for file in about.parent.rglob("*") if file.suffix in (SUFFIX, ".lance"))
+        num_bytes = sum(file.stat().st_size for file in about.parent.rglob("*") if _is_content(file))
         used = about if about.exists() else about.parent
         days_unused = max(0.0, time.time() - used.stat().st_mtime) / DAY_S
         if days_unused >= older_than_days:

@@ -112,7 +112,7 @@ class RequestHandler:
     def _classify(self, images: list[Any], parameters: dict[str, Any]) -> list[Any]:
         labels, captions = _read_labels(parameters)
         image_embeds = F.normalize(self._embed_images(images), dim=-1)  # (I, D)
-        text_embeds = F.normalize(self._embed_labels(captions), dim=-1)  # (T, D)
+        text_embeds = F.normalize(self._embed_labels(captions, labels), dim=-1)  # (T, D)
         # A bias would change no softmax. Embeddings are on the CPU, wherever the model is.
         logits = self.model.get_logit_scale().item() * image_embeds @ text_embeds.T
         answers = []
@@ -163,11 +163,16 @@ class RequestHandler:
             is_too_large = getattr(error, "is_too_large", False)
             raise RequestError(f"The image {error}.", 413 if is_too_large else 422) from error
 
-    def _embed_texts(self, texts: tuple[str, ...]) -> Tensor:
-        """Return (T, D) float32 embeddings before normalization."""
+    def _embed_texts(self, texts: tuple[str, ...], labels: tuple[str, ...] = ()) -> Tensor:
+        """Return (T, D) float32 embeddings before normalization; refuse labels whose texts have the same tokens."""
         tokenizer = self.processor.tokenizer
         with self._tokenizer_lock:  # each call sets the padding of the tokenizer, which all threads share
             tokens = [torch.tensor(ids) for ids in tokenizer(list(texts), truncation=True)["input_ids"]]
+        seen: dict[tuple[int, ...], str] = {}
+        for label, ids in zip(labels, tokens, strict=False):
+            if (other := seen.setdefault(tuple(ids.tolist()), label)) != label:
+                both = f"{reprlib.repr(other)} and {reprlib.repr(label)}"
+                raise RequestError(f"The labels {both} are one text to the model; leave one out, or use other words.")
         num_tokens = sum(map(len, tokens))
         if num_tokens > MAX_TOKENS:
             raise RequestError(f"The texts have {num_tokens} tokens, over the limit of {MAX_TOKENS}; send less.", 413)

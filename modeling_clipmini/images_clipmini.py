@@ -6,8 +6,10 @@ holds, reading one image takes at most `MAX_MEMORY`, and an unusable image raise
 
 import io
 import os
+import re
 import socket
 import threading
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,8 +18,10 @@ from typing import Any, BinaryIO
 from PIL import ExifTags, Image
 
 # Listed one by one: some of Pillow's other formats start programs (EPS), or have no signature, so that any file passes
-# for one. HEIF is available once `pillow_heif` has registered it.
+# for one.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "HEIF")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+HEIF_SIZE = re.compile(rb"ispe\0...(.{4})(.{4})", re.DOTALL)  # width and height (ISO/IEC 23008-12, section 6.5.3)
 ADDRESSES = ("http://", "https://")
 
 MAX_PIXELS = 100_000_000
@@ -91,7 +95,7 @@ def read_image(
     Raises:
         ImageError: the image is missing, not a regular file, empty, of another format, truncated or damaged; would
             take more than `MAX_MEMORY`; has over `max_pixels` pixels; is over `MAX_ASPECT_RATIO` times as long as
-            wide; or has 32-bit pixels, whose range is unknown.
+            wide; has 32-bit pixels, whose range is unknown; or is HEIF, and pillow-heif is not installed.
         TypeError: `source` is none of these types.
     """
     with open_image(source, allow_paths, allow_addresses, formats, max_pixels) as image:
@@ -221,12 +225,19 @@ def open_image(
     elif not allow_paths:
         raise ImageError("is a path, which is not opened here; give the image's bytes")
     else:
-        stream = _open_file(source)
+        stream = _open_file(_path_of(source))
     with stream:
         image = _identify(stream, formats)
         _check_size(image, max_pixels)
         _check_memory(image, stream)
         yield image
+
+
+def _path_of(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return the path of a `file://` address, which can spell names that are not UTF-8; any other path as it is."""
+    if str(source).startswith("file://"):
+        return urllib.parse.unquote(str(source).removeprefix("file://"), errors="surrogateescape")
+    return source
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
@@ -333,6 +344,8 @@ def _identify(stream: BinaryIO, formats: Sequence[str]) -> Image.Image:
         raise ImageError("is empty (zero bytes)")
     fault = f"is not an image of a format that is read here: {', '.join(formats)}"
     for name in formats:
+        if name == "HEIF" and prefix[4:8] == b"ftyp" and prefix[8:12] in HEIF_BRANDS and name not in Image.OPEN:
+            _register_heif()
         factory, accepts = Image.OPEN.get(name, (None, None))
         verdict = accepts(prefix) if factory and accepts else False
         if isinstance(verdict, str):  # Pillow was built without this format
@@ -344,6 +357,16 @@ def _identify(stream: BinaryIO, formats: Sequence[str]) -> Image.Image:
             except Exception as error:
                 fault = _describe(error)
     raise ImageError(fault)
+
+
+def _register_heif() -> None:
+    """Register pillow-heif with Pillow, at the first image that needs it."""
+    try:
+        import pillow_heif  # here, since transformers refuses a model whose top-level imports are not all installed
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        raise ImageError("is HEIF (.heic), which takes one more package: pip install pillow-heif") from None
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
@@ -367,6 +390,8 @@ def _check_memory(image: Image.Image, stream: BinaryIO) -> None:
         )
     if image.format not in BYTES_PER_PIXEL or image.format == "JPEG2000":  # which can be halved while decoding
         return
+    if image.format == "HEIF":
+        num_pixels = max(num_pixels, _largest_heif_item(stream))
     needed = num_pixels * BYTES_PER_PIXEL[image.format]
     if image.format in READ_WHOLE:
         position = stream.tell()
@@ -381,6 +406,15 @@ def _check_memory(image: Image.Image, stream: BinaryIO) -> None:
             f"would take {needed / 2**30:.1f} GiB of memory as {image.format}, over the limit of "
             f"{MAX_MEMORY / 2**30:g}; save it smaller, or as JPEG"
         )
+
+
+def _largest_heif_item(stream: BinaryIO) -> int:
+    """Return the pixels of the largest item in the file: what is shown may be a small part, cut after decoding it."""
+    stream.seek(0)
+    sizes = HEIF_SIZE.findall(stream.read())
+    if not sizes:  # optional for the decoder, but not in the standard
+        raise ImageError("is truncated or damaged (it does not say how large it is)")
+    return max(int.from_bytes(width) * int.from_bytes(height) for width, height in sizes)
 
 
 def _largest_tiff_part(image: Image.Image) -> int:

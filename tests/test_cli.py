@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import clipmini.inference.encoders
 import clipmini.training.run
 from clipmini import cli
-from clipmini.data.recipe_files import SECTIONS, section_keys
 from clipmini.evaluation.results import Run, SearchExample
 from clipmini.inference import teacher
+from clipmini.recipe_files import SECTIONS, section_keys
 from clipmini.store import stored_rows
 from modeling_clipmini.handler import DEFAULT_TEMPLATE
 from modeling_clipmini.images_clipmini import ImageError
@@ -192,6 +192,29 @@ class TestClassify:
         assert sorted(item["label"] for item in row["scores"]) == ["cat", "dog"]
         assert row["scores"][0]["score"] >= row["scores"][1]["score"]
 
+    @pytest.mark.parametrize(
+        ("options", "labels"),
+        [
+            (["--labels", "a fish", "--labels", "a dog, running"], ["a dog, running", "a fish"]),
+            (["--labels", '"Paris, France", "London, England" ,fish'], None),
+            (["--labels", '"Paris, France", "London, England",fish'], ["London, England", "Paris, France", "fish"]),
+            (["--labels", 'a 5" pipe,the "stop" sign'], ['a 5" pipe', 'the "stop" sign']),
+            (["--labels", '"a ""stop"" sign"'], ['a "stop" sign']),
+            (["--labels", "labels.txt"], ["Paris, France", "fish"]),
+        ],
+    )
+    def test_labels_with_commas(self, run, tiny_folder, images, monkeypatch, tmp_path, options, labels):
+        monkeypatch.chdir(tmp_path)
+        Path("labels.txt").write_bytes("\ufeffParis, France\r\nfish\r\n\r\n".encode())
+        result = run("classify", tiny_folder, images / "red.png", *options, "--json")
+        if labels is None:
+            assert_refused(result, "quotation marks")
+            return
+        assert result.exit_code == 0, result.output
+        (row,) = json.loads(result.stdout)["results"]
+        assert sorted(item["label"] for item in row["scores"]) == labels
+        assert ("read 2 labels from the file labels.txt, one a line" in result.stderr) == ("labels.txt" in options)
+
     def test_some_images_are_broken(self, run, tiny_folder, images):
         result = run("classify", tiny_folder, "none.png", images / "red.png", "--labels", "cat,dog", "--json")
         assert result.exit_code == 0, result.output
@@ -216,6 +239,9 @@ class TestClassify:
             (["--labels", "cat, cat"], ["'cat'", "twice"]),
             (["--labels", "cat", "--template", "a photo"], ["template", "{}"]),
             (["--labels", "cat,\udcff"], ["label", "\\udcff", "UTF-8"]),
+            (["--labels", "gone.txt"], ["file of labels gone.txt does not exist"]),
+            (["--labels", '"cat, dog'], ["cannot be split", "quotation marks"]),
+            (["--labels", "cat", "--labels", "cat"], ["'cat'", "twice"]),
         ],
     )
     def test_bad_input(self, run, tiny_folder, images, options, words):
@@ -333,6 +359,7 @@ class TestTrain:
         before = sorted(tmp_path.rglob("*"))
         output = tmp_path / "run"
         options = ["train", recipe, "--dry-run", "--source", images, "--seed", "7", "--output_dir", output]
+        options += ["--max_skipped", "0.5"]
         answer = json.loads(run(*options, "--json").stdout)
         assert answer["recipe"]["training"] == {"seed": 7, "output_dir": str(output)}
         assert answer["splits"] == {

@@ -12,8 +12,8 @@ import clipmini
 from clipmini import names
 from clipmini.data.images import folder_of
 from clipmini.data.pairs import load_pairs
-from clipmini.data.recipe_files import check_origin, read_recipe
 from clipmini.names import expand, hub_id, locate, public_name
+from clipmini.recipe_files import check_origin, read_recipe
 from hub_repositories import Repository
 
 

@@ -2,16 +2,19 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations, unset_hf_deepspeed_config
 
 from clipmini.data.augment import ImageAugmentation
-from clipmini.data.recipe_files import build_section, field_names
 from clipmini.evaluation.retrieval import METRIC_NAMES
 from clipmini.inference.teacher import Teacher
+from clipmini.names import first_sentence
+from clipmini.recipe_files import build_section, field_names
 
 from .lora import TOWERS, Lora
 from .objective import HardNegatives
@@ -141,7 +144,22 @@ class ClipMiniTrainingArguments(TrainingArguments):
         _ = self.image_augmentation, self.matryoshka_widths, self.hard_negative_options, self.teacher_options
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # without a GPU torch warns about it in every epoch
-        super().__post_init__()
+        try:
+            super().__post_init__()
+            with suppress(ValueError):  # some ask for the model, which the trainer gives them
+                Trainer.get_optimizer_cls_and_kwargs(self)
+        except ImportError as error:
+            unset_hf_deepspeed_config()  # half of one would be used as long as this error is kept, by a debugger say
+            raise ValueError(
+                f"An option of training cannot be used here: {first_sentence(error)}. Install what it needs, or leave "
+                "it out."
+            ) from error
+        installed = get_available_reporting_integrations()
+        if missing := set(self.report_to or ()) - {*installed, "azure_ml", "flyte"}:  # those two are not always listed
+            raise ValueError(
+                f"report_to={', '.join(sorted(missing))} is not installed; install it, leave it out, or use one that "
+                f"is: {', '.join(installed) or 'none'}."
+            )
 
     def _check_numbers(self) -> None:
         for name in AT_LEAST_ONE:

@@ -76,7 +76,6 @@ class EpochPairs(torch.utils.data.Dataset):
     ) -> None:
         self.pairs, self.seed = pairs, seed
         self.augment, self.teacher = augment, teacher
-        self.caption_starts = np.concatenate([[0], np.cumsum(pairs.num_captions)])
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -84,8 +83,8 @@ class EpochPairs(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         row, epoch = key
         pairs = self.pairs
-        caption = draw_index(pairs.num_captions[row], epoch, self.seed, row, CAPTION)
-        item: dict[str, Any] = {"image_id": pairs.image_ids[row], "row": row}
+        caption = draw_index(int(pairs.num_captions[row]), epoch, self.seed, row, CAPTION)
+        item: dict[str, Any] = {"image_id": int(pairs.image_ids[row]), "row": row}
         needs_row = pairs.image_features is None or pairs.text_features is None
         content = pairs.rows[row] if needs_row else {}
         if pairs.image_features is not None:
@@ -101,7 +100,7 @@ class EpochPairs(torch.utils.data.Dataset):
         if pairs.text_features is None:
             item["caption"] = content["captions"][caption]
         else:
-            features = pairs.text_features[self.caption_starts[row] + caption]
+            features = pairs.text_features[pairs.caption_starts[row] + caption]
             item["pooled_text"] = torch.tensor(features, dtype=torch.float32)
         if self.teacher is not None:
             item["teacher_image"], item["teacher_text"] = self.teacher.rows(row, caption)

@@ -21,9 +21,9 @@ from transformers import PretrainedConfig
 
 from clipmini.data.augment import ImageAugmenter, describe_processor
 from clipmini.data.pairs import PairDataset
-from clipmini.data.scan import check_pixels, scan_readable
+from clipmini.data.scan import check_pixels, read_columns, scan_readable
 from clipmini.inference.embed import describe_libraries, hash_weights
-from clipmini.store import StoredRows, as_keys, digest, stored_rows
+from clipmini.store import KEY_BYTES, StoredRows, as_keys, digest, stored_rows
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.encoding_clipmini import by_length, channels_last, embed_in_batches, eval_mode
 from modeling_clipmini.images_clipmini import read_named
@@ -132,7 +132,9 @@ def _image_features(
     images = scan_readable(rows).pixels  # (I, 16)
     keys = images[:, None]
     if augment is not None:
-        keys = np.stack([_view_keys(augment, *pair, num_views) for pair in zip(images, rows["captions"], strict=True)])
+        keys = np.empty((len(rows), num_views, KEY_BYTES), dtype=np.uint8)
+        for row, captions in enumerate(read_columns(rows, "captions")["captions"].to_pylist()):
+            keys[row] = _view_keys(augment, images[row], captions, num_views)
 
     def embed(batch: list[Tensor]) -> Tensor:
         return run(channels_last(torch.stack(batch).to(model.device)))
@@ -167,9 +169,11 @@ def _image_features(
 def _text_features(model: ClipMiniModel, rows: Dataset, args: ClipMiniTrainingArguments) -> StoredRows:
     """Run the text tower over all captions, image by image: (T, W) float32."""
     captions = PairDataset(rows).captions
-    # The tokens that the tower sees cover caption and tokenizer at once.
-    tokens = model.processor.tokenizer(captions, truncation=True)["input_ids"]
-    keys = as_keys(digest(np.array(ids, np.int64).tobytes()) for ids in tokens)
+    # The tokens that the tower sees cover caption and tokenizer at once. Those of all captions would fill the memory.
+    starts = range(0, len(captions), CAPTION_CHUNK)
+    tokenize = functools.partial(model.processor.tokenizer, truncation=True, return_attention_mask=False)
+    parts = (tokenize(captions[start : start + CAPTION_CHUNK]) for start in starts)
+    keys = as_keys(digest(np.array(ids, np.int64).tobytes()) for tokens in parts for ids in tokens["input_ids"])
     space = {
         "kind": f"{model.config.text_pooling}-pooled outputs",
         "weights": f"{_describe(model.config.text_config)} {hash_weights(model.text_model)}",

@@ -10,7 +10,9 @@ from huggingface_hub import DatasetCard, ModelCard
 from transformers import DistilBertConfig
 
 from clipmini.data.pairs import DataArguments
-from clipmini.data.recipe_files import (
+from clipmini.names import OFFLINE_PREFIX, expand, hub_id, locate, public_name
+from clipmini.publishing.card import DATA, STARTING_MODEL, TOWERS, Part, Stage, render_card
+from clipmini.recipe_files import (
     build_section,
     check_keys,
     find_model,
@@ -19,8 +21,6 @@ from clipmini.data.recipe_files import (
     read_yaml,
     section_keys,
 )
-from clipmini.names import OFFLINE_PREFIX, expand, hub_id, locate, public_name
-from clipmini.publishing.card import DATA, STARTING_MODEL, TOWERS, Part, Stage, render_card
 from modeling_clipmini import ClipMiniConfig
 
 from .arguments import ClipMiniTrainingArguments

@@ -4,6 +4,7 @@ import copy
 import ctypes
 import json
 import logging
+import os
 import platform
 import re
 import shutil
@@ -25,7 +26,8 @@ from transformers.trainer_utils import IntervalStrategy
 from clipmini.data.duplicates import find_duplicates
 from clipmini.data.images import Skipped, folder_of
 from clipmini.data.pairs import PairDataset, load_data
-from clipmini.data.recipe_files import check_stage
+from clipmini.data.scan import read_paths
+from clipmini.data.sources import AUTO, Findings
 from clipmini.evaluation.curves import draw_curves
 from clipmini.evaluation.measure import Answers, draw_bank, measure_split
 from clipmini.evaluation.results import Run, SearchExample, show_answers
@@ -45,9 +47,11 @@ from clipmini.files import (
 from clipmini.inference.bank import Bank
 from clipmini.inference.drawing import draw_examples
 from clipmini.inference.embed import load_model
+from clipmini.inference.prompts import FEW, warn_of_unreadable
 from clipmini.names import as_command, ask_hub, expand, public_name
 from clipmini.publishing.folder import save_model_folder
 from clipmini.publishing.push import explain_refusals, prepare_push, push
+from clipmini.recipe_files import check_stage
 from modeling_clipmini import ClipMiniModel
 
 from .arguments import ClipMiniTrainingArguments
@@ -91,7 +95,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     keep_freed_memory()
 
     skipped = Skipped(strict=recipe.data.strict)
-    pairs = load_recipe_pairs(recipe, skipped)
+    findings: list[Findings] = []
+    pairs = load_recipe_pairs(recipe, skipped, findings)
     duplicates = find_duplicates(pairs)
     if duplicates.images or duplicates.captions:
         logger.warning("%s", duplicates.summary())
@@ -101,6 +106,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
 
     set_seed(recipe.training.seed)  # before the heads are made
     model = _start_model(recipe, output_dir, wanted)
+    captions = PairDataset(pairs["train"]).captions
+    warn_of_unreadable(model.processor.tokenizer, captions, "training captions", FEW)
     histories: dict[str, list[dict[str, float]]] = {}
     before: dict[str, dict[str, float]] = {}
     for name in wanted or [""]:
@@ -126,9 +133,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
     finished = _finished_stages(recipe, output_dir, wanted)
     times = [stage["train_s"] for stage in finished.values()] or [train_s]
     results = {
-        "data": {"source": public_name(recipe.data.source)},
+        "data": {"source": public_name(recipe.data.source), "found": findings[0].lines(is_public=True)},
         "num_train_images": len(pairs["train"]),
-        "num_train_captions": sum(map(len, pairs["train"]["captions"])),
+        "num_train_captions": int(features["train"].num_captions.sum()),
         **skipped.to_dict(),
         "duplicates": duplicates.as_dict(),
         "num_parameters": model.num_parameters(),
@@ -167,11 +174,11 @@ def _draw_bank(model: ClipMiniModel, pairs: PairDataset, args: ClipMiniTrainingA
 def _find_example(source: str, split: str, pairs: DatasetDict, answers: Answers | None) -> SearchExample | None:
     """Find a search for the images of a split: a caption that was answered right, if there is one."""
     rows = pairs[split]
-    folder = folder_of(source, (image["path"] for image in rows["image"]))
-    others = (image["path"] for name in pairs.keys() - {split} for image in pairs[name]["image"])
-    root = Path(expand(folder or "")).absolute()
+    folder = folder_of(source, read_paths(rows))
+    others = (path for name in pairs.keys() - {split} for path in read_paths(pairs[name]))
+    root = os.path.join(Path(expand(folder or "")).absolute(), "")
     # The search ranks all images in the folder: what was first in the split need not be so among those of others.
-    is_alone = folder is not None and not any(path and Path(path).is_relative_to(root) for path in others)
+    is_alone = folder is not None and not any(path and path.startswith(root) for path in others)
     if answers is None:  # nothing was measured
         found = [(caption, False) for captions in rows["captions"][:MAX_EXAMPLES] for caption in captions]
     else:
@@ -207,13 +214,15 @@ def plan_run(recipe: Recipe, *, overwrite: bool = False, stage: str | None = Non
     """Find out what `train` would do, without training or writing anything; arguments and errors are the same.
 
     Returns:
-        Ready for JSON: `recipe` as it would run, `splits` with their numbers of images and captions, what would be
-        skipped, `output_dir`, and `start`: for each stage, or "" without stages, what it would start from.
+        Ready for JSON: `recipe` as it would run, `data` as it was found, `splits` with their numbers of images and
+        captions, what would be skipped, `output_dir`, and `start`: for each stage, or "" without stages, what it would
+        start from.
     """
     wanted = _check_run(recipe, overwrite, stage)
     output_dir = Path(str(recipe.training.output_dir))
     skipped = Skipped(strict=recipe.data.strict)
-    pairs = load_recipe_pairs(recipe, skipped)
+    findings: list[Findings] = []
+    pairs = load_recipe_pairs(recipe, skipped, findings)
     start = {}
     for name in wanted or [""]:
         checkpoint, _ = _last_checkpoint(output_dir / name)
@@ -225,8 +234,9 @@ def plan_run(recipe: Recipe, *, overwrite: bool = False, stage: str | None = Non
             start[name] = f"resumes from {checkpoint}" if checkpoint else "starts anew"
     return {
         "recipe": recipe.values,
+        "data": findings[0].to_dict(),
         "splits": {
-            name: {"num_images": len(rows), "num_captions": sum(map(len, rows["captions"]))}
+            name: {"num_images": len(rows), "num_captions": int(PairDataset(rows).num_captions.sum())}
             for name, rows in pairs.items()
         },
         **skipped.to_dict(),
@@ -247,15 +257,28 @@ def _push_model(folder: Path, args: ClipMiniTrainingArguments) -> None:
     logger.warning("the model is pushed: %s", pushed.url)
 
 
-def load_recipe_pairs(recipe: Recipe, skipped: Skipped) -> DatasetDict:
-    """Load the pairs of a recipe, "train" among the splits; `skipped` collects what is left out.
+def load_recipe_pairs(recipe: Recipe, skipped: Skipped, findings: list[Findings] | None = None) -> DatasetDict:
+    """Load the pairs of a recipe, "train" among the splits; see `load_pairs` for `skipped` and `findings`.
 
     Raises:
         ValueError: there is nothing to train on, or `load_pairs` raises it.
     """
-    pairs = load_data(recipe.data, skipped)
+    pairs = load_data(recipe.data, skipped, findings)
+    if set(pairs) == {"validation"} and recipe.data.split_column == AUTO:  # such as COCO's val2017, by itself
+        logger.warning(
+            "%s has only a validation split, from which all splits are drawn, as with split_column=null; measure the "
+            "model on the run's own test split, not on all of it",
+            recipe.data.source,
+        )
+        skipped.items.clear()
+        if findings is not None:
+            findings.clear()
+        return load_data(replace(recipe.data, split_column=None), skipped, findings)
     if "train" not in pairs:
-        raise ValueError(f"{recipe.data.source} has no images to train on, only {' and '.join(pairs)}.")
+        raise ValueError(
+            f"{recipe.data.source} has no images to train on, only splits for {' and '.join(pairs)}; set split_column "
+            "to null to draw all splits from these."
+        )
     return pairs
 
 
@@ -300,7 +323,7 @@ def _make_trainer(
             train_dataset=features["train"],
             eval_dataset=None if args.eval_strategy == IntervalStrategy.NO else features.get("validation"),
         )
-    except (ImportError, RuntimeError) as error:  # an integration or an optimizer that is not installed
+    except (ImportError, RuntimeError) as error:  # such as torchdata, for accelerator_config
         raise ValueError(f"the recipe's training section cannot be used: {error}") from error
 
 

@@ -442,7 +442,7 @@ class ClipMiniTrainer(Trainer):
         results: dict[str, Any] = {"splits": self._measure_for_card(), "versions": versions()}
         if isinstance(self.train_dataset, EpochPairs):
             pairs = self.train_dataset.pairs
-            results |= {"num_train_images": len(pairs), "num_train_captions": sum(pairs.num_captions)}
+            results |= {"num_train_images": len(pairs), "num_train_captions": int(pairs.num_captions.sum())}
         logged = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
         return render_card(
             model_name or Path(str(args.hub_model_id or args.output_dir)).name,

@@ -5,16 +5,23 @@ describes. Even with every image twice in the training data this cost nothing th
 benchmarks/README.md). A copy in the test split inflates its metrics.
 """
 
+import functools
 import itertools
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 
-from .scan import scan_readable
+from clipmini.store import as_scalars
+
+from .scan import read_columns, scan_readable
 
 MAX_EXAMPLES = 5  # groups in `as_dict`, and ids of each: a gray placeholder can have thousands
 
@@ -85,32 +92,51 @@ def find_duplicates(pairs: DatasetDict | Dataset) -> DuplicateReport:
         ImageError: an image cannot be read; the message names it. `load_pairs` leaves out such images.
     """
     splits = pairs if isinstance(pairs, DatasetDict) else DatasetDict({str(pairs.split or "pairs"): pairs})
-    ids_of_image: dict[bytes, set[int]] = {}
-    ids_of_caption: dict[str, set[int]] = {}
-    split_of: dict[int, str] = {}
-    image_of: dict[int, bytes] = {}
-    for split, dataset in splits.items():
-        image_ids = dataset["image_id"][:]
-        for image_id, pixels in zip(image_ids, scan_readable(dataset).pixels, strict=True):
-            digest = pixels.tobytes()
-            ids_of_image.setdefault(digest, set()).add(image_id)
-            image_of[image_id], split_of[image_id] = digest, str(split)
-        for image_id, captions in zip(image_ids, dataset["captions"], strict=True):
-            for caption in filter(None, map(normalize_caption, captions)):
-                ids_of_caption.setdefault(caption, set()).add(image_id)
-    groups = sorted(sorted(ids) for ids in ids_of_image.values() if len(ids) > 1)
+    columns = pa.concat_tables([read_columns(rows, "image_id", "captions") for rows in splits.values()])
+    pixels = np.concatenate([as_scalars(scan_readable(rows).pixels) for rows in splits.values()])
+    image_of_row, id_of_row = np.unique(pixels, return_inverse=True)[1], columns["image_id"].to_numpy()
+    groups = sorted(_find_shared(pa.array(image_of_row), id_of_row, id_of_row).values())
+
+    # An id that comes twice has the image and the split of its last row.
+    ids, place_of_row = np.unique(id_of_row, return_inverse=True)
+    image_of, split_of = np.empty((2, len(ids)), dtype=np.int64)
+    image_of[place_of_row] = image_of_row
+    split_of[place_of_row] = np.repeat(np.arange(len(splits)), [len(rows) for rows in splits.values()])
     within: Counter[str] = Counter()
     across: Counter[tuple[str, str]] = Counter()
-    for ids in groups:
-        counts = Counter(split_of[image_id] for image_id in ids)
+    names = list(map(str, splits))
+    for group in groups:
+        counts = Counter(names[split] for split in split_of[np.searchsorted(ids, group)])
         within.update(split for split, count in counts.items() if count > 1)
-        across.update(itertools.combinations([split for split in splits if split in counts], 2))
-    shared = {
-        caption: sorted(ids)
-        for caption, ids in sorted(ids_of_caption.items())
-        if len({image_of[image_id] for image_id in ids}) > 1
-    }
-    return DuplicateReport(len(image_of), groups, dict(within), dict(across), shared)
+        across.update(itertools.combinations([split for split in names if split in counts], 2))
+
+    place_of_caption = np.repeat(place_of_row, pc.list_value_length(columns["captions"]))
+    texts = normalize_captions(columns["captions"]).combine_chunks()
+    shared = _find_shared(texts, ids[place_of_caption], image_of[place_of_caption])
+    shared.pop("", None)
+    return DuplicateReport(len(ids), groups, dict(within), dict(across), dict(sorted(shared.items())))
+
+
+def _find_shared(keys: pa.Array, ids: np.ndarray, values: np.ndarray) -> dict[Any, list[int]]:
+    """Return the sorted ids that come with a key, for each key that comes with several values."""
+    codes = keys.dictionary_encode().indices.to_numpy()
+    repeated = np.flatnonzero(np.bincount(codes)[codes] > 1)  # to group all of them would take ten times as long
+    table = pa.table({"key": keys.take(repeated), "id": ids[repeated], "value": values[repeated]})
+    groups = table.group_by("key").aggregate([("id", "distinct"), ("value", "count_distinct")])
+    found = groups.filter(pc.greater(groups["value_count_distinct"], 1))
+    return dict(zip(found["key"].to_pylist(), map(sorted, found["id_distinct"].to_pylist()), strict=True))
+
+
+def normalize_captions(captions: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Normalize lists of captions as `normalize_caption` does: all texts, in order."""
+    chunks = (map(normalize_caption, chunk.to_pylist()) for chunk in pc.list_flatten(captions).chunks)
+    return pa.chunked_array([pa.array(texts, pa.large_string()) for texts in chunks], pa.large_string())
+
+
+@functools.cache
+def _spaces_for_punctuation() -> dict[int, str]:
+    letters = map(chr, range(sys.maxunicode + 1))
+    return {ord(letter): " " for letter in letters if unicodedata.category(letter)[0] == "P"}
 
 
 def normalize_caption(caption: str) -> str:
@@ -121,4 +147,4 @@ def normalize_caption(caption: str) -> str:
         between words; "" if it has no words.
     """
     folded = unicodedata.normalize("NFKC", caption).casefold()
-    return " ".join("".join(" " if unicodedata.category(letter)[0] == "P" else letter for letter in folded).split())
+    return " ".join(folded.translate(_spaces_for_punctuation()).split())

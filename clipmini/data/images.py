@@ -10,7 +10,16 @@ from clipmini.names import expand
 
 logger = logging.getLogger(__name__)
 
+MAX_NAMED = 5  # of many names in a message
+MAX_NAME_CHARACTERS = 300  # of an input in a message: a path, not the whole image as base64
 MAX_LOGGED = 20  # warnings about single inputs; later ones are only counted
+# Folders of thumbnails, trash and metadata, by the names that systems and viewers give them, in lower case.
+LEFT_OUT = frozenset(
+    (
+        *("@eadir", "__macosx", "thumbnails", "thumbs", "thumb", "$recycle.bin", "system volume information"),
+        "lost+found",
+    )
+)
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .pbm .heic .heif".split()
 )
@@ -76,7 +85,8 @@ def folder_of(source: str, paths: Iterable[str | None]) -> str | None:
 def walk_files(folder: Path, suffixes: Collection[str], unreachable: list[str] | None = None) -> Iterator[Path]:
     """Yield the files below a folder that have one of some lower-case suffixes, each folder before its sub-folders.
 
-    Hidden files and folders are ignored. Folders that cannot be read, which `os.walk` would ignore silently, are
+    Symbolic links are followed, but no folder is entered twice. Hidden files and folders, and those that systems and
+    viewers make (`LEFT_OUT`), are ignored. Folders that cannot be read, which `os.walk` would ignore silently, are
     logged, and added to `unreachable`.
     """
 
@@ -85,11 +95,43 @@ def walk_files(folder: Path, suffixes: Collection[str], unreachable: list[str] |
         if unreachable is not None:
             unreachable.append(error.filename)
 
-    for parent, folders, files in os.walk(folder, onerror=warn):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    entered = {_identify(folder)}
+
+    def is_new(parent: str, name: str) -> bool:
+        if name.startswith(".") or name.lower() in LEFT_OUT:
+            return False
+        identity = _identify(os.path.join(parent, name))
+        is_known = identity in entered
+        entered.add(identity)
+        return not is_known
+
+    for parent, folders, files in os.walk(folder, onerror=warn, followlinks=True):
+        # Links last, so that a folder that can be reached both ways is known by its own name.
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        folders[:] = [name for name in folders if is_new(parent, name)]
         for name in sorted(files):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
                 yield Path(parent, name)
+
+
+def _identify(folder: str | Path) -> tuple[int, int] | str:
+    try:
+        status = os.stat(folder)
+    except OSError:  # is reported when it is entered
+        return str(folder)
+    return status.st_dev, status.st_ino
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """Return a text of the data as it may stand in a message: its beginning, if it is long."""
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
+def join_names(names: Iterable[Any]) -> str:
+    """Join the first few names of many."""
+    texts = list(map(str, names))
+    rest = f" and {len(texts) - MAX_NAMED:,} more" if len(texts) > MAX_NAMED else ""
+    return ", ".join(texts[:MAX_NAMED]) + rest
 
 
 class Skipped:
@@ -121,9 +163,10 @@ class Skipped:
         Raises:
             ValueError: in strict mode.
         """
+        name, reason = shorten(str(name), MAX_NAME_CHARACTERS), shorten(reason, MAX_NAME_CHARACTERS)
         if self.strict:
             raise ValueError(f"{name}: {reason}. Repair or remove it, or turn strict mode off to go on without it.")
-        self.items.append((str(name), reason))
+        self.items.append((name, reason))
         if self.count <= MAX_LOGGED:
             logger.warning("skipped %d so far: %s: %s", self.count, name, reason)
 

@@ -6,22 +6,21 @@ Perceptual Image Hash Functions). It errs both ways: two dark or empty images ma
 different one.
 """
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import sklearn
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
-from sklearn.metrics import pairwise_distances_argmin_min
 
-from .duplicates import normalize_caption
-from .scan import HASH_BITS, scan_readable
+from clipmini.store import as_scalars
+
+from .duplicates import normalize_captions
+from .scan import HASH_BITS, read_columns, scan_readable
 
 MAX_BITS = 4  # in which the perceptual hashes of near-duplicates may differ
 MAX_EXAMPLES = 20  # near-duplicates to list, to be judged by eye
-MEMORY_MIB = 128  # for distances between hashes
 
 
 @dataclass(frozen=True)
@@ -76,25 +75,47 @@ def find_leaks(train: Dataset, held_out: Dataset) -> LeakReport:
         ImageError: an image cannot be read; the message names it.
     """
     train_facts, facts = scan_readable(train), scan_readable(held_out)
-    seen = {pixels.tobytes() for pixels in train_facts.pixels}
-    exact = [row for row, pixels in enumerate(facts.pixels) if pixels.tobytes() in seen]
-    near_duplicates: list[tuple[int, int]] = []
-    if len(train) and len(held_out):
-        with sklearn.config_context(working_memory=MEMORY_MIB):
-            nearest, distances = pairwise_distances_argmin_min(
-                facts.perceptual_hashes, train_facts.perceptual_hashes, metric="hamming"
-            )
-        distances[exact] = 1
-        near = [row for row in np.argsort(distances, kind="stable") if distances[row] <= MAX_BITS / HASH_BITS]
-        near_duplicates = [(int(row), int(nearest[row])) for row in near]
-    known = set(map(normalize_caption, _captions(train))) - {""}
+    exact = np.flatnonzero(np.isin(as_scalars(facts.pixels), as_scalars(train_facts.pixels)))
+    distances, nearest = _find_alike(facts.perceptual_hashes, train_facts.perceptual_hashes)
+    distances[exact] = HASH_BITS
+    near = [row for row in np.argsort(distances, kind="stable") if distances[row] <= MAX_BITS]
+    captions, known = _captions(held_out), _captions(train)
+    is_known = pc.and_(pc.is_in(captions, known), pc.not_equal(captions, ""))
     return LeakReport(
         num_train_images=len(train),
-        exact=exact,
-        near_duplicates=near_duplicates,
-        captions=[index for index, caption in enumerate(_captions(held_out)) if normalize_caption(caption) in known],
+        exact=exact.tolist(),
+        near_duplicates=[(int(row), int(nearest[row])) for row in near],
+        captions=np.flatnonzero(is_known).tolist(),
     )
 
 
-def _captions(pairs: Dataset) -> Iterator[str]:
-    return itertools.chain.from_iterable(pairs["captions"] if "captions" in pairs.column_names else ())
+def _find_alike(hashes: np.ndarray, train_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the nearest training hash of each hash, where it differs in at most `MAX_BITS` bits.
+
+    Hashes are cut into one piece more than bits may differ, so that one piece at least is equal: only training hashes
+    with an equal piece are compared, which at random are one in thousands, and none is missed.
+
+    Returns:
+        (N,) distances in bits, some larger number where there is none; and (N,) rows, of equally near ones the first.
+    """
+    codes, train_codes = (np.packbits(bits, axis=1).view(np.uint64)[:, 0] for bits in (hashes, train_hashes))
+    distances, nearest = np.full(len(codes), HASH_BITS), np.zeros(len(codes), dtype=np.int64)
+    for piece in np.array_split(np.arange(HASH_BITS, dtype=np.uint64), MAX_BITS + 1):
+        mask = np.bitwise_or.reduce(np.uint64(1) << piece)
+        order = np.argsort(train_codes & mask, kind="stable")
+        candidates = train_codes[order]
+        first, end = (np.searchsorted(candidates & mask, codes & mask, side) for side in ("left", "right"))
+        for row in np.flatnonzero(first < end):
+            bits = np.bitwise_count(candidates[first[row] : end[row]] ^ codes[row])
+            closest = bits.argmin()
+            found = bits[closest], order[first[row] + closest]
+            if found < (distances[row], nearest[row]):
+                distances[row], nearest[row] = found
+    return distances, nearest
+
+
+def _captions(pairs: Dataset) -> pa.ChunkedArray:
+    """Return all captions of a split, normalized; none if it has only images."""
+    if "captions" not in pairs.column_names:
+        return pa.chunked_array([], pa.large_string())
+    return normalize_captions(read_columns(pairs, "captions")["captions"])

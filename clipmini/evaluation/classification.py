@@ -149,7 +149,7 @@ def measure_zero_shot(
         ImageError: an image cannot be read.
         ValueError: a name or a template is not allowed.
     """
-    label_embeds = embed_labels(encoder.encode_texts, names, templates)
+    label_embeds = embed_labels(encoder, names, templates)
     image_embeds = encoder.encode_images(images["image"])
     check_widths(encoder, image_embeds, label_embeds)
     similarity = image_embeds @ label_embeds.T  # (N, C)

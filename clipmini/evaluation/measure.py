@@ -214,7 +214,7 @@ def embed_pairs(encoder: DualEncoder, pairs: Dataset | PairDataset, batch_size: 
     """
     data = pairs if isinstance(pairs, PairDataset) else PairDataset(pairs)
     images = _embed_images(encoder, data, range(len(data)), batch_size)
-    texts = _embed_captions(encoder, data, range(sum(data.num_captions)), batch_size)
+    texts = _embed_captions(encoder, data, range(data.num_captions.sum()), batch_size)
     check_widths(encoder, images, texts)
     return Embeddings(images, texts, torch.tensor(data.image_ids), data.captions, data.image_of_captions())
 
@@ -236,7 +236,7 @@ def draw_bank(model: ClipMiniModel, pairs: PairDataset, seed: int, batch_size: i
         ImageError: an image cannot be read.
         ValueError: the model returns vectors that are NaN.
     """
-    num_captions, num_images = sum(pairs.num_captions), len(pairs)
+    num_captions, num_images = int(pairs.num_captions.sum()), len(pairs)
     if min(num_captions, num_images) < MIN_BANK:
         logger.info("no bank: it takes %d training captions, and as many images", MIN_BANK)
         return None

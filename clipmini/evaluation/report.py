@@ -12,13 +12,13 @@ from clipmini.data.images import Skipped
 from clipmini.data.labeled import keep_readable, load_labeled
 from clipmini.data.leaks import LeakReport, find_leaks
 from clipmini.data.pairs import DataArguments, choose_split, load_data
-from clipmini.data.recipe_files import build_section
 from clipmini.inference.bank import Bank
 from clipmini.inference.drawing import Example, Picture
 from clipmini.inference.embed import DualEncoder
 from clipmini.inference.encoders import load_encoder, load_encoders
-from clipmini.inference.prompts import load_templates
+from clipmini.inference.prompts import FEW, load_templates, warn_of_unreadable
 from clipmini.names import public_name
+from clipmini.recipe_files import build_section
 from modeling_clipmini.handler import DEFAULT_TEMPLATE
 
 from .classification import ClassificationMetrics, measure_zero_shot
@@ -82,6 +82,7 @@ def _evaluate_retrieval(request: Request, skipped: Skipped) -> Evaluation:
     encoder, *others = load_encoders(*request.models)
     leaks = None if train is None else find_leaks(train, rows)  # before the hours: it may meet a broken image
     embeds = embed_pairs(encoder, rows)
+    warn_of_unreadable(encoder.tokenizer, embeds.captions, "captions", FEW)
     full_width = embeds.images.shape[1]
     is_large = len(embeds.images) * len(embeds.texts) > MAX_SIMILARITIES
     widths = [width for halvings in range(1, 16) if (width := full_width >> halvings) >= MIN_WIDTH]

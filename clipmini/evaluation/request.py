@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipmini.data.recipe_files import is_same_source, parse_changes, read_data_section
 from clipmini.files import RECIPE_FILE, RESULTS_FILE, RunRecord
 from clipmini.inference.prompts import load_templates
 from clipmini.names import as_command, expand, locate, locate_any_model
+from clipmini.recipe_files import is_same_source, parse_changes, read_data_section
 
 RETRIEVAL, ZERO_SHOT, PROBE = "retrieval", "zero-shot", "probe"
 OPTIONS = {  # that only some tasks have
@@ -19,7 +19,7 @@ OPTIONS = {  # that only some tasks have
     ZERO_SHOT: ("template", "baseline"),
     PROBE: ("check_leaks",),
 }
-LABELED_KEYS = ("image_column", "label_column", "config_name")
+LABELED_KEYS = ("image_column", "label_column", "config_name", "class_names")
 TABLE_FILE, INDEX_FILE, PAGE_FILE = "results.md", "model-index.yaml", "report.html"
 FILES = (TABLE_FILE, INDEX_FILE, PAGE_FILE, RESULTS_FILE)
 

@@ -18,7 +18,6 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from clipmini.data.images import Skipped
 from clipmini.data.leaks import LeakReport
-from clipmini.data.recipe_files import publishable_recipe, read_yaml
 from clipmini.files import (
     CURVES_FILE,
     MODEL_FOLDER,
@@ -32,6 +31,7 @@ from clipmini.files import (
 from clipmini.html import render
 from clipmini.inference.drawing import Example, Picture
 from clipmini.inference.embed import load_model
+from clipmini.recipe_files import publishable_recipe, read_yaml
 from modeling_clipmini import ClipMiniModel
 
 from .intervals import LEVEL, NUM_RESAMPLES, Difference, Interval

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from clipmini.inference.embed import DualEncoder
-from clipmini.inference.prompts import fill_template, is_image
+from clipmini.inference.prompts import describe_unreadable, fill_template, is_image, split_labels
 from clipmini.inference.saliency import compare_places, draw_places, find_crop
 from clipmini.inference.search import NORMALIZED, Hit, Hits
 from clipmini.inference.server import run
@@ -119,12 +119,18 @@ class Page:
         Raises:
             ValueError: there is no image or no label, or `classify` raises it.
         """
-        names = [name for label in check_words(labels).split(",") if (name := check_words(label))]
+        names = [name for label in split_labels(check_words(labels)) if (name := check_words(label))]
         if image is None or not names:
             raise ValueError("Drop an image, and write at least one label; separate labels by commas.")
         with self._lock:
             (classified,) = classify(self.encoder, [image], names, [DEFAULT_TEMPLATE])
         return {item.label: item.score for item in classified.scores}
+
+    def doubt(self, *typed: Any) -> str:
+        """Return a sentence to append on what was typed, if the model cannot read some of it, or ""."""
+        with self._lock:
+            doubt = describe_unreadable(self.encoder.tokenizer, list(filter(None, map(check_words, typed))), "texts")
+        return f" But {doubt}" if doubt else ""
 
     def draw_map(self, image: Any, text: str) -> tuple[Image.Image, str]:
         """Draw where the model looked for a text in what `read_image` takes, and say what the colors mean.
@@ -202,6 +208,7 @@ class Actions:
         message = f"{len(hits)} of {len(self.page.index or ()):,} images, the best first."
         if hits.scoring == NORMALIZED:
             message += " Where a score is above 0, the words fit the image better than captions do on average."
+        message += self.page.doubt(words, *options[:2])
         gallery = gr.Gallery(captioned, selected_index=None)
         return _say(message), gallery, (hits, check_words(words)), gr.Column(visible=True), gr.Column(visible=False)
 
@@ -238,7 +245,9 @@ class Actions:
         except (ValueError, OSError) as error:
             return gr.Label(visible=False), gr.Image(visible=False), _say(error)
         best = max(probabilities, key=lambda name: probabilities[name])
-        return gr.Label(probabilities, visible=True), *self._look(file, best)
+        drawn, meaning = self._look(file, best)
+        doubt = self.page.doubt(*probabilities)
+        return gr.Label(probabilities, visible=True), drawn, meaning + (_say(doubt) if doubt else "")
 
     def look(self, file: Any, event: gr.SelectData) -> tuple[Any, ...]:
         """Show the map of a label that was clicked."""

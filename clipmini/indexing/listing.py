@@ -139,15 +139,16 @@ def _read_rows(
     if has_files and not is_saved and not find_tables(path):
         return
     try:
-        raw = SourceReader(None, None, None, skipped, needs_captions=False).read(located)
-    except NoPairsError as error:
-        if not path.is_dir():
+        raw = SourceReader(skipped, needs_captions=False).read(located)
+    except ValueError as error:
+        is_of_something_else = path.is_dir() and isinstance(error, NoPairsError)
+        if not is_of_something_else and (not has_files or skipped.strict):
             raise
         logger.warning("left out %s", error)  # a table of something else, as people keep beside photographs
         return
     first_row: dict[str, int] = {}
     captions: dict[str, list[str]] = {}
-    for row, (key, texts) in enumerate(zip(raw.keys, raw.captions.to_pylist(), strict=True)):
+    for row, (key, texts) in enumerate(zip(raw.keys.to_pylist(), raw.captions.to_pylist(), strict=True)):
         first_row.setdefault(key, row)
         captions.setdefault(key, []).extend(filter(None, texts or ()))
     for key, row in first_row.items():

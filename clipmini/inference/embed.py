@@ -43,6 +43,7 @@ class DualEncoder:
             prepared.
         weights_sha256: digest of the weights of a clipmini folder; None for any other model.
         bank: training captions and images to score without hubs; None where the model has none.
+        tokenizer: of transformers, to find out which texts the model can read; None for one of another library.
     """
 
     name: str
@@ -55,6 +56,7 @@ class DualEncoder:
     describe: Callable[[], str]
     weights_sha256: str | None = None
     bank: Bank | None = None
+    tokenizer: Any = None
 
     def about(self) -> dict[str, str]:
         """Return the model's name, kind and, if known, the digest of its weights, as results record them."""
@@ -161,6 +163,7 @@ def as_encoder(model: ClipMiniModel, name: str = "model", weights_sha256: str | 
         embed_texts=model.embed_captions,
         describe=lambda: describe_processors(processor.image_processor, processor.tokenizer),
         weights_sha256=weights_sha256,
+        tokenizer=processor.tokenizer,
     )
 
 

@@ -139,6 +139,7 @@ def _load_transformers(name: str) -> DualEncoder:
         describe=lambda: describe_processors(
             processor.image_processor, processor.tokenizer, max_length=max_length, **padding
         ),
+        tokenizer=processor.tokenizer,
     )
 
 

@@ -14,7 +14,7 @@ from clipmini.names import expand
 from modeling_clipmini.modeling_clipmini import normalize
 
 from .embed import DualEncoder
-from .prompts import IMAGE_PREFIX, is_image
+from .prompts import IMAGE_PREFIX, is_image, warn_of_unreadable
 
 COSINE, NORMALIZED = "cosine", "normalized"  # kinds of scores
 NEAR_COPY = 0.98  # cosine of two images from which on one is shown for both
@@ -127,7 +127,9 @@ def embed_queries(
     """
     terms = [*queries, *plus, *minus]
     words = [index for index, term in enumerate(terms) if not is_image(term)]
-    vectors: dict[int, Tensor] = dict(zip(words, encoder.encode_texts([str(terms[i]) for i in words]), strict=True))
+    texts = [str(terms[index]) for index in words]
+    warn_of_unreadable(encoder.tokenizer, texts, "queries")
+    vectors: dict[int, Tensor] = dict(zip(words, encoder.encode_texts(texts), strict=True))
     for index, term in enumerate(terms):
         if index not in vectors:
             name = expand(term.removeprefix(IMAGE_PREFIX)) if isinstance(term, str) else ""

@@ -32,7 +32,8 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-from clipmini.data.scan import check_pixels, scan_readable
+from clipmini.data.pairs import PairDataset
+from clipmini.data.scan import check_pixels, read_columns, scan_readable
 from clipmini.files import atomic_write
 from clipmini.store import StoredRows, as_keys, digest, stored_rows
 from modeling_clipmini.images_clipmini import read_named
@@ -98,7 +99,7 @@ def embed_with_teacher(
             f"The {encoder.kind} model {encoder.name} has no logit scale of its own; pass --logit-scale, such as 50."
         )
     pixels = scan_readable(pairs).pixels
-    captions = list(itertools.chain.from_iterable(pairs["captions"]))
+    captions = PairDataset(pairs).captions
     check_widths(encoder, encoder.encode_images(pairs[:1]["image"]), encoder.encode_texts(captions[:1]))
     space = {
         "weights": hash_weights(encoder.module),
@@ -142,7 +143,7 @@ def _write(out: Path, rows: Dataset, images: StoredRows, texts: StoredRows, abou
         },
         metadata={METADATA_KEY: json.dumps(about)},
     )
-    starts = [0, *itertools.accumulate(map(len, rows["captions"]))]
+    starts = PairDataset(rows).caption_starts
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as temporary_path, pq.ParquetWriter(temporary_path, schema) as writer:
         for start in range(0, len(rows), ROWS_PER_CHUNK):
@@ -164,13 +165,13 @@ class TeacherEmbeddings:
     Attributes:
         images: (I, E) float16.
         texts: (T, E) float16, all captions image by image.
-        caption_starts: the index in `texts` of the first caption of each row, and T at the end.
+        caption_starts: (I + 1,) the index in `texts` of the first caption of each row, and T.
         logit_scale: the teacher's inverse temperature.
     """
 
     images: Tensor
     texts: Tensor
-    caption_starts: list[int]
+    caption_starts: np.ndarray
     logit_scale: float
 
     @classmethod
@@ -196,7 +197,7 @@ class TeacherEmbeddings:
         return cls(
             images=_to_tensor(found["image_embedding"]),
             texts=_to_tensor(pc.list_flatten(found["text_embeddings"])),
-            caption_starts=[0, *itertools.accumulate(map(len, pairs["captions"]))],
+            caption_starts=PairDataset(pairs).caption_starts,
             logit_scale=float(json.loads(about)["logit_scale"]),
         )
 
@@ -226,8 +227,8 @@ def _find_rows(stored: pa.Table, pairs: Dataset, path: Path) -> list[int]:
         unused[key].append(row)
     known_ids = {image_id for image_id, _ in unused}
     rows = []
-    ids = pairs["image_id"]
-    for image_id, captions in zip(ids, pairs["captions"], strict=True):
+    columns = read_columns(pairs, "image_id", "captions")
+    for image_id, captions in zip(columns["image_id"].to_pylist(), columns["captions"].to_pylist(), strict=True):
         candidates = unused[image_id, _hash(captions)]
         if not candidates:
             fault = "was made from other captions of" if image_id in known_ids else "has no embeddings of"

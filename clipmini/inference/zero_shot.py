@@ -1,6 +1,6 @@
 """Classify images by labels given as words, without training on them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from clipmini.html import render
 from modeling_clipmini.modeling_clipmini import normalize
 
 from .embed import DualEncoder
-from .prompts import fill_template
+from .prompts import check_distinct, fill_template, warn_of_unreadable
 
 MAX_SHOWN, MAX_BARS = 30, 5  # in a notebook: images, and labels of each
 BARS = """<div style="font:13px system-ui,sans-serif;display:flex;flex-wrap:wrap;gap:18px">
@@ -117,7 +117,7 @@ def classify(
     """
     if encoder.logit_scale is None:
         raise ValueError(f"The {encoder.kind} model {encoder.name} has no logit scale to make probabilities with.")
-    label_embeds = embed_labels(encoder.encode_texts, labels, templates)
+    label_embeds = embed_labels(encoder, labels, templates)
     kept, image_embeds = encoder.encode_files(images, skipped)
     logits = encoder.logit_scale * image_embeds @ label_embeds.T  # (I, C); a bias would change no softmax
     if not logits.isfinite().all():
@@ -128,11 +128,11 @@ def classify(
     ]
 
 
-def embed_labels(encode: Callable[[Sequence[str]], Tensor], labels: Sequence[str], templates: Sequence[str]) -> Tensor:
+def embed_labels(encoder: DualEncoder, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Embed each label as the mean direction of its captions (Radford et al., 2021, section 3.1.4).
 
     Args:
-        encode: T captions to their (T, D) embeddings, rows of length 1.
+        encoder: the model; of labels that it cannot read, a warning is logged.
         labels: C labels, as in `fill_template`.
         templates: as in `fill_template`.
 
@@ -140,10 +140,12 @@ def embed_labels(encode: Callable[[Sequence[str]], Tensor], labels: Sequence[str
         (C, D), rows of length 1.
 
     Raises:
-        ValueError: a label or a template is not allowed, or there is none.
+        ValueError: a label or a template is not allowed, there is none, or two labels are one text to the model.
     """
     if not templates:
         raise ValueError("There is no template; give at least one.")
     captions = [caption for template in templates for caption in fill_template(labels, template)]
-    embeds = encode(captions).view(len(templates), len(labels), -1)
+    warn_of_unreadable(encoder.tokenizer, labels, "labels")
+    check_distinct(encoder.tokenizer, labels)
+    embeds = encoder.encode_texts(captions).view(len(templates), len(labels), -1)
     return normalize(embeds.mean(dim=0)) if len(templates) > 1 else embeds[0]

@@ -201,6 +201,8 @@ def _add_example(card: ModelCard, image: Path, labels: Sequence[str]) -> None:
             )
     if not all(label.strip() for label in labels):
         raise ValueError(f"{image} has an empty label; write the example as IMAGE=LABEL,LABEL.")
+    if any("," in label for label in labels):
+        raise ValueError(f"{image} has a label with a comma, where the Hub's widget would split it; leave it out.")
     others = [example for example in card.data.get("widget", []) if not example.get("src", "").endswith(path)]
     example = {"src": path, "candidate_labels": ", ".join(labels), "example_title": image.stem}
     card.data["widget"] = [*others, example]

@@ -1,15 +1,21 @@
 """Copies are found by their pixels and words, exactly; sharing ids changes ids and nothing else."""
 
 import io
+import itertools
 import json
+import unicodedata
+from collections import Counter
 
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from clipmini.data import duplicates
 from clipmini.data.duplicates import find_duplicates, normalize_caption
+from clipmini.data.scan import ImageFacts
 from modeling_clipmini.images_clipmini import ImageError
 
 
@@ -154,3 +160,63 @@ def test_all_images_of_an_id_are_compared():
         test=make_pairs((9, encode("red"), ["c"])),
     )
     assert find_duplicates(joined).images == [[1, 9]]
+
+
+def find_one_by_one(splits, pixels):
+    """What `find_duplicates` finds, with a Python object for each row."""
+    ids_of_image, ids_of_caption, split_of, image_of = {}, {}, {}, {}
+    for split, rows in splits.items():
+        for row, image in zip(rows, pixels[split], strict=True):
+            image_id = row["image_id"]
+            ids_of_image.setdefault(image.tobytes(), set()).add(image_id)
+            image_of[image_id], split_of[image_id] = image.tobytes(), split
+            for caption in filter(None, map(normalize_caption, row["captions"])):
+                ids_of_caption.setdefault(caption, set()).add(image_id)
+    groups = sorted(sorted(ids) for ids in ids_of_image.values() if len(ids) > 1)
+    within, across = Counter(), Counter()
+    for ids in groups:
+        counts = Counter(split_of[image_id] for image_id in ids)
+        within.update(split for split, count in counts.items() if count > 1)
+        across.update(itertools.combinations([split for split in splits if split in counts], 2))
+    shared = {
+        caption: sorted(ids)
+        for caption, ids in sorted(ids_of_caption.items())
+        if len({image_of[image_id] for image_id in ids}) > 1
+    }
+    return duplicates.DuplicateReport(len(image_of), groups, dict(within), dict(across), shared)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_columns_give_what_rows_one_by_one_give(seed, monkeypatch):
+    draw = np.random.default_rng(seed)
+    num_words = draw.integers(1, 200)
+    splits, pixels = DatasetDict(), {}
+    for split in ("train", "validation", "test"):
+        num_rows = int(draw.integers(0, 2500 if seed == 0 else 60))
+        words = [["!", "A  dog,", "\u00e9t\u00e9", "e\u0301t"][word] if word < 4 else f"Word {word}"
+                 for word in draw.integers(0, num_words, num_rows * 3)]  # fmt: skip
+        rows = [
+            (int(image_id), b"", words[row * 3 : row * 3 + int(draw.integers(1, 4))])
+            for row, image_id in enumerate(draw.integers(-5, 100, num_rows))
+        ]
+        order = draw.permutation(num_rows)
+        splits[split] = make_pairs(*rows).select(order)
+        # Digests that end in zeros, or are all zeros, are digests like others.
+        pixels[split] = draw.integers(0, 3, (num_rows, 16), dtype=np.uint8) * (np.arange(16) == draw.integers(16))
+    facts = iter([ImageFacts([], [], pixels[split], np.empty(0)) for split in splits])
+    monkeypatch.setattr(duplicates, "scan_readable", lambda rows: next(facts))
+    report = find_duplicates(splits)
+    assert report == find_one_by_one(splits, pixels)
+    assert json.dumps(report.as_dict()) == json.dumps(find_one_by_one(splits, pixels).as_dict())
+
+
+def test_captions_of_every_script_are_normalized_letter_by_letter():
+    def one_by_one(caption):
+        folded = unicodedata.normalize("NFKC", caption).casefold()
+        spaced = (" " if unicodedata.category(letter)[0] == "P" else letter for letter in folded)
+        return " ".join("".join(spaced).split())
+
+    letters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    for start in range(0, len(letters), 97):
+        caption = "".join(letters[start : start + 97])
+        assert normalize_caption(caption) == one_by_one(caption)

@@ -34,7 +34,7 @@ class TestFindImages:
 
     def test_names_a_sub_folder_that_cannot_be_read(self, tmp_path, monkeypatch, caplog):
         error = PermissionError(13, "Permission denied", "a/b")
-        monkeypatch.setattr("os.walk", lambda top, onerror: onerror(error) or [(top, [], ["a.png"])])
+        monkeypatch.setattr("os.walk", lambda top, onerror, **_: onerror(error) or [(top, [], ["a.png"])])
         assert find_images(tmp_path) == [tmp_path / "a.png"]
         assert caplog.messages == ["cannot look into a/b (Permission denied)"]
 

@@ -1,10 +1,13 @@
 import io
 
+import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 from skimage import data
 
+from clipmini.data import leaks
 from clipmini.data.leaks import find_leaks
+from clipmini.data.scan import ImageFacts
 
 
 def encode(image, format="PNG", **options):
@@ -55,3 +58,40 @@ def test_no_leak_without_shared_images(toy_pairs, photographs):
     report = find_leaks(train, pairs_of(toy_pairs, [encode(photographs[1])], [["coffee"]]))
     assert (report.rows, report.captions) == ([], [])
     assert find_leaks(train.select([]), train).rows == []
+
+
+def test_images_without_captions_are_compared(toy_pairs):
+    images = toy_pairs.select_columns(["image"])
+    report = find_leaks(images, images)
+    assert (report.exact, report.near_duplicates, report.captions) == (list(range(len(images))), [], [])
+    assert find_leaks(images, toy_pairs).captions == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_looks_are_compared_as_each_with_each(seed, monkeypatch, toy_pairs):
+    """Exact: copies, looks at every distance to 8 bits, equally near ones, and clusters of alike looks."""
+    draw = np.random.default_rng(seed)
+    centers = draw.random((draw.integers(1, 5), 64)) < draw.choice([0.02, 0.5])
+
+    def draw_facts(num_images):
+        hashes = centers[draw.integers(0, len(centers), num_images)]
+        flips = draw.random((num_images, 64)).argsort(axis=1) < draw.integers(0, 9, (num_images, 1))
+        pixels = np.zeros((num_images, 16), np.uint8)
+        pixels[:, 0] = draw.integers(0, 200, num_images)
+        return ImageFacts([], [], pixels, hashes ^ flips)
+
+    train, held_out = draw_facts(200), draw_facts(50)
+    facts = {200: train, 50: held_out}
+    monkeypatch.setattr(leaks, "scan_readable", lambda rows: facts[len(rows)])
+    images = toy_pairs.select_columns(["image"])
+    report = find_leaks(images.select([0] * 200), images.select([0] * 50))
+
+    seen = {pixels.tobytes() for pixels in train.pixels}
+    exact = [row for row, pixels in enumerate(held_out.pixels) if pixels.tobytes() in seen]
+    near = []
+    for row in set(range(50)) - set(exact):
+        bits = (train.perceptual_hashes != held_out.perceptual_hashes[row]).sum(axis=1)
+        if bits.min() <= 4:
+            near.append((bits.min(), row, int(bits.argmin())))
+    assert report.exact == exact
+    assert report.near_duplicates == [(row, train_row) for _, row, train_row in sorted(near)]

@@ -1,18 +1,22 @@
 """Every image is decoded once and then known; nothing is known wrongly, and no image stops the scan."""
 
 import hashlib
+import io
 import os
 import shutil
 import signal
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 
 import imagehash
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
+from PIL import Image
 
 from clipmini.data import scan
 from clipmini.data.scan import scan_images, scan_readable
@@ -171,12 +175,40 @@ def test_a_fault_is_not_kept(tmp_path, later, monkeypatch):
     rows = rows_of(write_images(tmp_path, 1) / "0.png", encode(1))
 
     def refuse(_):
-        raise ImageError("is HEIF, which the installed Pillow cannot read")
+        raise ImageError("is AVIF, which the installed Pillow cannot read")
 
     with monkeypatch.context() as patch:
         patch.setattr(scan, "read_image", refuse)
-        assert scan_images(rows).faults == ["is HEIF, which the installed Pillow cannot read"] * 2
+        assert scan_images(rows).faults == ["is AVIF, which the installed Pillow cannot read"] * 2
     assert scan_images(rows).faults == [None] * 2
+
+
+def test_heif_is_looked_at_again_once_it_can_be_read(work, monkeypatch):
+    def raise_not_found(_):
+        raise PackageNotFoundError
+
+    stream = io.BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48))).save(stream)
+    rows = rows_of(encode(0), stream.getvalue())
+    monkeypatch.setattr(Image, "OPEN", {name: opener for name, opener in Image.OPEN.items() if name != "HEIF"})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        patch.setattr(scan, "version", raise_not_found)
+        fault = "is HEIF (.heic), which takes one more package: pip install pillow-heif"
+        assert scan_images(rows).faults == scan_images(rows).faults == [None, fault]
+    work()
+    assert scan_images(rows).faults == [None, None]
+    assert work() == 2
+    assert scan_images(rows).faults == [None, None]
+    assert work() == 0  # although HEIF is registered now
+
+
+def test_another_pillow_heif_looks_again(work, monkeypatch):
+    rows = rows_of(encode(0))
+    scan_images(rows)
+    monkeypatch.setattr(scan, "version", lambda _: "99.0")
+    scan_images(rows)
+    assert work() == 2
 
 
 def test_another_pillow_looks_again(work, monkeypatch):

@@ -14,7 +14,7 @@ from clipmini import names
 from clipmini.data.images import Skipped
 from clipmini.data.pairs import load_pairs
 from modeling_clipmini.images_clipmini import read_image
-from pair_files import WHOLE, color_of, encode, write_csv, write_images, write_jsonl
+from pair_files import TOLERANT, WHOLE, color_of, encode, write_csv, write_images, write_jsonl
 
 EXAMPLE_PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 
@@ -28,7 +28,7 @@ def contents(pairs):
 
 
 def captions_of(source, **options):
-    (rows,) = load_pairs(source, **{**WHOLE, **options}).values()
+    (rows,) = load_pairs(source, **{**TOLERANT, **options}).values()
     return [row["captions"] for row in rows]
 
 

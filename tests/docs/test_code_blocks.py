@@ -20,7 +20,7 @@ from PIL import Image
 
 from clipmini.cli import app
 from clipmini.console import as_overrides
-from clipmini.data.recipe_files import parse_changes, preset_names, read_recipe
+from clipmini.recipe_files import parse_changes, preset_names, read_recipe
 from hub_repositories import Commit, File, Repository, goes_through_lfs
 from loopback_hub import running_hub
 from pages import NOTEBOOKS, PAGES, ROOT, clipmini_commands, links_in, notebook_blocks, page_blocks

@@ -158,6 +158,18 @@ def test_a_damaged_recipe_beside_the_model_costs_no_measurement(tiny_folder, cla
     assert "Its recipe" not in page
 
 
+def test_classes_are_called_as_a_file_says(tiny_folder, class_folder, tmp_path):
+    names = tmp_path / "names.csv"
+    names.write_text('folder,name\nred_fox,a fox\nsea,"water, salty"\ntree,a tree\n')
+    options = ["--task", "zero-shot", "--set", f"class_names={names}", "--out", tmp_path / "report", "--json"]
+    result = run(tiny_folder, class_folder, *options)
+    assert result.exit_code == 0, result.output
+    assert "3 of 3 classes have another name: red_fox is a fox, sea is water, salty, tree is a tree" in result.stderr
+    results = json.loads(result.stdout)
+    assert set(results["per_class"]) == {"a fox", "water, salty", "a tree"}
+    assert f"--set class_names={names}" in (tmp_path / "report" / "report.html").read_text()
+
+
 def test_images_have_names_and_descriptions(tiny_folder, pair_folder, class_folder, tmp_path):
     run(tiny_folder, pair_folder, "--out", tmp_path / "pairs-report")
     run(tiny_folder, class_folder, "--task", "zero-shot", "--out", tmp_path / "class-report")

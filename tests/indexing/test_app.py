@@ -167,18 +167,35 @@ class TestChosenHit:
             actions.take(hit)
 
 
+def test_words_that_the_model_cannot_read(actions):
+    options = "", "", 24, True
+    assert "cannot read" not in actions.search("a fox", None, "a dog", *options)[0]
+    assert "cannot read 1 of 2 texts (50%), such as &#x27;狐&#x27;" in actions.search("a fox", None, "狐", *options)[0]
+
+
 class TestLabels:
     def test_probabilities_and_map(self, actions, page, dropped, images):
         labels, picture, message = actions.label(dropped, "a cat, a dog,")
         (expected,) = clipmini.classify(page.encoder, images / "blue.jpg", ["a cat", "a dog"])
         assert labels.visible
+        assert set(page.label(open_upload(dropped), '"Paris, France", a dog')) == {"Paris, France", "a dog"}
         assert page.label(open_upload(dropped), "a cat, a dog") == {item.label: item.score for item in expected.scores}
         assert picture.visible
         assert expected.label in message
         assert "a dog" in actions.look(dropped, SimpleNamespace(value="a dog"))[1]
 
+    def test_labels_that_the_model_cannot_read(self, actions, dropped):
+        assert "cannot read" not in actions.label(dropped, "a cat, a dog")[2]
+        assert "cannot read 1 of 2 texts (50%), such as &#x27;狗&#x27;" in actions.label(dropped, "a cat, 狗")[2]
+
     def test_errors(self, actions, dropped):
-        for file, labels, words in ((None, "a", "Drop an image"), (dropped, " ,", "label"), (dropped, "a,a", "twice")):
+        cases = [
+            (None, "a", "Drop an image"),
+            (dropped, " ,", "label"),
+            (dropped, "a,a", "twice"),
+            (dropped, "A,a", "one text"),
+        ]
+        for file, labels, words in cases:
             scores, picture, message = actions.label(file, labels)
             assert not scores.visible
             assert not picture.visible

@@ -37,6 +37,7 @@ def test_exact_scores():
         encode_files=lambda images, _: (images, torch.tensor([[0.6, 0.8], [1.0, 0.0]])),
         encode_texts=lambda *_: torch.eye(2),
         logit_scale=10.0,
+        tokenizer=None,
     )
     items = classify(encoder, ["x", "y"], ["cat", "dog"], ["{}"])
     odds = math.exp(2.0)
@@ -153,9 +154,10 @@ def test_damaged_weights(tiny_model, paths):
 
 def test_a_label_is_the_mean_direction_of_its_captions():
     vectors = {"a x": [1.0, 0.0], "a y": [0.0, 1.0], "the x": [0.6, 0.8], "the y": [0.0, 1.0]}
-    embeds = embed_labels(
-        lambda captions: torch.tensor([vectors[text] for text in captions]), ["x", "y"], ["a {}", "the {}"]
+    encoder = SimpleNamespace(
+        encode_texts=lambda captions: torch.tensor([vectors[text] for text in captions]), tokenizer=None
     )
+    embeds = embed_labels(encoder, ["x", "y"], ["a {}", "the {}"])
     torch.testing.assert_close(embeds, torch.tensor([[0.8, 0.4], [0.0, 1.0]]) / torch.tensor([[0.8**0.5], [1.0]]))
 
 
@@ -199,4 +201,4 @@ def test_unknown_lists_of_templates():
     with pytest.raises(ValueError, match=r"'imagnet' is not a template; .* one of imagenet, simple"):
         load_templates("imagnet")
     with pytest.raises(ValueError, match="There is no template; give at least one"):
-        embed_labels(torch.tensor, ["x"], [])
+        embed_labels(SimpleNamespace(tokenizer=None), ["x"], [])

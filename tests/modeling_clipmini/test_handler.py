@@ -82,7 +82,7 @@ class TestZeroShot:
 
     def test_other_braces_of_a_template_stay(self, handler, monkeypatch):
         texts = []
-        monkeypatch.setattr(handler, "_embed_labels", lambda captions: texts.append(captions) or torch.ones(2, 16))
+        monkeypatch.setattr(handler, "_embed_labels", lambda captions, _: texts.append(captions) or torch.ones(2, 16))
         parameters = {"candidate_labels": ["a", "b"], "hypothesis_template": "{0} {label!r} {} }"}
         handler({"inputs": make_image(), "parameters": parameters})
         assert texts == [("{0} {label!r} a }", "{0} {label!r} b }")]
@@ -252,6 +252,8 @@ REFUSED = [
     (zero_shot(GOOD, labels=["a", " "]), 422, "' '"),
     (zero_shot(GOOD, labels=["a", 1]), 422, "label 1"),
     (zero_shot(GOOD, labels=["a", "b", "a"]), 422, "'a' is given twice"),
+    (zero_shot(GOOD, labels=["Fox", "a", "fox"]), 422, "'Fox' and 'fox' are one text"),
+    (zero_shot(GOOD, labels=["狐", "狗"]), 422, "'狐' and '狗' are one text"),
     (zero_shot(GOOD, labels=["a", "\ud800"]), 422, "UTF-8"),
     (zero_shot(GOOD, labels=["a", "b" * 600_000]), 413, "limit of 500000"),
     (zero_shot(GOOD, labels=[f"{n}" for n in range(1000)], hypothesis_template="x" * 999 + "{}"), 413, "limit of"),

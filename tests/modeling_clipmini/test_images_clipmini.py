@@ -13,6 +13,7 @@ import time
 import warnings
 import zlib
 
+import pillow_heif
 import pytest
 from PIL import Image, ImageFile
 
@@ -482,6 +483,112 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
         noise().save(small)
         done = subprocess.run([sys.executable, "-c", code, path, small], capture_output=True, text=True, check=True)
         assert float(done.stdout) < 1
+
+
+def heic(image, *others, quality=95, **options):
+    """Encode images as an iPhone does; the last is the one to show."""
+    file = pillow_heif.from_pillow(image)
+    for other in others:
+        file.add_from_pillow(other)
+    stream = io.BytesIO()
+    file.save(stream, quality=quality, primary_index=len(others), **options)
+    return stream.getvalue()
+
+
+def replace_in(content, box, skip, *numbers):
+    """Write 32-bit numbers into the first box of a kind."""
+    start = content.index(box) + len(box) + skip
+    changed = struct.pack(f">{len(numbers)}I", *numbers)
+    return content[:start] + changed + content[start + len(changed) :]
+
+
+@pytest.fixture
+def unregistered(monkeypatch):
+    """Pillow as it is before the first HEIF image of a process."""
+    monkeypatch.setattr(Image, "OPEN", {name: opener for name, opener in Image.OPEN.items() if name != "HEIF"})
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+
+
+@pytest.mark.usefixtures("unregistered")
+class TestHeif:
+    def test_is_read_whatever_its_name(self, tmp_path):
+        path = tmp_path / "IMG_0001.jpg"
+        path.write_bytes(heic(noise()))
+        assert read_image(path).size == (64, 48)
+        assert image_size(path.read_bytes()) == (64, 48)
+
+    def test_without_pillow_heif_it_says_what_to_install(self, monkeypatch):
+        content = heic(noise())
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)
+        for brand in (b"heic", b"mif1", b"hevc"):  # of mif1 may be AVIF as well
+            with pytest.raises(ImageError, match=r"is HEIF .*: pip install pillow-heif"):
+                read_image(content[:8] + brand + content[12:])
+        with pytest.raises(ImageError, match="is not an image"):
+            read_image(content[:8] + b"isom" + content[12:])  # a video
+        with pytest.raises(ImageError, match=r"format that is read here: PNG, JPEG$"):
+            read_image(content, formats=("PNG", "JPEG"))
+        assert read_image(encode(noise(), "AVIF")).size == (64, 48)
+        monkeypatch.undo()
+        assert read_image(content).size == (64, 48)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_is_turned_upright_once(self, orientation):
+        image = Image.new("RGB", (64, 32))
+        for index, color in enumerate([RED, GREEN, BLUE, WHITE]):
+            image.paste(color, (32 * (index % 2), 16 * (index // 2), 64, 32))
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        upright, expected = read_image(heic(image, exif=exif.tobytes())), read_image(encode(image, exif=exif))
+        assert upright.size == expected.size
+        for x, y in ((0.2, 0.2), (0.8, 0.2), (0.2, 0.8), (0.8, 0.8)):
+            place = int(x * upright.width), int(y * upright.height)
+            assert upright.getpixel(place) == pytest.approx(expected.getpixel(place), abs=8)
+        assert upright.getexif().get(0x0112, 1) == 1
+
+    def test_alpha_over_white_and_10_bits_scaled(self):
+        assert read_image(heic(Image.new("RGBA", (64, 64), (255, 0, 0, 0)))).getpixel((9, 9)) == WHITE
+        assert read_image(heic(Image.new("I;16", (64, 64), 32896))).getpixel((9, 9)) == (128, 128, 128)
+        stream = io.BytesIO()
+        pillow_heif.from_bytes("RGB;16", (64, 64), b"\x80\x80" * 64 * 64 * 3).save(stream)
+        assert read_image(stream.getvalue()).getpixel((9, 9)) == pytest.approx((128, 128, 128), abs=1)
+
+    def test_of_several_the_primary_one(self):
+        content = heic(Image.new("RGB", (64, 64), RED), Image.new("RGB", (32, 32), BLUE))
+        assert read_image(content).size == (32, 32)
+        assert read_image(content).getpixel((9, 9)) == pytest.approx(BLUE, abs=3)
+
+    def test_an_odd_size_and_tiles(self):
+        assert read_image(heic(noise(61, 27))).size == (61, 27)
+        assert read_image(heic(noise(301, 205), tile_size=128)).size == (301, 205)
+
+    def test_what_is_decoded_before_it_is_cropped_counts(self, monkeypatch):
+        content = heic(noise(641, 481))
+        cropped = replace_in(content, b"clap", 0, 64, 1, 64, 1)
+        assert read_image(cropped).size == (64, 64)
+        monkeypatch.setattr(images_clipmini, "MAX_MEMORY", 640 * 480 * 18)
+        with pytest.raises(ImageError, match=r"would take .* GiB of memory as HEIF") as caught:
+            read_image(cropped)
+        assert caught.value.is_too_large
+        with pytest.raises(ImageError, match="does not say how large it is"):
+            read_image(cropped.replace(b"ispe", b"xspe"))
+
+    def test_other_sizes_than_it_says(self):
+        content = heic(noise(64, 64))
+        with pytest.raises(ImageError, match=r"has 3600\.0 megapixels"):
+            read_image(replace_in(content, b"ispe", 4, 60_000, 60_000))
+        with pytest.raises(ImageError, match=r"would take 1\.4 GiB of memory as HEIF"):
+            read_image(replace_in(content, b"ispe", 4, 9000, 9000))
+        with pytest.raises(ImageError, match="truncated or damaged"):
+            read_image(replace_in(heic(noise(640, 480)), b"ispe", 4, 64, 64))
+
+    def test_damage_anywhere_raises_nothing_else(self):
+        content = heic(noise(24, 24))
+        for end in range(1, len(content), 7):
+            with pytest.raises(ImageError):
+                read_image(content[:end])
+        for start in range(0, len(content), 2):
+            with contextlib.suppress(ImageError):
+                read_image(content[:start] + b"\xff\x00\xa7" + content[start + 3 :])
 
 
 class TestWhatIsLetIn:

@@ -8,10 +8,10 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from clipmini.data.recipe_files import parse_changes
 from clipmini.evaluation.retrieval import METRIC_NAMES
 from clipmini.inference.bank import Bank
 from clipmini.publishing.folder import save_model_folder
+from clipmini.recipe_files import parse_changes
 from clipmini.training.recipes import load_recipe, render_recipe_card
 from hub_schema import metadata_faults, metadata_of
 from stranger import run_as_stranger

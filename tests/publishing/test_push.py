@@ -135,6 +135,8 @@ def test_example_images_become_a_widget(folder, tmp_path):
     assert example["candidate_labels"] == "cat, a dog"
     with pytest.raises(ValueError, match="same name in the repository"):
         prepare_push(folder, "org/clipmini", examples=[*examples, (tmp_path / "other" / "my cat.png", ["cat"])])
+    with pytest.raises(ValueError, match="a label with a comma, where the Hub's widget would split it"):
+        prepare_push(folder, "org/clipmini", examples=[(image, ["cat", "Paris, France"])])
     with pytest.raises(ValueError, match="empty label"):
         prepare_push(folder, "org/clipmini", examples=[(image, ["cat", ""])])
     image.write_bytes(b"no image")

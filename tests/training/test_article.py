@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 from transformers import DistilBertConfig, DistilBertModel
 
 import clipmini
-from clipmini.data.recipe_files import find_preset, read_yaml
+from clipmini.recipe_files import find_preset, read_yaml
 from clipmini.training.build import character_tokenizer
 from clipmini.training.recipes import load_recipe
 

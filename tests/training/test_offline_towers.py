@@ -18,6 +18,8 @@ from transformers import (
     TimmWrapperModel,
 )
 
+from clipmini.inference.prompts import describe_unreadable
+from clipmini.names import expand
 from clipmini.training import offline_towers as towers
 from clipmini.training.offline_towers import OFFLINE_TOWERS, resolve_tower
 
@@ -167,6 +169,31 @@ def test_text_tokenizer_truncates_at_the_models_limit_and_does_not_pad(text_fold
     # other readers of this file, such as transformers.js, obey what it says
     assert saved["padding"] is None
     assert saved["truncation"] is None
+
+
+def test_the_text_tower_reads_english_and_says_of_what_it_reads_nothing(text_folder):
+    tokenizer = AutoTokenizer.from_pretrained(text_folder)
+    files = sorted(Path(expand("offline:photos")).glob("*/metadata.jsonl"))
+    captions = [
+        json.loads(line)["caption"] for file in files for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+    others = [
+        "My dog 🐶 at the beach ☀️🌊 #summer",
+        "25°C, a “nice” day… £30 → naïve ½ ™",
+        "Ein Hund läuft",
+        "một con chó",
+    ]
+    assert describe_unreadable(tokenizer, captions + others, "captions") is None
+    for text in (
+        "一只狗在草地上奔跑",
+        "犬が草の上を走っている",
+        "개가 달리고 있다",
+        "Собака бежит",
+        "كلب يركض",
+        "कुत्ता दौड़ रहा है",
+        "สุนัขวิ่ง",
+    ):
+        assert "1 of 1 queries" in describe_unreadable(tokenizer, [text], "queries")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clipmini.data.pairs import DataArguments
-from clipmini.data.recipe_files import (
+from clipmini.recipe_files import (
     TOWERS,
     field_names,
     parse_changes,

@@ -8,19 +8,21 @@ import torch
 from PIL import Image, ImageDraw
 
 from clipmini.data.pairs import PairDataset, load_pairs
-from clipmini.data.recipe_files import parse_changes
 from clipmini.evaluation import measure
 from clipmini.evaluation.measure import Answer, Answers, Found, draw_bank, measure_pairs
 from clipmini.evaluation.results import Evaluation
 from clipmini.inference.bank import load_bank
 from clipmini.inference.embed import load_model
+from clipmini.recipe_files import parse_changes
 from clipmini.training.recipes import load_recipe
-from clipmini.training.run import _find_example, keep_freed_memory, train
+from clipmini.training.run import _find_example, keep_freed_memory, plan_run, train
 from modeling_clipmini import ClipMiniModel
 from modeling_clipmini.images_clipmini import ImageError
 
 RECIPE = """
 model: tiny
+data:
+  max_skipped: 0.1
 training:
   num_train_epochs: 2
   per_device_train_batch_size: 4
@@ -121,7 +123,7 @@ def test_a_run_saves_a_bank_and_measures_with_it(recipe, photos):
         "num_images": results["num_train_images"],
     }
     bank, model = load_bank(finished.model_folder), load_model(finished.model_folder)
-    rows = load_pairs(photos)["train"]
+    rows = load_pairs(photos, max_skipped=0.1)["train"]
     encoded = torch.from_numpy(model.encode_text([caption for captions in rows["captions"] for caption in captions]))
     cosines = bank.texts.float() @ encoded.T
     assert (cosines.max(dim=1).values > 0.999).all()  # each is one of them
@@ -175,7 +177,11 @@ def test_a_bank_that_cannot_be_drawn_does_not_cost_the_model(recipe, monkeypatch
 def test_the_bank_is_that_of_the_saved_weights_with_frozen_towers_too(recipe, photos, overrides):
     """Features of frozen parts were computed before training, and serve again unless they are of augmented views."""
     run = train(recipe("max_steps=1", *overrides))
-    bank, model, pairs = load_bank(run.model_folder), load_model(run.model_folder, "cpu"), load_pairs(photos)
+    bank, model, pairs = (
+        load_bank(run.model_folder),
+        load_model(run.model_folder, "cpu"),
+        load_pairs(photos, max_skipped=0.1),
+    )
     again = draw_bank(model, PairDataset(pairs["train"]), seed=42)
     torch.testing.assert_close(bank.texts, again.texts, atol=2e-3, rtol=0)
     torch.testing.assert_close(bank.images, again.images, atol=2e-3, rtol=0)
@@ -198,7 +204,7 @@ def test_samples_that_cannot_be_drawn_do_not_cost_the_model(recipe, photos, tmp_
 def test_the_saved_weights_are_those_that_were_measured(recipe, photos):
     result = train(recipe("freeze_vision=true", "freeze_text=true"))
     model = load_model(result.model_folder, "cpu")
-    pairs = load_pairs(photos)
+    pairs = load_pairs(photos, max_skipped=0.1)
     measured = measure_pairs(model, pairs["test"])
     test = result.results["splits"]["test"]
     assert measured == pytest.approx(test["after"])
@@ -252,6 +258,46 @@ def test_what_others_left_in_the_folder_is_not_replaced(recipe, tmp_path):
         with pytest.raises(ValueError, match=r"run holds model/precious\.txt, which no run of clipmini has recorded"):
             train(recipe(), overwrite=overwrite)
     assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("caption", "is_warned_of"), [("一只狗在草地上奔跑", True), ("a dog 🐶 on the beach", False)])
+def test_captions_that_the_text_tower_cannot_read_are_warned_of_once(
+    recipe, photos, tmp_path, caplog, caption, is_warned_of
+):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    lines = [f"{index}.png,{caption if index % 5 == 0 else 'a dog'}" for index in range(20) if index not in (7, 8)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]), encoding="utf-8")
+    chosen = recipe(f"source={folder}", "num_train_epochs=1", "validation_fraction=0", "test_fraction=0")
+    train(chosen)
+    told = [message for message in caplog.messages if "cannot read" in message]
+    assert len(told) == is_warned_of
+    if told:
+        assert "4 of 18 training captions (22%), such as '一只狗在草地上奔跑'" in told[0]
+        assert "distilbert-base-multilingual-cased" in told[0]
+
+
+def test_data_without_images_to_train_on(recipe, photos, tmp_path):
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,caption,split\n" + "".join(f"{photos}/{index}.png,a dog,test\n" for index in range(4))
+    )
+    options = [f"source={tmp_path / 'metadata.csv'}", f"image_root={photos}"]
+    with pytest.raises(ValueError, match="no images to train on, only splits for test; set split_column to null"):
+        train(recipe(*options))
+    assert plan_run(recipe(*options, "split_column=null"))["splits"]["train"]["num_images"] == 2
+
+
+def test_a_validation_split_alone_is_drawn_from(recipe, photos, tmp_path, caplog):
+    """As COCO's val2017, which people train on by itself."""
+    shutil.copytree(photos, tmp_path / "images")
+    (tmp_path / "images/metadata.csv").rename(tmp_path / "images/captions_val2017.csv")
+    plan = plan_run(recipe(f"source={tmp_path / 'images'}"))
+    assert {name: split["num_images"] for name, split in plan["splits"].items()} == {
+        "train": 14,
+        "validation": 2,
+        "test": 2,
+    }
+    assert plan["num_skipped"] == 2
+    assert "has only a validation split, from which all splits are drawn" in caplog.text
 
 
 def test_a_finished_run_is_replaced_if_asked_and_the_rest_is_left(recipe, finished, finished_run):

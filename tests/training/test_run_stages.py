@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from clipmini.data.recipe_files import parse_changes
+from clipmini.recipe_files import parse_changes
 from clipmini.training.recipes import load_recipe
 from clipmini.training.run import train
 

@@ -1,10 +1,12 @@
 """Each option of `ClipMiniTrainingArguments`, in a whole run of the trainer."""
 
+import importlib.util
 import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from clipmini.evaluation.measure import measure_pairs
 from clipmini.files import cache_root
@@ -50,6 +52,34 @@ def assert_same(one, other, tolerance=1e-5):
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.allclose(value, other[name], atol=tolerance), name
+
+
+@pytest.mark.parametrize(
+    ("package", "options"),
+    {
+        "bitsandbytes": {"optim": "adamw_bnb_8bit"},
+        "galore_torch": {"optim": "galore_adamw", "optim_target_modules": "all-linear"},
+        "lomo_optim": {"optim": "lomo"},
+        "schedulefree": {"optim": "schedule_free_adamw"},
+        "torchao": {"optim": "adamw_torch_8bit"},
+        "deepspeed": {"deepspeed": {"zero_optimization": {"stage": 0}}},
+    }.items(),
+)
+def test_a_package_that_is_missing_is_named_before_any_data_is_read(package, options):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    name = package.replace("_", ".")  # some are written with a hyphen
+    with pytest.raises(ValueError, match=rf"(?i)cannot be used here: .*{name}.*\. Install") as caught:
+        ClipMiniTrainingArguments(output_dir="run", use_cpu=True, **options)
+    assert len(str(caught.value)) < 500
+    assert not is_deepspeed_zero3_enabled()  # nor is any later run taken for one of deepspeed
+
+
+def test_what_a_run_reports_to_must_be_installed(monkeypatch):
+    monkeypatch.setattr("clipmini.training.arguments.get_available_reporting_integrations", lambda: ["mlflow"])
+    for name in ("wandb", "neptune", "nobody"):
+        with pytest.raises(ValueError, match=f"report_to={name} is not installed; install it, .*: mlflow"):
+            ClipMiniTrainingArguments(output_dir="run", use_cpu=True, report_to=["mlflow", name])
 
 
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 
-from clipmini.data.recipe_files import parse_changes
+from clipmini.recipe_files import parse_changes
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.build import character_tokenizer
 from clipmini.training.lora import merge_lora
