@@ -187,7 +187,7 @@ def load_pairs(
         if fault is not None:
             skipped.add(path or f"row {image_id + 1}", fault)
     kept = np.flatnonzero([fault is None for fault in facts.faults])
-    images, keys, splits = images.select(kept), keys[kept], splits[kept]
+    images, keys, splits = images.select(kept), keys.take(pa.array(kept)), splits[kept]
     found = reader.findings
     found.num_rows, found.num_used = num_rows, int(rows_of_image[kept].sum())
     _check_skipped(found, skipped.items[num_before:], max_skipped)
@@ -244,7 +244,7 @@ def choose_split(splits: Mapping[str, Any], wanted: str | None, source: str) -> 
     return wanted
 
 
-def _group_by_image(raw: RawPairs, skipped: Skipped) -> tuple[Dataset, np.ndarray, np.ndarray, np.ndarray]:
+def _group_by_image(raw: RawPairs, skipped: Skipped) -> tuple[Dataset, pa.ChunkedArray, np.ndarray, np.ndarray]:
     """Join the rows of each image of a split into one, in the order of their first rows.
 
     Captions and ids are added as columns, and then the first row of each image is selected: this way `datasets` does
@@ -255,8 +255,12 @@ def _group_by_image(raw: RawPairs, skipped: Skipped) -> tuple[Dataset, np.ndarra
         source it was, without those whose captions cannot be used.
     """
     splits = pc.fill_null(raw.splits, "")
-    pairs = pc.binary_join_element_wise(splits, raw.keys, "\n").combine_chunks().dictionary_encode()
-    _, first_rows, codes = np.unique(pairs.indices.to_numpy(), return_index=True, return_inverse=True)
+    key_codes, split_codes = (
+        column.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+        for column in (raw.keys, splits)
+    )
+    pair_codes = key_codes * (split_codes.max() + 1) + split_codes
+    _, first_rows, codes = np.unique(pair_codes, return_index=True, return_inverse=True)
     image_ids = first_rows[codes]
     texts = pc.list_flatten(raw.captions).combine_chunks()
     row_of_text = pc.list_parent_indices(raw.captions).to_numpy()
@@ -267,7 +271,8 @@ def _group_by_image(raw: RawPairs, skipped: Skipped) -> tuple[Dataset, np.ndarra
     num_rows = np.bincount(image_ids, minlength=len(image_ids)) - np.bincount(
         image_ids[unusable], minlength=len(image_ids)
     )
-    texts, image_of_text, is_usable = texts.take(pa.array(order)), image_of_text[order], is_usable[order]
+    if (np.diff(order) != 1).any():  # the captions of a million rows are not copied needlessly
+        texts, image_of_text, is_usable = texts.take(pa.array(order)), image_of_text[order], is_usable[order]
 
     counts = np.bincount(image_of_text[is_usable], minlength=len(image_ids))  # at the first row of each image
     for index in np.flatnonzero(~is_usable):
@@ -280,14 +285,14 @@ def _group_by_image(raw: RawPairs, skipped: Skipped) -> tuple[Dataset, np.ndarra
             skipped.add(_name_row(raw.images, row), "has no caption that is a text")
 
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    captions = pa.ListArray.from_arrays(pa.array(offsets), texts.filter(pa.array(is_usable)))
+    texts = texts if is_usable.all() else texts.filter(pa.array(is_usable))
+    captions = pa.ListArray.from_arrays(pa.array(offsets), texts)
     images = _add_column(raw.images, "captions", captions, List(Value("string")))
     images = _add_column(images, "image_id", pa.array(image_ids), Value("int64"))
     kept = np.flatnonzero(counts)
-    keys = raw.keys.take(pa.array(kept)).to_pylist()
     return (
         images.select(kept),
-        np.array(keys, dtype=object),
+        raw.keys.take(pa.array(kept)),
         np.array(splits.take(pa.array(kept)).to_pylist(), dtype=object),
         num_rows[kept],
     )
@@ -304,11 +309,11 @@ def _add_column(images: Dataset, name: str, values: pa.Array, feature: Any) -> D
     return images.add_column(name, values, new_fingerprint=os.urandom(8).hex(), feature=feature)
 
 
-def _warn_of_leaks(keys: np.ndarray, splits: np.ndarray, source: str) -> None:
+def _warn_of_leaks(keys: pa.ChunkedArray, splits: np.ndarray, source: str) -> None:
     names = sorted(set(splits))
-    keys_of = {split: set(keys[splits == split]) for split in names if len(names) > 1}
+    keys_of = {split: keys.filter(pa.array(splits == split)).unique() for split in names if len(names) > 1}
     for one, other in itertools.combinations(keys_of, 2):
-        if num_shared := len(keys_of[one] & keys_of[other]):
+        if num_shared := pc.sum(pc.is_in(keys_of[one], keys_of[other])).as_py():
             logger.warning(
                 "%s has %d images in both %s and %s; they are kept, but they flatter the results",
                 *(source, num_shared, one, other),
@@ -316,7 +321,7 @@ def _warn_of_leaks(keys: np.ndarray, splits: np.ndarray, source: str) -> None:
 
 
 def _draw_splits(
-    keys: np.ndarray, splits: np.ndarray, fractions: dict[str, float], seed: int
+    keys: pa.ChunkedArray, splits: np.ndarray, fractions: dict[str, float], seed: int
 ) -> tuple[np.ndarray, str]:
     """Assign every image to a split, and draw the splits that the source does not have.
 
@@ -334,7 +339,9 @@ def _draw_splits(
             f"{len(train)} images are too few to draw {' and '.join(counts)} images from; add images, or set "
             "validation_fraction=0 and test_fraction=0."
         )
-    digests = (hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest() for key in keys[train])
+    batches = (batch["key"].to_pylist() for batch in pa.table({"key": keys.take(pa.array(train))}).to_batches(10_000))
+    names = itertools.chain.from_iterable(batches)
+    digests = (hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest() for name in names)
     draws = np.fromiter((int.from_bytes(digest) for digest in digests), np.uint64, len(train))
     order = train[np.argsort(draws)]
     start = 0

@@ -73,9 +73,11 @@ def find_places(
     for prefix in (None, *folders.values()):
         full = names if prefix is None else pc.binary_join_element_wise(prefix, names, "/")
         encoded = full.dictionary_encode()
-        search = finder.find(encoded.dictionary.to_pylist())
+        unique, indices = encoded.dictionary.to_pylist(), encoded.indices
+        del full, encoded  # a million names are enough in memory once
+        search = finder.find(unique)
         if best is None or search.num_open < best.num_open:
-            best, codes = search, encoded.indices
+            best, codes = search, indices
         if not best.num_open:
             break
     assert best is not None

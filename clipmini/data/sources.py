@@ -447,12 +447,12 @@ class SourceReader:
         shown_name = str(table.path.relative_to(base) if base and is_below else table.path)
         found = FoundTable(shown_name, num_rows, image, captions, unread, table.notes)
         self.findings.tables.append(found)
-        texts = join_captions([captions_in(values_of(columns, column)) for column in captions], num_rows)
         is_named = split is not None and self.split_column is not None
         splits = pa.repeat(split, num_rows) if is_named else self._read_splits(columns, features, found)
         images, keys = self._find_images(table, features[image], base, found, split)
         if splits.null_count == num_rows and self.split_column == AUTO:
             splits = self._split_by_folders(keys, found)
+        texts = join_captions([captions_in(values_of(columns, column)) for column in captions], num_rows)
         return RawPairs(images, *(pa.chunked_array([column]) for column in (texts, keys, splits)))
 
     def _split_by_folders(self, keys: pa.Array, found: FoundTable) -> pa.Array:
