@@ -44,7 +44,13 @@ RECIPE_KEYS = {  # beside the sections
 }
 TOP_LEVEL = (*RECIPE_KEYS, *SECTIONS)
 TOWERS = ("vision_config", "text_config")  # of the config; a recipe's `model` has them
-SOURCE_KEYS = ("image_column", "caption_column", "image_root")  # of `data`; like `license`, for one source only
+SOURCE_KEYS = (
+    "image_column",
+    "caption_column",
+    "image_root",
+    "split_column",
+    "config_name",
+)  # of `data`; like `license`, for one source only
 # One folder, one seed and one repository serve a whole run.
 NOT_BY_STAGE = (
     *("output_dir", "seed", "data_seed"),

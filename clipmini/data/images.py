@@ -15,10 +15,7 @@ MAX_NAME_CHARACTERS = 300  # of an input in a message: a path, not the whole ima
 MAX_LOGGED = 20  # warnings about single inputs; later ones are only counted
 # Folders of thumbnails, trash and metadata, by the names that systems and viewers give them, in lower case.
 LEFT_OUT = frozenset(
-    (
-        *("@eadir", "__macosx", "thumbnails", "thumbs", "thumb", "$recycle.bin", "system volume information"),
-        "lost+found",
-    )
+    {"@eadir", "__macosx", "thumbnails", "thumbs", "$recycle.bin", "system volume information", "lost+found"}
 )
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .pbm .heic .heif".split()

@@ -6,6 +6,7 @@ below the table's folder, or, where that is called "annotations" or the like, be
 of all names it holds; two that hold equally many are an error, since nothing tells which one is meant.
 """
 
+import itertools
 import os
 import re
 import unicodedata
@@ -212,9 +213,8 @@ class _Finder:
 
     def _lists(self) -> Iterator[list[str]]:
         """Yield the images below the table's folder; those of the whole data set; those beside a folder of tables."""
-        for top in dict.fromkeys(
-            filter(None, (self.image_root or self.table, self.base if not self.image_root else None))
-        ):
+        tops = [self.image_root] if self.image_root else [self.table, self.base]
+        for top in dict.fromkeys(filter(None, tops)):
             if top not in self._listed:
                 self._listed[top] = [path.as_posix() for path in walk_files(top, IMAGE_SUFFIXES)]
             if self._listed[top]:
@@ -228,13 +228,10 @@ def _list_beside(folder: Path) -> Iterator[Path]:
     if TABLE_FOLDERS.isdisjoint(re.split(r"[^a-z]+", folder.name.lower())):
         return
     for path in sorted(folder.parent.iterdir()) if folder.parent != folder else ():
-        if path.is_dir() and path != folder and os.access(path, os.R_OK | os.X_OK):
-            is_beside = [
-                path,
-                *(below for below in path.iterdir() if path.name.lower() in IMAGE_FOLDERS and below.is_dir()),
-            ]
-            for place in is_beside:
-                yield from (file for file in sorted(place.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES)
+        if path.is_dir() and path != folder:
+            found = walk_files(path, IMAGE_SUFFIXES)
+            is_whole = path.name.lower() in IMAGE_FOLDERS
+            yield from found if is_whole else itertools.takewhile(lambda file: file.parent == path, found)  # noqa: B023
 
 
 def _match(names: Iterable[str], files: Sequence[str], change: Callable[[str], str]) -> dict[str, tuple[int, ...]]:
@@ -262,26 +259,22 @@ def _respell(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
+def _is_utf8(path: str) -> bool:
+    try:
+        return path.isascii() or bool(path.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _as_text(path: str) -> str:
     """Return a path as a table would write it: one that is not UTF-8 as a Western name."""
-    if path.isascii():
-        return path
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        path = os.fsencode(path).decode("cp1252", "replace")
-    return unicodedata.normalize("NFC", path)
+    text = path if _is_utf8(path) else os.fsencode(path).decode("cp1252", "replace")
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def _storable(path: str) -> str:
     """Return a path as Arrow can store it: one that is not UTF-8 as an address, `file:///caf%E9.jpg`."""
-    if path.isascii():
-        return path
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return Path(path).as_uri()
-    return path
+    return path if _is_utf8(path) else Path(path).as_uri()
 
 
 def _stem(name: str) -> str:

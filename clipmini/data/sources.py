@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image
+from fsspec.utils import infer_compression
 from huggingface_hub import DatasetCard
 from tqdm.auto import tqdm
 
@@ -65,8 +66,8 @@ SPLIT_COLUMNS = ("split", "data_split", "subset", "partition", "set_name", "set"
 AUTO = "auto"
 NUM_SAMPLED = 100  # rows that columns are found from
 MAX_SHARED = 0.5  # of the images of a table that another has too: more, and they are copies or versions of each other
-# In COCO's folder of annotations, beside those of captions.
 OTHER_CAPTIONS = re.compile(r"captions?_[a-z]{2}|[a-z]+_captions?")  # such as caption_en or short_caption
+# In COCO's folder of annotations, beside those of captions.
 COCO_OTHERS = ("instances_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")
 KNOWN_LAYOUTS = (
     "Add metadata.csv, whose first two lines may be `file_name,caption` and `a.jpg,a red fish`; or a.txt with the "
@@ -587,7 +588,11 @@ class _Contents:
         found = cls(images, [], [], [path for path in others if is_archive(path)])
         for path in others:
             suffix = path.suffix.lower()
-            if is_archive(path) or not path.is_file():
+            is_compressed = infer_compression(path.name) is not None
+            inner = Path(path.stem).suffix.lower() if is_compressed else suffix  # of pairs.csv.gz
+            if is_archive(path) or inner not in TABLE_SUFFIXES + TOKEN_SUFFIXES or not path.is_file():
+                continue
+            if path.name.startswith("~$"):  # which Excel holds while it edits a sheet
                 continue
             if suffix in (".txt", ".caption", ".json") and not known.isdisjoint(stems(path, folder)):
                 found.captions.append(path)
@@ -627,8 +632,11 @@ def load_from_hub(name: str, config_name: str | None = None) -> DatasetDict:
 
 
 def find_tables(folder: Path) -> list[Path]:
-    """Find the files of a folder that may be tables of pairs."""
-    return _Contents.of(folder).tables
+    """Find the files of a folder that may be its tables of pairs, and not those of other things further below."""
+    tables = _Contents.of(folder).tables
+    return [
+        path for path in tables if path.stem == "metadata" or all(map(_is_plain, path.relative_to(folder).parts[:-1]))
+    ]
 
 
 def _is_text_table(path: Path) -> bool:

@@ -236,8 +236,13 @@ def _read_captions_of(image: Path, files: Sequence[Path], skipped: Skipped) -> d
 
 
 def stems(path: Path, folder: Path) -> tuple[str, ...]:
-    """Return a path without suffix, relative to a folder that it is in; its last two parts; and its last."""
-    stem = os.path.splitext(str(path)[len(str(folder)) :].lstrip(os.sep))[0].replace(os.sep, "/")
+    """Return a path without suffix, relative to a folder that it is in; its last two parts; and its last.
+
+    Of a.jpg.json, as some programs name what they know of a.jpg, both suffixes go.
+    """
+    stem, suffix = os.path.splitext(str(path)[len(str(folder)) :].lstrip(os.sep).replace(os.sep, "/"))
+    if is_image_name(stem) and suffix.lower() not in IMAGE_SUFFIXES:
+        stem = os.path.splitext(stem)[0]
     parts = stem.rsplit("/", 2)
     return tuple(dict.fromkeys((stem, "/".join(parts[-2:]), parts[-1])))
 

@@ -220,6 +220,25 @@ class TestTables:
         (tmp_path / "a.csv").write_text("image,caption\n0.png,a\n" + ",\n" * 50)
         assert found_in(tmp_path / "a.csv").num_rows == 1
 
+    def test_files_of_other_things_are_not_opened(self, tmp_path):
+        """A compressed file that is no table, Excel's lock, and what a program knows of each image."""
+        write_csv(write_images(tmp_path, 2) / "a.csv", [("image", "caption"), ("0.png", "a"), ("1.png", "b")])
+        for name in ("brain.nii.gz", "~$a.xlsx", "log.xz"):
+            (tmp_path / name).write_bytes(bytes(range(256)))
+        for number in range(2):
+            (tmp_path / f"{number}.png.json").write_text('{"title": "0.png"}')
+        found = found_in(tmp_path)
+        assert [table.name for table in found.tables] == ["a.csv"]
+        assert found.passed_over == []
+
+    def test_what_a_program_knows_of_each_image(self, tmp_path):
+        """As in a Google Takeout."""
+        write_images(tmp_path, 2)
+        for number in range(2):
+            about = {"title": f"{number}.png", "description": f"about {number}"}
+            (tmp_path / f"{number}.png.json").write_text(json.dumps(about))
+        assert captions_of(tmp_path) == {"train": ["about 0", "about 1"]}
+
     def test_archives_beside_a_table_are_named(self, tmp_path, caplog):
         write_images(tmp_path, 2)
         write_csv(tmp_path / "a.csv", [("image", "caption"), ("0.png", "a"), ("1.png", "b")])

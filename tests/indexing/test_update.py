@@ -151,7 +151,7 @@ class TestFiles:
 
     @pytest.mark.parametrize(
         ("name", "content"),
-        [("notes.csv", "date,place\n1,2\n"), ("package.json", '{"a": 1}'), ("0.png.json", '{"title": "0.png"}')],
+        [("notes.csv", "date,place\n1,2\n"), ("package.json", '{"a": 1}'), ("9.png.json", '{"title": "9.png"}')],
     )
     def test_tables_of_something_else_are_left_out(self, index, photos, tmp_path, caplog, name, content):
         (photos / name).write_text(content)
@@ -161,6 +161,14 @@ class TestFiles:
         (tmp_path / "documents" / name).write_text(content)
         with pytest.raises(ValueError, match="documents has no images; looked for"):
             index.add(tmp_path / "documents")
+
+    def test_what_is_no_table_of_the_folder_is_not_opened(self, index, photos, caplog):
+        """What a program knows of an image lies beside each of thousands, and tables of other things further below."""
+        (photos / "0.png.json").write_text('{"title": "0.png"}')
+        (photos / "project/node_modules").mkdir(parents=True)
+        (photos / "project/node_modules/package.json").write_text('{"a": 1}')
+        assert numbers(index.add(photos)) == {"embedded": 5, "images": 5}
+        assert "left out" not in caplog.text
 
     def test_captions_are_kept_and_updated(self, index, photos, num_embedded):
         rows = [{"file_name": "0.png", "caption": "a dog"}, {"file_name": "0.png", "caption": "a brown dog"}]

@@ -230,8 +230,8 @@ def test_a_preset_can_change_how_images_are_prepared():
     assert model.config.vision_config.pretrained_cfg["crop_pct"] == 1.0
 
 
-FACTS = "  image_column: photo\n  caption_column: words\n  image_root: there\n"
-NO_FACTS = {"image_column": None, "caption_column": None, "image_root": None}
+FACTS = "  image_column: photo\n  caption_column: words\n  image_root: there\n  config_name: en\n"
+NO_FACTS = {"image_column": None, "caption_column": None, "image_root": None, "config_name": None}
 
 
 @pytest.mark.parametrize(
