@@ -12,7 +12,7 @@ help:  ## list the targets
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmini needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[app,demo,lora,ray,search,serve,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[app,demo,lora,onnx,ray,search,serve,dev]'
 	touch $@
 
 .PHONY: demo
@@ -47,6 +47,8 @@ fix: .venv/.installed  ## format the code and fix what ruff can
 FLICKR8K ?= ../shared/data/flickr8k
 .PHONY: bench
 bench: .venv/.installed  ## measure the figures of benchmarks/README.md, in hours; FLICKR8K=FOLDER with its parquet files
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/images.py
 	$(BIN)/python benchmarks/scan.py
@@ -56,6 +58,7 @@ bench: .venv/.installed  ## measure the figures of benchmarks/README.md, in hour
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/recipes.py --source $(FLICKR8K)
 	$(BIN)/clipmini train flickr8k --set source=$(FLICKR8K) --set output_dir=runs/bench-flickr8k --overwrite
+	$(BIN)/python benchmarks/encoding.py runs/bench-flickr8k/model --source $(FLICKR8K)
 	$(BIN)/python benchmarks/bank.py runs/bench-flickr8k/model --source $(FLICKR8K) --gallery offline:photos
 
 .PHONY: build

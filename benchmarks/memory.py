@@ -30,10 +30,10 @@ def step(batch_size: int, chunk: int | None) -> dict[str, float]:
     from datasets import concatenate_datasets
 
     from clipmini.data.pairs import load_pairs
+    from clipmini.inference.embed import keep_freed_memory
     from clipmini.training.arguments import ClipMiniTrainingArguments
     from clipmini.training.build import build_model
     from clipmini.training.recipes import load_recipe
-    from clipmini.training.run import keep_freed_memory
     from clipmini.training.trainer import ClipMiniTrainer
 
     keep_freed_memory()

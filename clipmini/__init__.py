@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
     from clipmini.evaluation.results import Evaluation, Run
     from clipmini.indexing.index import Index
+    from clipmini.inference.onnx_model import OnnxModel
     from clipmini.inference.search import Hits
     from clipmini.inference.zero_shot import Classification
+    from clipmini.publishing.export import Exported
     from clipmini.publishing.push import Pushed
     from modeling_clipmini import ClipMiniModel
 
@@ -29,7 +32,7 @@ if find_spec("clipmini.training") is None:  # Python has found the checkout befo
         "`pip install -e .` in the checkout, or start Python elsewhere."
     )
 
-__all__ = ["__version__", "classify", "evaluate", "load", "metric", "open_index", "push", "search", "train"]
+__all__ = ["__version__", "classify", "evaluate", "export", "load", "metric", "open_index", "push", "search", "train"]
 
 try:
     __version__ = version("clipmini")
@@ -41,20 +44,25 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def load(name_or_folder: str | Path, device: str | Device | None = None) -> ClipMiniModel:
+def load(
+    name_or_folder: str | Path, device: str | Device | None = None, *, engine: str = "auto"
+) -> ClipMiniModel | OnnxModel:
     """Load a clipmini model with the code of this package, never with that of the folder.
 
     Args:
         name_or_folder: a folder that training saved, or a Hub id.
         device: where to put the model; by default the accelerator that torch finds, such as a CUDA GPU or a Mac's
             (mps), or else the CPU.
+        engine: "torch"; or "onnx" or "onnx-int8" for the graphs that `export` wrote, which the CPU computes, with
+            `pip install 'clipmini[onnx]'`. Where a half has no int8 graph, "onnx-int8" takes that in float32. "auto"
+            is torch.
 
     Returns:
-        The model in eval mode, with its processor as `model.processor`.
+        The model in eval mode, with its processor as `model.processor`. One of ONNX Runtime embeds, and no more.
 
     Raises:
         ValueError: this is no clipmini model, or its files are missing, damaged, or name code of their own; the Hub
-            cannot be reached; or there is no such device.
+            cannot be reached; or there is no such device or engine.
 
     Example:
         >>> model = clipmini.load(folder)
@@ -63,10 +71,10 @@ def load(name_or_folder: str | Path, device: str | Device | None = None) -> Clip
     """
     from clipmini.names import locate_model
 
-    locate_model(name_or_folder)
-    from clipmini.inference.embed import load_model
+    locate_model(name_or_folder, engine)
+    from clipmini.inference.encoders import load_clipmini
 
-    return load_model(name_or_folder, device)
+    return load_clipmini(name_or_folder, device, engine)
 
 
 def train(recipe: str | Path, /, *, overwrite: bool = False, stage: str | None = None, **changes: Any) -> Run:
@@ -114,6 +122,7 @@ def evaluate(
     template: str | None = None,
     train_data: str | None = None,
     check_leaks: bool = True,
+    engine: str = "auto",
     strict: bool = False,
     **changes: Any,
 ) -> Evaluation:
@@ -132,6 +141,7 @@ def evaluate(
         train_data: for retrieval only: the data that the model was trained on, to look for leaks; by default the train
             split of `data`.
         check_leaks: look for test data among the training data; not for zero-shot.
+        engine: what computes the model, as in `load`; a baseline is always torch's.
         strict: raise an error at the first image or caption that cannot be used, instead of leaving it out.
         **changes: keys of a recipe's `data`, such as `caption_column`; for labeled images, `image_column`,
             `label_column`, `config_name` and `class_names`: a file or a mapping from folders to names.
@@ -150,7 +160,7 @@ def evaluate(
     from clipmini.data.images import Skipped
     from clipmini.evaluation.request import Request
 
-    request = Request(model, str(data), task, split, baseline, template, train_data, check_leaks, changes)
+    request = Request(model, str(data), task, split, baseline, template, train_data, check_leaks, changes, engine)
     from clipmini.evaluation.report import evaluate as run_evaluation
 
     return run_evaluation(request, Skipped(strict))
@@ -167,6 +177,7 @@ def search(
     where: str | None = None,
     collapse: bool = False,
     use_index: bool = True,
+    engine: str = "auto",
     strict: bool = False,
 ) -> Hits:
     """Find the images that best match a description, or are most like an image.
@@ -182,6 +193,7 @@ def search(
         collapse: of images that are near-copies of each other, find the best alone.
         use_index: keep the vectors of a folder in the cache, so that the next search embeds only new images; this
             needs lancedb, `pip install 'clipmini[search]'`.
+        engine: what computes the model, as in `load`.
         strict: raise an error at the first image that cannot be read, instead of leaving it out.
 
     Returns:
@@ -197,7 +209,7 @@ def search(
         >>> len(hits), hits[0].score >= hits[2].score
         (3, True)
     """
-    options: dict[str, Any] = {"plus": plus, "minus": minus, "where": where, "collapse": collapse}
+    options: dict[str, Any] = {"plus": plus, "minus": minus, "where": where, "collapse": collapse, "engine": engine}
     return search_each(model, images, [query], top, **options, use_index=use_index, strict=strict)[0]
 
 
@@ -216,7 +228,7 @@ def search_each(
     from clipmini.names import locate_any_model
 
     check_queries([*queries, *options.get("plus", ()), *options.get("minus", ())], top)
-    locate_any_model(model)
+    locate_any_model(model, options.get("engine", "auto"))
     if isinstance(images, (str, os.PathLike)):
         find_images(images)
     else:
@@ -226,13 +238,15 @@ def search_each(
     return find(model, images, queries, top, **options, skipped=Skipped(strict))
 
 
-def open_index(path: str | Path, model: str | Path | None = None) -> Index:
+def open_index(path: str | Path, model: str | Path | None = None, *, engine: str = "auto") -> Index:
     """Open an index of images, which is searched without embedding them again; make one if there is none.
 
     Args:
         path: the index: a folder, or an address of object storage, such as s3://bucket/photos.
         model: the name of a model, as in `evaluate`: to make a new index with, which records it; or where that of an
             index has moved to.
+        engine: what computes the model, as in `load`. "torch" and "onnx" go on with each other's index, since their
+            vectors are the same; one of "onnx-int8" is its own.
 
     Returns:
         The index, with `search`, `add`, `remove` and `to_datasets`. `len` is its number of images.
@@ -249,8 +263,9 @@ def open_index(path: str | Path, model: str | Path | None = None) -> Index:
         >>> len(hits)
         3
     """
-    from clipmini.names import is_index
+    from clipmini.names import check_engine, is_index
 
+    check_engine(engine)
     if model is not None and not isinstance(model, (str, Path)):
         raise ValueError(
             f"A loaded {type(model).__name__} is not a name, and an index records its model: give the model's folder "
@@ -260,7 +275,8 @@ def open_index(path: str | Path, model: str | Path | None = None) -> Index:
         from clipmini.indexing.index import Index
     except ModuleNotFoundError as error:
         raise ValueError(f"An index needs {error.name}: pip install 'clipmini[search]'.") from None
-    return Index.create(path, model) if model is not None and not is_index(path) else Index(path, model)
+    is_new = model is not None and not is_index(path)
+    return Index.create(path, model, engine) if is_new else Index(path, model, engine)
 
 
 def classify(
@@ -269,6 +285,7 @@ def classify(
     labels: Sequence[str],
     template: str | Sequence[str] | None = None,
     *,
+    engine: str = "auto",
     strict: bool = False,
 ) -> Classification:
     """Score how well each label fits each image, without training on the labels.
@@ -280,6 +297,7 @@ def classify(
         template: the caption of a label, with {} where the label goes, or several, whose embeddings are averaged; or a
             list by name: "imagenet", "simple" or a YAML file. By default "This is a photo of {}.", as in transformers'
             pipeline.
+        engine: what computes the model, as in `load`.
         strict: raise an error at the first image that cannot be read, instead of leaving it out.
 
     Returns:
@@ -301,7 +319,7 @@ def classify(
     templates = load_templates(template) if isinstance(template, str) else list(template or [])
     for caption in templates or ["{}"]:
         fill_template(labels, caption)  # raises an error if the labels or the template are not allowed
-    locate_any_model(model)
+    locate_any_model(model, engine)
     found = expand_files(images if isinstance(images, Iterable) and not isinstance(images, str) else [images])
     from clipmini.inference.encoders import load_encoder
     from clipmini.inference.zero_shot import Classification
@@ -310,8 +328,56 @@ def classify(
 
     template, templates = template or DEFAULT_TEMPLATE, templates or [DEFAULT_TEMPLATE]
     skipped = Skipped(strict)
-    results = run_classifier(load_encoder(model), found, labels, templates, skipped)
+    results = run_classifier(load_encoder(model, engine), found, labels, templates, skipped)
     return Classification(template, results, skipped)
+
+
+def export(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    int8: bool = False,
+    pairs: str | Path | None = None,
+    split: str | None = None,
+    calibration: str | Path | None = None,
+    force: bool = False,
+) -> Exported:
+    """Export a model's two halves as ONNX graphs, and measure what that gains and costs.
+
+    Args:
+        model: a model folder or a Hub id.
+        out: a folder for all that the graphs need; by default they go to `onnx/` in the model's own folder. An
+            earlier export is replaced.
+        int8: also export a smaller and faster text graph, whose weights have 8 bits; and such an image graph, if there
+            are images to calibrate it with.
+        pairs: image-caption pairs to measure recall on, as in `evaluate`; at least 500 images, or none is told.
+        split: of the pairs, as in `evaluate`.
+        calibration: a folder of images of the kind that the model will see; a hundred are enough.
+        force: keep graphs that lose more than one point of recall at 1.
+
+    Returns:
+        The export: `folder`, `results` and `tables`.
+
+    Raises:
+        ValueError: this is no clipmini model, it or the data cannot be used, the folder holds other files, or the
+            graphs lose too much; then nothing is written.
+
+    Example:
+        >>> exported = clipmini.export(folder)
+        >>> [graph["file"] for graph in exported.results["graphs"]]
+        ['text_model.onnx', 'vision_model.onnx']
+        >>> clipmini.load(folder, engine="onnx").encode_text("a red bicycle").shape
+        (16,)
+    """
+    from clipmini.data.images import find_images
+    from clipmini.names import check_installed, locate_model
+
+    check_installed("An export", "onnx", "onnxscript")
+    locate_model(model)
+    images = None if calibration is None else find_images(calibration)
+    from clipmini.publishing.export import export as run_export
+
+    return run_export(model, out, int8=int8, pairs=pairs, split=split, calibration=images, force=force)
 
 
 def push(
@@ -323,6 +389,7 @@ def push(
     message: str | None = None,
     examples: Sequence[tuple[str | Path, Sequence[str]]] = (),
     samples: bool = False,
+    space: bool = False,
     allow_code_drift: bool = False,
     dry_run: bool = False,
 ) -> Pushed:
@@ -337,6 +404,7 @@ def push(
         examples: images to publish for the Hub's widget, each with labels to choose from.
         samples: also upload the run's `samples.jpg`, which holds images and captions of its data, and show it in the
             card.
+        space: also make a static Space of this name: a page that runs the model, exported before, in browsers.
         allow_code_drift: accept a folder whose code differs from the installed clipmini's.
         dry_run: check and list the files, without any network.
 
@@ -355,14 +423,20 @@ def push(
 
     check_repository(repo_id)
     locate_model(Path(folder))
+    if space and revision:
+        raise ValueError("A Space shows its branch main; leave out the revision, or the Space.")
     from clipmini.publishing.push import Pushed, prepare_push
     from clipmini.publishing.push import push as upload
+    from clipmini.publishing.space import prepare_space
 
     images = [(Path(image), labels) for image, labels in examples]
     prepared = prepare_push(Path(folder), repo_id, allow_code_drift=allow_code_drift, examples=images, samples=samples)
+    page = prepare_space(prepared, Path(folder)) if space else None
     if dry_run:
-        return Pushed(repo_id, prepared.sizes, left_out=prepared.left_out, bank=prepared.bank)
-    return upload(prepared, private=private or None, revision=revision, message=message)
+        planned = Pushed(repo_id, page.sizes) if page else None
+        return Pushed(repo_id, prepared.sizes, left_out=prepared.left_out, bank=prepared.bank, space=planned)
+    pushed = upload(prepared, private=private or None, revision=revision, message=message)
+    return replace(pushed, space=upload(page, private=private or None, message=message)) if page else pushed
 
 
 def metric(name: str) -> str:

@@ -29,6 +29,7 @@ from .console import (
     quiet_progress_bars,
     working,
 )
+from .names import ENGINES
 
 if TYPE_CHECKING:
     from clipmini.inference.search import Hits
@@ -69,6 +70,13 @@ AnyModelName = Annotated[
         metavar="MODEL",
         help="A model folder or Hub id, of clipmini, transformers (CLIP, SigLIP) or sentence-transformers; or "
         "open_clip:NAME/PRETRAINED.",
+    ),
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(ENGINES),
+        help="What computes the model: torch, by default, or what `clipmini export` wrote.",
     ),
 ]
 Overrides = Annotated[
@@ -211,6 +219,7 @@ def evaluate(
         bool, _flag("--check-leaks/--no-check-leaks", "Look for test data among the training data.")
     ] = True,
     overrides: Overrides = None,
+    engine: Engine = "auto",
     overwrite: Annotated[bool, _flag("--overwrite", "Replace the report in the folder.")] = False,
     strict: Strict = False,
     as_json: AsJson = False,
@@ -235,6 +244,7 @@ def evaluate(
             template=template,
             train_data=train_data,
             check_leaks=check_leaks,
+            engine=engine,
             strict=strict,
             **changes,
         )
@@ -256,9 +266,8 @@ def index(
         typer.Argument(metavar="SOURCE", help="Images: folders with their subfolders, tables, data sets, Hub ids."),
     ],
     out: Annotated[str, typer.Option(metavar="INDEX", help="The index: a new folder, or one to bring up to date.")],
-    engine: Annotated[
-        str, typer.Option(metavar="local|ray", help="Embed on this machine, or on the Ray cluster of RAY_ADDRESS.")
-    ] = "local",
+    engine: Engine = "auto",
+    ray: Annotated[bool, _flag("--ray", "Embed on the Ray cluster of RAY_ADDRESS, not on this machine.")] = False,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
@@ -270,10 +279,10 @@ def index(
     from clipmini.names import as_command, locate, locate_any_model
 
     locate_any_model(model)
-    for source in sources if engine == "local" else ():  # Ray also reads addresses
+    for source in () if ray else sources:  # Ray also reads addresses
         locate(source, "a folder or a table of images", "dataset")
     with working():
-        changes = clipmini.open_index(out, model).add(*sources, strict=strict, engine=engine)
+        changes = clipmini.open_index(out, model, engine=engine).add(*sources, strict=strict, ray=ray)
     if as_json:
         print_json({**changes.to_dict(), "index": out})
         return
@@ -283,7 +292,8 @@ def index(
         if isinstance(number, int)
     ]
     print_table(("images", "number"), rows)
-    typer.echo(f"The index is in {out}; search it with: {as_command('search', out)} WORDS")
+    command = as_command("search", out, options=[] if engine == "auto" else ["--engine", engine])
+    typer.echo(f"The index is in {out}; search it with: {command} WORDS")
 
 
 @app.command(
@@ -318,6 +328,7 @@ def search(
     ] = True,
     out: Annotated[Path | None, typer.Option(help="Also draw the results: a .png, .jpg, .webp or .pdf file.")] = None,
     is_opened: Annotated[bool, _flag("--open", "Show the drawing; without --out, in a temporary file.")] = False,
+    engine: Engine = "auto",
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
@@ -342,7 +353,7 @@ def search(
         if strict or not use_index:
             raise ValueError(f"{'--strict' if strict else '--no-index'} is for a folder, and {model} is an index.")
         with working():
-            found = clipmini.open_index(model, moved).search(*words, **terms)
+            found = clipmini.open_index(model, moved, engine=engine).search(*words, **terms)
     else:
         if moved is not None:
             raise ValueError(f"--model {moved} cannot be used: it is for an index, and {model} is no index.")
@@ -350,7 +361,8 @@ def search(
         if not queries:
             raise ValueError(f"QUERY is missing: write what to look for in {folder}; or name an index alone.")
         with working():
-            found = clipmini.search_each(model, folder, queries, **terms, use_index=use_index, strict=strict)
+            terms |= {"use_index": use_index, "engine": engine, "strict": strict}
+            found = clipmini.search_each(model, folder, queries, **terms)
     if as_json:
         print_json(found[0].to_dict() if len(found) == 1 else [hits.to_dict() for hits in found])
     else:
@@ -386,6 +398,7 @@ def classify(
         ),
     ],
     template: Template = None,
+    engine: Engine = "auto",
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
@@ -394,7 +407,7 @@ def classify(
 
     names = read_labels(labels)
     with working():
-        answer = clipmini.classify(model, images, names, template, strict=strict)
+        answer = clipmini.classify(model, images, names, template, engine=engine, strict=strict)
     if as_json:
         print_json(answer.to_dict())
         return
@@ -414,11 +427,12 @@ def serve(
     num_workers: Annotated[int, typer.Option("--workers", help="How many requests the model works on at once.")] = 2,
     max_body_mib: Annotated[int, typer.Option(help="The largest request accepted, in MiB.")] = 16,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Longest time for an answer, in seconds.")] = 60.0,
+    engine: Engine = "auto",
 ) -> None:
     """Answer Hugging Face's clients over HTTP: zero-shot image classification and feature extraction."""
     from clipmini.names import locate_model
 
-    locate_model(model)
+    locate_model(model, engine)
     try:
         from clipmini.inference.server import Limits, bind, create_app, run
     except ModuleNotFoundError as error:
@@ -433,7 +447,7 @@ def serve(
             compute_timeout_s=timeout_s,
         )
         sock = bind(host, port)
-        server = create_app(RequestHandler(clipmini.load(model)), limits)
+        server = create_app(RequestHandler(clipmini.load(model, engine=engine)), limits)
     sock.listen()  # clients may connect from here on
     typer.echo(f"Serving {model} at {_address(host, sock)} until Ctrl-C")
     run(server, sock)
@@ -480,6 +494,43 @@ def run_app(
     serve(page, model, sock)
 
 
+@app.command(epilog="Example: clipmini export runs/demo/model --to onnx --pairs offline:photos/test")
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a Hub id.")],
+    to: Annotated[str, typer.Option(metavar="onnx", help="The format.")],
+    int8: Annotated[
+        bool, _flag("--int8", "Also export graphs of 8 bits: of the text half, and with --calibration of both.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A folder for the graphs and all that they need. Default: MODEL/onnx."),
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Image-caption pairs to measure recall on, 500 images or more."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of the pairs. Default: as in evaluate.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="IMAGES", help="A folder of images such as the model will see, for its int8 image half."),
+    ] = None,
+    force: Annotated[bool, _flag("--force", "Keep graphs that lose more than a point of recall at 1.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Export both halves of a model as ONNX graphs, and compare their size, speed and recall with the original's."""
+    if to != "onnx":
+        raise ValueError(f"--to {to} is not allowed; the only format is onnx.")
+    with working():
+        exported = clipmini.export(
+            model, out, int8=int8, pairs=pairs, split=split, calibration=calibration, force=force
+        )
+    if as_json:
+        print_json(exported.to_dict())
+        return
+    print_contents(exported.tables)
+    typer.echo(f"The graphs are in {exported.folder}")
+
+
 @app.command(epilog="Example: clipmini push runs/demo/model my-name/my-clip --dry-run")
 def push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model folder that training saved.")],
@@ -497,6 +548,9 @@ def push(
     ] = None,
     samples: Annotated[
         bool, _flag("--samples", "Publish the run's samples.jpg, which holds images and captions of its data.")
+    ] = False,
+    space: Annotated[
+        bool, _flag("--space", "Also make a Space of this name: a page that runs the exported model in browsers.")
     ] = False,
     allow_code_drift: Annotated[
         bool, _flag("--allow-code-drift", "Accept a folder whose code differs from the installed clipmini.")
@@ -522,6 +576,7 @@ def push(
             message=message,
             examples=images,
             samples=samples,
+            space=space,
             allow_code_drift=allow_code_drift,
             dry_run=dry_run,
         )
@@ -529,6 +584,8 @@ def push(
         print_json(pushed.to_dict())
         return
     print_table(("file", "bytes"), [(path, f"{size:,}") for path, size in pushed.sizes.items()])
+    if pushed.space:
+        print_table(("file of the Space", "bytes"), [(path, f"{size:,}") for path, size in pushed.space.sizes.items()])
     if pushed.left_out:
         typer.echo(f"Left out: {pushed.left_out.name}, an image of sample results; --samples shows it in the card.")
     if pushed.bank:
@@ -540,6 +597,8 @@ def push(
         typer.echo("Nothing was uploaded: this was a dry run.")
     else:
         typer.echo(f"{'The model is at' if pushed.is_new else 'The Hub already has all of it'}: {pushed.url}")
+        if pushed.space:
+            typer.echo(f"{'Its page is at' if pushed.space.is_new else 'Its page is as before'}: {pushed.space.url}")
 
 
 @app.command(epilog="Example: clipmini cache --clear --older-than 30")

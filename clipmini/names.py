@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -23,6 +24,9 @@ MODEL_TYPE = "clipmini"  # in a model's config.json; the class itself takes seco
 OPEN_CLIP_PREFIX = "open_clip:"
 CONFIG_FILE, SENTENCE_TRANSFORMERS_FILE = "config.json", "modules.json"  # every model folder has one of them
 MANIFEST_FILE = "manifest.json"  # of an index of images; no model has it
+ONNX_FOLDER, ONNX_INT8 = "onnx", "onnx-int8"
+ONNX_ENGINES = ("onnx", ONNX_INT8)
+ENGINES = ("auto", "torch", *ONNX_ENGINES)  # auto is torch
 TABLE_SUFFIXES = (
     *".parquet .arrow .feather .csv .tsv .jsonl .jsonlines .ndjson .json .xlsx .xlsm .gz .bz2 .xz".split(),
 )
@@ -198,12 +202,14 @@ def check_repository(name: str) -> None:
         raise ValueError(f"{name!r} is not a repository on the Hub; name one as owner/name.")
 
 
-def locate_any_model(model: Any) -> Any:
+def locate_any_model(model: Any, engine: str = "auto") -> Any:
     """Return what to load a model of any library by, as `locate` does; see `load_encoder`. A model itself is returned.
 
     Raises:
-        ValueError: it is neither a model, nor a model's folder, nor a model on the Hub, nor one of open_clip's names.
+        ValueError: it is neither a model, nor a model's folder, nor a model on the Hub, nor one of open_clip's names;
+            or as `check_engine` does.
     """
+    check_engine(engine, model)
     if hasattr(model, "encode_text") or hasattr(model, "encode_texts") or str(model).startswith(OPEN_CLIP_PREFIX):
         return model
     name = locate(model, "a model folder")
@@ -213,12 +219,37 @@ def locate_any_model(model: Any) -> Any:
     return name
 
 
-def locate_model(model: str | Path) -> str:
+def check_engine(engine: str, model: Any = "") -> None:
+    """Check that an engine can compute a model.
+
+    Raises:
+        ValueError: it is none of `ENGINES` or not installed, or the model is loaded already.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is not allowed; use one of {', '.join(ENGINES)}.")
+    if engine != "auto" and not isinstance(model, (str, Path)):
+        raise ValueError(
+            f"engine={engine!r} is for a model that is given by its name, and this {type(model).__name__} is loaded "
+            "already; leave it out."
+        )
+    if engine in ONNX_ENGINES:
+        check_installed(f"engine={engine!r}")
+
+
+def check_installed(what: str, *packages: str) -> None:
+    """Raise a ValueError that names the extra `onnx`, unless onnxruntime and some more packages are installed."""
+    for package in ("onnxruntime", *packages):
+        if find_spec(package) is None:
+            raise ValueError(f"{what} needs {package}, which is not installed: pip install 'clipmini[onnx]'.")
+
+
+def locate_model(model: str | Path, engine: str = "auto") -> str:
     """Return what to load a clipmini model by; a folder's `config.json` says whether it is one.
 
     Raises:
-        ValueError: it is neither a folder with a clipmini model nor a model on the Hub.
+        ValueError: it is neither a folder with a clipmini model nor a model on the Hub; or as `check_engine` does.
     """
+    check_engine(engine, model)
     name = locate(model, "a model folder")
     if not Path(name).exists():
         return name

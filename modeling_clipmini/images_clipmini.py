@@ -75,6 +75,7 @@ def read_image(
     allow_addresses: bool = False,
     formats: Sequence[str] = FORMATS,
     max_pixels: int = MAX_PIXELS,
+    min_edge: int | None = None,
 ) -> Image.Image:
     """Read an image as people see it: upright, alpha over white, three 8-bit channels.
 
@@ -87,6 +88,8 @@ def read_image(
             untrusted input.
         formats: the formats to try, a subset of `FORMATS`.
         max_pixels: refuse images with more pixels, before decoding them.
+        min_edge: decode a JPEG at a half, a quarter or an eighth of its width and height, whichever is the smallest
+            with at least so many pixels on the shorter edge; that takes a fraction of the time. None: at full size.
 
     Returns:
         A decoded image of mode "RGB", with no file behind it. Width and height are halved for an image of over
@@ -100,7 +103,7 @@ def read_image(
     """
     with open_image(source, allow_paths, allow_addresses, formats, max_pixels) as image:
         if image is not source:
-            _choose_scale(image)
+            _choose_scale(image, min_edge)
         return _decode(image, max_pixels)
 
 
@@ -435,11 +438,14 @@ def _largest_tiff_part(image: Image.Image) -> int:
         raise ImageError(_describe(error)) from error
 
 
-def _choose_scale(image: Image.Image) -> None:
-    """Have an image decoded at half its size, where its format can and it would take too much memory."""
+def _choose_scale(image: Image.Image, min_edge: int | None) -> None:
+    """Have an image decoded smaller, where its format can: if it would take too much memory, or down to `min_edge`."""
     width, height = image.size
-    if image.format in ("JPEG", "MPO") and width * height > MAX_WHOLE_PIXELS:
-        image.draft(None, (max(1, width // 2), max(1, height // 2)))
+    if image.format in ("JPEG", "MPO"):
+        scale = 2 if width * height > MAX_WHOLE_PIXELS else 1
+        if min_edge is not None:
+            scale = max(scale, min(width, height) // min_edge)
+        image.draft(None, (max(1, width // scale), max(1, height // scale)))
     elif image.format == "JPEG2000" and width * height * BYTES_PER_PIXEL["JPEG2000"] > MAX_MEMORY:
         image.reduce = 1  # type: ignore[method-assign, assignment]  # for this plugin: one halving
 

@@ -39,6 +39,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from .configuration_clipmini import ClipMiniConfig
 from .encoding_clipmini import by_length, channels_last, embed_in_batches, encode
+from .folding_clipmini import fold_batch_norms
 from .images_clipmini import image_size, read_image, read_named
 from .loss_clipmini import infonce_loss, pairwise_logits, sigmoid_loss
 from .processing_clipmini import ClipMiniProcessor
@@ -325,6 +326,7 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         if config.vision_embed_dim is None:
             # Not num_features: some heads (MobileNetV3, GhostNet) end in a wider convolution of their own.
             config.vision_embed_dim = timm_model.head_hidden_size + sum(_level_widths(timm_model, config))
+        fold_batch_norms(timm_model)
         self.vision_dropout = nn.Dropout(config.vision_dropout)
         self.visual_projection = self._make_projection(config.vision_embed_dim)
 
@@ -416,11 +418,13 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         """
 
         def prepare(index: int, source: Any) -> Tensor:
-            image = read_named(source, f"image number {index + 1}", allow_addresses=True)
+            name = f"image number {index + 1}"
+            image = read_named(source, name, allow_addresses=True, min_edge=self.processor.min_edge)
             return self.processor(images=[image])["pixel_values"]
 
         return encode(
             self,
+            [self],
             images,
             (str, PathLike, Image.Image),
             prepare,
@@ -591,6 +595,7 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         """
         return encode(
             self,
+            [self.text_model, self.text_projection],  # to look at the vision tower's mode takes a while too
             texts,
             (str,),
             lambda _, text: text,
@@ -789,6 +794,7 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
         vision_kwargs["config"], text_kwargs["config"] = model.config.vision_config, model.config.text_config
         # Set after construction, since `post_init` would have initialized them anew.
         model.vision_model = _load_tower(TimmWrapperModel, vision_model_name_or_path, vision_kwargs)
+        fold_batch_norms(model.vision_model.timm_model)
         model.text_model = _load_tower(AutoModel, text_model_name_or_path, text_kwargs)
         if hasattr(model.text_model, "pooler"):
             model.text_model.pooler = None

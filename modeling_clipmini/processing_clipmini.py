@@ -115,6 +115,17 @@ class ClipMiniProcessor(ProcessorMixin):
             images = [convert_to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
         return super().__call__(images=images, text=text, **kwargs)
 
+    @property
+    def min_edge(self) -> int | None:
+        """Return the pixels that the shorter edge of an image should have, for `read_image`; None for all there are.
+
+        They are twice as many as the image processor resizes to, so that its filter still decides on the result:
+        benchmarks/encoding.py compares embeddings and recall with those of whole images.
+        """
+        size = getattr(self.image_processor, "size", None) or {}
+        edges = [size.get(name) for name in ("shortest_edge", "height", "width")]
+        return 2 * max((edge for edge in edges if edge), default=0) or None
+
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> list[str]:
         """Save `processor_config.json`, the tokenizer, and `preprocessor_config.json` for older clients."""
         files = self.image_processor.save_pretrained(save_directory)  # first, since the call below may push the folder

@@ -398,7 +398,7 @@ class TestErrors:
     @pytest.fixture
     def fail_with(self, monkeypatch, run, tiny_folder, images):
         def fail(error, *options):
-            def load_encoder(name):
+            def load_encoder(name, engine):
                 raise error
 
             monkeypatch.setattr(clipmini.indexing.index, "load_encoder", load_encoder)
@@ -446,12 +446,12 @@ class TestErrors:
 def test_warnings_are_short_lines(run, tiny_folder, images, monkeypatch):
     load_encoder = clipmini.indexing.index.load_encoder
 
-    def noisy_load(name):
+    def noisy_load(name, engine):
         warnings.warn("mind\n the gap", stacklevel=2)
         logging.getLogger("transformers.somewhere").warning("from %s", "transformers")
         logging.getLogger("timm").warning("from timm")
         sys.stdout.write("from print\n")
-        return load_encoder(name)
+        return load_encoder(name, engine)
 
     monkeypatch.setattr(clipmini.indexing.index, "load_encoder", noisy_load)
     handlers = list(logging.getLogger().handlers)

@@ -15,7 +15,7 @@ import clipmini
 from clipmini.evaluation.results import Evaluation, Run
 from clipmini.files import versions
 
-NAMES = ["__version__", "classify", "evaluate", "load", "metric", "open_index", "push", "search", "train"]
+NAMES = ["__version__", "classify", "evaluate", "export", "load", "metric", "open_index", "push", "search", "train"]
 
 
 @pytest.fixture

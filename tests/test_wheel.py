@@ -53,7 +53,7 @@ def test_it_holds_all_that_is_needed_and_no_more(site):
         f"{name}/{path.relative_to(ROOT / package).as_posix()}"
         for package, name in PACKAGES.items()
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".yaml", ".html", ".typed", ".webp", ".jsonl") or path.name == "README.md"
+        if path.suffix in (".py", ".yaml", ".html", ".js", ".typed", ".webp", ".jsonl") or path.name == "README.md"
     }
     assert shipped == {*expected, "clipmini/publishing/model_card.md"}
 

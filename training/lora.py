@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from modeling_clipmini import ClipMiniModel
 from modeling_clipmini.encoding_clipmini import eval_mode
+from modeling_clipmini.folding_clipmini import CONVOLUTIONS
 from modeling_clipmini.processing_clipmini import image_processor_for
 
 logger = logging.getLogger(__name__)
@@ -204,7 +205,7 @@ def _find_layers(model: ClipMiniModel, tower: str) -> list[str]:
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    # The type itself: a subclass may do more than multiply by its weight.
-    if type(layer) is nn.Conv2d:
+    # The type itself: a subclass may do more than multiply by its weight. One that may be folded still does no more.
+    if isinstance(layer, nn.Conv2d) and type(layer) in (nn.Conv2d, CONVOLUTIONS[nn.Conv2d]):
         return layer.kernel_size == (1, 1) and layer.groups == 1
     return type(layer) is nn.Linear

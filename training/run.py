@@ -1,11 +1,9 @@
 """One training run, top to bottom: data, features, trainer, measure, save."""
 
 import copy
-import ctypes
 import json
 import logging
 import os
-import platform
 import re
 import shutil
 from contextlib import suppress
@@ -46,7 +44,7 @@ from clipmini.files import (
 )
 from clipmini.inference.bank import Bank
 from clipmini.inference.drawing import draw_examples
-from clipmini.inference.embed import load_model
+from clipmini.inference.embed import keep_freed_memory, load_model
 from clipmini.inference.prompts import FEW, warn_of_unreadable
 from clipmini.names import as_command, ask_hub, expand, public_name
 from clipmini.publishing.folder import save_model_folder
@@ -67,9 +65,6 @@ logger = logging.getLogger(__name__)
 HELD_OUT = ("validation", "test")
 NUM_SAMPLES = 2  # successes in the picture for the card, and as many failures
 SAMPLE_COLUMNS = 2  # images in a row of it: the Hub shows it no wider than a page of text
-# From glibc's malloc.h; mallopt(3) describes them.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-MIB = 2**20
 MAX_EXAMPLES, MAX_QUERY_CHARACTERS = 100, 120  # of a caption that is an example of a search
 
 
@@ -471,22 +466,3 @@ def _last_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
         else:
             return path, broken
     return None, broken
-
-
-def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory for the next allocation; without glibc, do nothing.
-
-    Training frees and allocates the same activations at every step. glibc returns large blocks to the system when they
-    are freed, and the system clears every page before lending it again: on two cores this took two fifths of a step of
-    EfficientNet-Lite0 at a batch of 32. From this call on, the process stays as large as its largest step.
-
-    Returns:
-        Whether it took effect.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    settings = {M_MMAP_THRESHOLD: 1024 * MIB, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 512 * MIB}
-    took_effect = all([mallopt(parameter, value) for parameter, value in settings.items()])
-    logger.debug("freed memory is kept: %s", took_effect)
-    return took_effect

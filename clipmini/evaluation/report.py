@@ -75,11 +75,11 @@ def evaluate(request: Request, skipped: Skipped) -> Evaluation:
 
 
 def _evaluate_retrieval(request: Request, skipped: Skipped) -> Evaluation:
-    source, pairs = _load_pairs(request.pairs, skipped)
+    source, pairs = load_pairs(request.pairs, skipped)
     name = choose_split(pairs, request.split, source)
     train = _training_pairs(pairs, name, request, skipped) if request.check_leaks else None
     rows = pairs[name]
-    encoder, *others = load_encoders(*request.models)
+    encoder, *others = load_encoders(*request.models, engine=request.engine)
     leaks = None if train is None else find_leaks(train, rows)  # before the hours: it may meet a broken image
     embeds = embed_pairs(encoder, rows)
     warn_of_unreadable(encoder.tokenizer, embeds.captions, "captions", FEW)
@@ -159,7 +159,7 @@ def _normalized(embeds: Embeddings, bank: Bank, result: RetrievalResult) -> tupl
     return facts, replace(table, note=note)
 
 
-def _load_pairs(section: Mapping[str, Any], skipped: Skipped) -> tuple[str, DatasetDict]:
+def load_pairs(section: Mapping[str, Any], skipped: Skipped) -> tuple[str, DatasetDict]:
     """Return the source of the pairs that a data section describes, and its splits."""
     data: DataArguments = build_section(DataArguments, section, "data")
     return data.source, load_data(data, skipped)
@@ -168,7 +168,7 @@ def _load_pairs(section: Mapping[str, Any], skipped: Skipped) -> tuple[str, Data
 def _training_pairs(pairs: DatasetDict, split: str, request: Request, skipped: Skipped) -> Dataset | None:
     """Return the pairs that the model was, or may have been, trained on."""
     if request.train_pairs is not None:
-        source, splits = _load_pairs(request.train_pairs, skipped)
+        source, splits = load_pairs(request.train_pairs, skipped)
         return splits[choose_split(splits, "train", source)]
     return pairs["train"] if split != "train" and "train" in pairs else None
 
@@ -271,7 +271,7 @@ def _evaluate_zero_shot(request: Request, skipped: Skipped) -> Evaluation:
     source, templates = request.data, load_templates(request.template or DEFAULT_TEMPLATE)
     name = choose_split(images.splits, request.split, source)
     rows, names = keep_readable(images.splits[name], name, skipped), images.names
-    encoder, *others = load_encoders(*request.models)
+    encoder, *others = load_encoders(*request.models, engine=request.engine)
     metrics = measure_zero_shot(encoder, rows, names, templates)
     facts: dict[str, Any] = {"task": ZERO_SHOT, "templates": templates}
     tables = [_accuracy_table("Zero-shot classification", metrics)]
@@ -303,7 +303,7 @@ def _evaluate_probe(request: Request, skipped: Skipped) -> Evaluation:
         raise ValueError("A probe is fitted on the train split; name another split to measure on.")
     if only is None:
         splits = {part: keep_readable(splits[part], part, skipped) for part in ("train", name)}
-    encoder = load_encoder(request.model)
+    encoder = load_encoder(request.model, request.engine)
     leaks = find_leaks(splits["train"], splits[name]) if request.check_leaks else None
     train_embeds, embeds = (encoder.encode_images(splits[part]["image"]) for part in ("train", name))
     train_labels, labels = (torch.tensor(splits[part]["label"][:]) for part in ("train", name))

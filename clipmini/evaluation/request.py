@@ -10,7 +10,7 @@ from typing import Any
 
 from clipmini.files import RECIPE_FILE, RESULTS_FILE, RunRecord
 from clipmini.inference.prompts import load_templates
-from clipmini.names import as_command, expand, locate, locate_any_model
+from clipmini.names import as_command, check_engine, expand, locate, locate_any_model
 from clipmini.recipe_files import is_same_source, parse_changes, read_data_section
 
 RETRIEVAL, ZERO_SHOT, PROBE = "retrieval", "zero-shot", "probe"
@@ -41,6 +41,7 @@ class Request:
     train_data: str | None = None
     check_leaks: bool = True
     changes: Mapping[str, Any] = field(default_factory=dict)
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         if self.task not in OPTIONS:
@@ -60,6 +61,7 @@ class Request:
                     )
             if self.template is not None:
                 load_templates(self.template)
+        check_engine(self.engine, self.model)
         for model in self.models:
             locate_any_model(model)
         for source in sources:
@@ -76,6 +78,7 @@ class Request:
         for name, value in {**options, "train-data": self.train_data}.items():
             words += [] if value is None else [f"--{name}", str(value)]
         words += ["--no-check-leaks"] * (not self.check_leaks)
+        words += [] if self.engine == "auto" else ["--engine", self.engine]
         for key, value in self.changes.items():
             plain = f"{key}={value}"
             is_plain = parse_changes([plain]) == {key: value}

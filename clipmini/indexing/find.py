@@ -16,7 +16,7 @@ from clipmini.data.images import Skipped, expand_files, find_images
 from clipmini.files import atomic_write
 from clipmini.inference.encoders import load_encoder
 from clipmini.inference.search import COSINE, NORMALIZED, Hits, embed_queries, rank
-from clipmini.names import expand, is_index
+from clipmini.names import ONNX_INT8, expand, is_index
 from clipmini.store import SPACE_FILE, digest, indexes_folder
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ def find(
     where: str | None = None,
     collapse: bool = False,
     use_index: bool = True,
+    engine: str = "auto",
     skipped: Skipped,
 ) -> list[Hits]:
     """Find the images that fit best.
@@ -49,6 +50,7 @@ def find(
         where: see there; for an index only.
         collapse: see there.
         use_index: keep an index of a folder in the cache, so that only new images are embedded at the next search.
+        engine: as in `load_encoder`.
         skipped: collects images that cannot be read.
 
     Returns:
@@ -67,7 +69,7 @@ def find(
         from .index import UnwritableIndexError
 
         try:
-            index = open_kept_index(model, folder, skipped)
+            index = open_kept_index(model, folder, skipped, engine)
         except UnwritableIndexError as error:
             if where is not None:
                 raise
@@ -79,7 +81,7 @@ def find(
     if where is not None:
         raise ValueError(f"The condition {where!r} can be used with an index only: search a folder, with lancedb.")
     files = expand_files(images) if folder is None else find_images(folder)
-    encoder = load_encoder(model)
+    encoder = load_encoder(model, engine)
     kept, embeds = encoder.encode_files(files, skipped)
     priors = None if encoder.bank is None else encoder.bank.prior_of_images(embeds)
     found = []
@@ -90,18 +92,19 @@ def find(
     return found
 
 
-def open_kept_index(model: str | Path, folder: Path, skipped: Skipped | None = None) -> Any:
+def open_kept_index(model: str | Path, folder: Path, skipped: Skipped | None = None, engine: str = "auto") -> Any:
     """Bring the index that is kept for a model and a folder up to date; one that can be used no more is made anew."""
     skipped = Skipped() if skipped is None else skipped
     from .index import Index, UnusableIndexError
     from .update import update_index
 
     name = expand(model)
-    place = digest(os.path.abspath(name) if Path(name).exists() else name, os.path.abspath(folder))
+    own = [engine] if engine == ONNX_INT8 else []  # its vectors are not those of the others
+    place = digest(os.path.abspath(name) if Path(name).exists() else name, os.path.abspath(folder), *own)
     path = indexes_folder() / place.hex()
 
     def update() -> Index:
-        index = Index(path, model) if is_index(path) else Index.create(path, model)
+        index = (Index if is_index(path) else Index.create)(path, model, engine)
         update_index(index, [folder], skipped, wait=True)
         _ = index.encoder  # which checks the model
         about = {"description": f"index of {os.path.abspath(folder)}", "num_rows": len(index)}

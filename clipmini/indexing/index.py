@@ -135,13 +135,14 @@ class Index:
     Args:
         path: a folder, or an address of object storage, such as s3://bucket/photos.
         model: the model, if it has moved since the index was made; or a model that is loaded already.
+        engine: what computes it, one of `ENGINES`.
 
     Raises:
         ValueError: there is no index, or it is damaged, of a later version, or not of this model.
     """
 
-    def __init__(self, path: str | Path, model: Any = None) -> None:
-        self.path = _absolute(path)
+    def __init__(self, path: str | Path, model: Any = None, engine: str = "auto") -> None:
+        self.path, self.engine = _absolute(path), engine
         if not is_index(self.path):
             raise ValueError(
                 f"{path} is no index: it has no {MANIFEST_FILE}. Make one: clipmini index MODEL FOLDER --out {path}"
@@ -157,12 +158,13 @@ class Index:
             self._check_weights(self._model)
 
     @classmethod
-    def create(cls, path: str | Path, model: Any) -> "Index":
+    def create(cls, path: str | Path, model: Any, engine: str = "auto") -> "Index":
         """Make an index without images, or open the one that another process has made meanwhile.
 
         Args:
             path: a folder that does not exist or is empty, or an address.
             model: as in `load_encoder`; or an encoder.
+            engine: see there.
 
         Raises:
             ValueError: the place holds other files or another table, cannot be written, or the model cannot be loaded.
@@ -170,7 +172,7 @@ class Index:
         path = _absolute(path)
         if "://" not in path:
             _check_place(Path(path))
-        encoder = load_encoder(model)
+        encoder = load_encoder(model, engine)
         with _locked(path):
             if not is_index(path):
                 manifest = Manifest(
@@ -193,7 +195,7 @@ class Index:
                     # It keeps two writers from adding an image twice; not so where the column also has a scalar index.
                     table.set_unenforced_primary_key("key")
                     _write_manifest(path, manifest)  # last: without it, there is no index
-        return cls(path, encoder)
+        return cls(path, encoder, engine)
 
     def __len__(self) -> int:
         return self.table.count_rows()
@@ -216,7 +218,8 @@ class Index:
         """
         if self._encoder is None:
             try:
-                encoder = self._model if isinstance(self._model, DualEncoder) else load_encoder(self._model)
+                model = self._model
+                encoder = model if isinstance(model, DualEncoder) else load_encoder(model, self.engine)
             except ValueError as error:
                 raise ValueError(
                     f"The model of the index {self.path} cannot be loaded: {error} If it has moved, name it (--model)."
@@ -237,34 +240,32 @@ class Index:
     def _other_model(self, model: Any) -> "UnusableIndexError":
         return UnusableIndexError(
             f"The index {self.path} was made with {self.manifest.model}, and {getattr(model, 'name', model)} is "
-            "another model, or another version of it: their vectors cannot be compared. Use that model, or make a new "
-            "index."
+            "another model, or another version of it: their vectors cannot be compared. Use that model, with the "
+            f"engine that made the index (here it is {self.engine}), or make a new index."
         )
 
-    def add(self, *sources: str | Path, strict: bool = False, engine: str = "local") -> "Changes":
+    def add(self, *sources: str | Path, strict: bool = False, ray: bool = False) -> "Changes":
         """Embed what is new or changed in some sources, and drop what is gone from them.
 
         Args:
             sources: folders, image files, tables or data sets; `list_images` says more.
             strict: raise an error at the first image that cannot be read, instead of leaving it out.
-            engine: "local" embeds on this machine; "ray" on a Ray cluster, see `update_index_with_ray`.
+            ray: embed on a Ray cluster, see `update_index_with_ray`, instead of on this machine.
 
         Returns:
             What has changed, and what was skipped.
 
         Raises:
-            ValueError: as `update_index` does; or the engine is unknown or not installed.
+            ValueError: as `update_index` does; or Ray is not installed.
         """
-        if engine == "local":
+        if not ray:
             from .update import update_index
 
             return update_index(self, sources, Skipped(strict))
-        if engine != "ray":
-            raise ValueError(f"The engine {engine!r} is unknown: use local or ray.")
         try:
             from .ray_engine import update_index_with_ray
         except ModuleNotFoundError as error:
-            raise ValueError(f"The Ray engine needs {error.name}: pip install 'clipmini[ray]'.") from None
+            raise ValueError(f"Ray needs {error.name}: pip install 'clipmini[ray]'.") from None
         return update_index_with_ray(self, sources, Skipped(strict))
 
     def search(

@@ -42,11 +42,12 @@ class Embedder:
     Args:
         path: the index, which all machines see under this name.
         model: likewise, a model's folder or its id on the Hub.
+        engine: what computes it.
         make_entries: makes images of the rows of a block.
     """
 
-    def __init__(self, path: str, model: str, make_entries: Callable[[pa.Table], list[Entry]]) -> None:
-        self._index = Index(path, model)
+    def __init__(self, path: str, model: str, engine: str, make_entries: Callable[[pa.Table], list[Entry]]) -> None:
+        self._index = Index(path, model, engine)
         self._make_entries = make_entries
         _ = self._index.encoder  # which loads the model
 
@@ -127,8 +128,8 @@ def _embed_files(
     inner = next((entry for entry in entries if not entry.has_file), None)
     if inner is not None:
         raise ValueError(
-            f"{inner.source} holds its images in rows: the Ray engine reads these from parquet and tar files only. "
-            "Name such files, or index it without the Ray engine."
+            f"{inner.source} holds its images in rows: Ray reads these from parquet and tar files only. "
+            "Name such files, or index it without it."
         )
     blocks = [
         pa.Table.from_pylist([vars(entry) for entry in entries[start : start + NUM_PER_WRITE]], schema=FILES)
@@ -156,7 +157,7 @@ def _run(index: Index, rows: Dataset, make_entries: Callable[[pa.Table], list[En
     num_gpus = int(resources.get("GPU", 0))
     results = rows.map_batches(
         Embedder,
-        fn_constructor_args=(index.path, index.model_name, make_entries),
+        fn_constructor_args=(index.path, index.model_name, index.engine, make_entries),
         compute=ActorPoolStrategy(min_size=1, max_size=max(1, num_gpus or int(resources["CPU"]))),
         batch_size=NUM_PER_WRITE,
         batch_format="pyarrow",

@@ -1,15 +1,9 @@
-"""Bring an index up to date with its sources: embed what is new, follow what was renamed, drop what is gone.
-
-Threads read and decode a bounded number of images ahead, while the tower embeds those before them; Pillow and torch
-let other threads run meanwhile.
-"""
+"""Bring an index up to date with its sources: embed what is new, follow what was renamed, drop what is gone."""
 
 import itertools
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,7 +16,7 @@ from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
 from clipmini.data.images import Skipped
-from clipmini.inference.embed import DualEncoder
+from clipmini.inference.embed import DualEncoder, prepare_ahead
 from clipmini.store import digest
 from modeling_clipmini.encoding_clipmini import embed_in_batches
 from modeling_clipmini.images_clipmini import ImageError, open_image, read_file, read_image
@@ -31,8 +25,6 @@ from modeling_clipmini.modeling_clipmini import normalize
 from .index import Index
 from .listing import Entry, list_images
 
-NUM_THREADS = min(4, os.cpu_count() or 1)  # reading an image takes a tenth of the time that embedding it takes
-NUM_AHEAD = 32  # images that are read before the tower asks for them
 BATCH_SIZE = 16
 NUM_PER_WRITE = 256  # images in a transaction: what a killed run loses
 THUMBNAIL_SIZE, THUMBNAIL_QUALITY = 448, 85  # pixels of the longer edge, and JPEG's quality
@@ -155,7 +147,7 @@ def prepare_all(
     skipped: Skipped,
     on_progress: Callable[[int], Any] = lambda number: None,
 ) -> Iterator[Prepared]:
-    """Read images in threads, at most `NUM_AHEAD` before they are asked for.
+    """Read images ahead of the tower, as `prepare_ahead` does.
 
     Args:
         encoder: the model.
@@ -167,25 +159,14 @@ def prepare_all(
     Yields:
         The images that can be read, in the order of the entries.
     """
-    waiting = iter(entries)
-    ahead: deque[tuple[Entry, Future[Prepared]]] = deque()
-    pool = ThreadPoolExecutor(NUM_THREADS)
-    try:
-        while True:
-            for entry in itertools.islice(waiting, NUM_AHEAD - len(ahead)):
-                ahead.append((entry, pool.submit(prepare, encoder, entry, digests)))
-            if not ahead:
-                return
-            entry, future = ahead.popleft()
-            try:
-                prepared = future.result()
-            except ImageError as error:
-                skipped.add(entry.key, str(error))
-            else:
-                yield prepared
-            on_progress(1)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # an interrupted run reads no further
+    entries = list(entries)
+    ahead = prepare_ahead(lambda _, entry: prepare(encoder, entry, digests), entries, encoder.device)
+    for entry, prepared in zip(entries, ahead, strict=True):
+        if isinstance(prepared, ImageError):
+            skipped.add(entry.key, str(prepared))
+        else:
+            yield prepared
+        on_progress(1)
 
 
 def prepare(encoder: DualEncoder, entry: Entry, digests: Collection[str] = ()) -> Prepared:
@@ -207,7 +188,7 @@ def prepare(encoder: DualEncoder, entry: Entry, digests: Collection[str] = ()) -
     is_known = row["digest"] in digests
     if is_known and entry.has_file:
         return Prepared(row, None)
-    image = read_image(content)
+    image = read_image(content, min_edge=encoder.min_edge if entry.has_file else None)  # else the thumbnail is small
     if not entry.has_file:
         row["thumbnail"] = _make_thumbnail(image)
     return Prepared(row, None if is_known else encoder.prepare_image(image))

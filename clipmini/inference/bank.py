@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from clipmini.files import BANK_FILE, WEIGHTS_FILE, weights_sha256
-from clipmini.names import first_sentence
+
+from .trust import fetch
 
 MAX_SIMILARITIES = 1 << 22  # computed at once: 16 MB
 MAX_LENGTH_ERROR = 0.01  # of a row; float16 rounds each value by less than 0.0005 of itself
@@ -111,11 +111,12 @@ def save_bank(bank: Bank, folder: Path) -> None:
     shutil.copymode(folder / WEIGHTS_FILE, folder / BANK_FILE)  # safetensors lets only the owner read its files
 
 
-def load_bank(model: str | Path) -> Bank | None:
+def load_bank(model: str | Path, digest: str | None = None) -> Bank | None:
     """Load the bank of a clipmini model.
 
     Args:
         model: its folder or Hub id.
+        digest: of the model's weights; by default of those in the folder, which may hold only graphs of them.
 
     Returns:
         The bank; None if the model has none.
@@ -123,12 +124,7 @@ def load_bank(model: str | Path) -> Bank | None:
     Raises:
         ValueError: the bank is damaged, belongs to other weights, or cannot be fetched.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(model), allow_patterns=[BANK_FILE, WEIGHTS_FILE]))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"The bank of {model} cannot be fetched: {first_sentence(error)}.") from error
+    folder = fetch(model, [BANK_FILE] if digest else [BANK_FILE, WEIGHTS_FILE])
     file = folder / BANK_FILE
     if not file.exists():
         return None
@@ -136,10 +132,10 @@ def load_bank(model: str | Path) -> Bank | None:
         with safe_open(file, framework="pt") as opened:
             facts = opened.metadata() or {}
             bank = Bank(opened.get_tensor("texts"), opened.get_tensor("images"), float(facts["scale"]))
-            digest = facts["weights_sha256"]
+            digest_of_bank = facts["weights_sha256"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({error}): delete it to score by cosine, or train again.") from error
-    if digest != weights_sha256(folder):
+    if digest_of_bank != (digest or weights_sha256(folder)):
         raise ValueError(
             f"{file} is of other weights than those beside it: delete it to score by cosine, or train again."
         )

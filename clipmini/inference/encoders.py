@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from clipmini.files import weights_sha256
 from clipmini.names import (
     CONFIG_FILE,
     MODEL_TYPE,
+    ONNX_ENGINES,
+    ONNX_INT8,
     OPEN_CLIP_PREFIX,
     SENTENCE_TRANSFORMERS_FILE,
     expand,
@@ -25,15 +27,31 @@ from modeling_clipmini.encoding_clipmini import channels_last
 from modeling_clipmini.processing_clipmini import DEFAULT_MAX_TOKENS
 
 from .bank import load_bank
-from .embed import DualEncoder, as_encoder, choose_device, describe_processors, load_model
+from .embed import DualEncoder, as_encoder, choose_device, describe_processors, keep_freed_memory, load_model
 from .trust import read_json, refuse_code
+
+if TYPE_CHECKING:
+    from .onnx_model import OnnxModel
 
 logger = logging.getLogger(__name__)
 
 OPEN_CLIP_SCHEMES = ("hf-hub:", "local-dir:")  # open_clip's own prefixes; what follows them may contain slashes
 
 
-def load_encoder(model: str | Path | ClipMiniModel | DualEncoder) -> DualEncoder:
+def load_clipmini(
+    name: str | Path, device: str | torch.device | None = None, engine: str = "auto"
+) -> "ClipMiniModel | OnnxModel":
+    """Load a clipmini model for an engine; `clipmini.load` says more."""
+    if engine not in ONNX_ENGINES:
+        return load_model(name, device)
+    if device is not None and torch.device(device).type != "cpu":
+        raise ValueError(f"device={device!r} cannot be used with engine={engine!r}, which computes on the CPU.")
+    from .onnx_model import load_onnx_model  # onnxruntime is an extra
+
+    return load_onnx_model(name, engine == ONNX_INT8)
+
+
+def load_encoder(model: "str | Path | ClipMiniModel | OnnxModel | DualEncoder", engine: str = "auto") -> DualEncoder:
     """Load any dual encoder that needs no code of its own.
 
     Args:
@@ -41,36 +59,42 @@ def load_encoder(model: str | Path | ClipMiniModel | DualEncoder) -> DualEncoder
             and `get_text_features` (CLIP, SigLIP, ...), or of a sentence-transformers CLIP; or
             `open_clip:NAME/PRETRAINED`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`, if open_clip is installed. A
             clipmini model that is loaded already is put in eval mode, and an encoder returned as it is.
+        engine: one of `ENGINES`; of models of other libraries, torch alone.
 
     Returns:
         The encoder, on the best device unless it was loaded already. It is named by its Hub id or folder; a folder
         called "model", as in every training run, by the folder above it. A clipmini model has its bank, unless that is
-        damaged or of other weights, which is logged.
+        damaged or of other weights, which is logged. Loading one makes the process keep freed memory.
 
     Raises:
-        ValueError: the model cannot be loaded, or does not embed both images and captions.
+        ValueError: the model cannot be loaded, for this engine, or does not embed both images and captions.
     """
+    located = locate_any_model(model, engine)
     if isinstance(model, DualEncoder):
         return model
-    if isinstance(model, ClipMiniModel):
+    if not isinstance(model, (str, Path)):
         return as_encoder(model.eval(), _short_name(model.name_or_path or "model"))
-    name = str(locate_any_model(model))
-    if name.startswith(OPEN_CLIP_PREFIX):
+    keep_freed_memory()
+    name = str(located)
+    is_open_clip = name.startswith(OPEN_CLIP_PREFIX)
+    folder = Path() if is_open_clip else refuse_code(name)
+    config = {} if is_open_clip else read_json(folder / CONFIG_FILE)
+    if isinstance(config, dict) and config.get("model_type") == MODEL_TYPE:
+        encoder = as_encoder(load_clipmini(name, engine=engine), name)
+        encoder.weights_sha256 = encoder.weights_sha256 or weights_sha256(Path(name))
+        try:
+            encoder.bank = load_bank(name, encoder.weights_sha256)
+        except ValueError as error:  # the model works without it, and by cosine as the literature has it
+            logger.warning("Scores are cosines: %s", error)
+    elif engine in ONNX_ENGINES:
+        raise ValueError(f"engine={engine!r} is for clipmini's own models, and {model} is another; leave it out.")
+    elif is_open_clip:
         encoder = _load_open_clip(name)
+    # Before transformers: its model may be in the same folder, but is only the first module of this one.
+    elif (folder / SENTENCE_TRANSFORMERS_FILE).exists():
+        encoder = _load_sentence_transformer(name)
     else:
-        folder = refuse_code(name)
-        config = read_json(folder / CONFIG_FILE)
-        if isinstance(config, dict) and config.get("model_type") == MODEL_TYPE:
-            encoder = as_encoder(load_model(name), name, weights_sha256(Path(name)))
-            try:
-                encoder.bank = load_bank(name)
-            except ValueError as error:  # the model works without it, and by cosine as the literature has it
-                logger.warning("Scores are cosines: %s", error)
-        # Before transformers: its model may be in the same folder, but is only the first module of this one.
-        elif (folder / SENTENCE_TRANSFORMERS_FILE).exists():
-            encoder = _load_sentence_transformer(name)
-        else:
-            encoder = _load_transformers(name)
+        encoder = _load_transformers(name)
     encoder.name = _short_name(expand(model))
     return encoder
 
@@ -82,9 +106,12 @@ def _short_name(name: str) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-def load_encoders(*names: str | Path | ClipMiniModel | DualEncoder) -> list[DualEncoder]:
-    """Load several encoders to compare; where two would have the same name, each is named by its full path or id."""
-    encoders = [load_encoder(name) for name in names]
+def load_encoders(*names: str | Path | ClipMiniModel | DualEncoder, engine: str = "auto") -> list[DualEncoder]:
+    """Load a model for an engine, and others to compare it with.
+
+    Where two would have the same name, each is named by its full path or id.
+    """
+    encoders = [load_encoder(name, "auto" if number else engine) for number, name in enumerate(names)]
     if len({encoder.name for encoder in encoders}) < len(encoders):
         for encoder, name in zip(encoders, names, strict=True):
             encoder.name = str(name)

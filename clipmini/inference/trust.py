@@ -7,7 +7,7 @@ not. So everything that a model's JSON files name is checked here first, whichev
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,7 @@ def refuse_code(name_or_path: str | Path) -> Path:
         ValueError: a file names such a thing (the message says which key of which file), or the model is neither a
             folder here nor available from the Hub.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        try:
-            ignored = list(VOCABULARY_FILES)
-            folder = Path(snapshot_download(str(name_or_path), allow_patterns=["*.json"], ignore_patterns=ignored))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{name_or_path} cannot be loaded: it is neither a folder here nor available from the Hub: "
-                f"{first_sentence(error)}."
-            ) from error
+    folder = fetch(name_or_path, ["*.json"], VOCABULARY_FILES)
     config = read_json(folder / "config.json")
     is_clipmini = isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
     for file in sorted(glob.glob("**/*.json", root_dir=folder, recursive=True, include_hidden=True)):
@@ -71,6 +62,29 @@ def refuse_code(name_or_path: str | Path) -> Path:
             if name == OPEN_CLIP_FILE and keys and keys[-1] in TRANSFORMERS_MODEL_KEYS and value:
                 refuse_code(str(value))
     return folder
+
+
+def fetch(name_or_path: str | Path, wanted: Iterable[str], ignored: Iterable[str] = ()) -> Path:
+    """Return the folder of a model: the one here, or one in the Hub's cache with the wanted files.
+
+    Args:
+        name_or_path: a folder or Hub id.
+        wanted: patterns of files to fetch from the Hub.
+        ignored: patterns of files among these not to fetch.
+
+    Raises:
+        ValueError: the model is neither a folder here nor available from the Hub.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        patterns = list(wanted)
+        return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, ignore_patterns=list(ignored)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name_or_path} cannot be fetched: it is neither a folder here nor available from the Hub: "
+            f"{first_sentence(error)}."
+        ) from error
 
 
 def read_json(file: Path) -> Any:

@@ -1,6 +1,7 @@
 """Which files of a model's folder go to the Hub, and which stop a push."""
 
 import filecmp
+import hashlib
 import json
 import logging
 import os
@@ -15,12 +16,13 @@ import modeling_clipmini
 from clipmini.files import BANK_FILE, CURVES_FILE, RESULTS_FILE, SAMPLES_FILE, run_of, weights_sha256
 from clipmini.inference.embed import load_model
 from clipmini.inference.trust import read_json, refuse_code
-from clipmini.names import first_sentence, public_name
+from clipmini.names import ONNX_FOLDER, first_sentence, public_name
 from modeling_clipmini import ClipMiniTextModel, ClipMiniVisionModel
 
 logger = logging.getLogger(__name__)
 
 EXAMPLES = "examples"
+EXPORT_FILE = "export.json"  # beside the graphs of an export
 EVALUATIONS = f"evaluation*/{RESULTS_FILE}"
 # Any other file is refused rather than left out, so that nobody finds out only later that it was not pushed.
 KNOWN_FILES = (
@@ -33,6 +35,7 @@ KNOWN_FILES = (
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("*_clipmini.py", "handler.py", "requirements.txt"),
     *(RESULTS_FILE, CURVES_FILE, SAMPLES_FILE, EVALUATIONS),
+    *(f"{ONNX_FOLDER}/{name}" for name in ("vision_model*.onnx*", "text_model*.onnx*", EXPORT_FILE)),
     *(f"{EXAMPLES}/*{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".webp")),
 )
 # Left by a run or a tool: neither pushed nor a reason to refuse.
@@ -146,6 +149,24 @@ def check_weights(folder: Path, *, loads: bool = True) -> None:
             raise ValueError(f"{folder} has a weight that is not finite ({infinite[0]}); train it again.")
     if loads:
         _check_loading(folder)
+    graphs = folder / ONNX_FOLDER
+    if graphs.is_dir() and not _are_of_these_weights(graphs, weights_sha256(folder)):
+        raise ValueError(
+            f"The graphs in {graphs} are of other weights than those beside them: remove them, or run `clipmini "
+            "export` again."
+        )
+
+
+def _are_of_these_weights(graphs: Path, digest: str | None) -> bool:
+    """Return whether an export wrote these graphs for weights with a digest, and nobody has changed them since."""
+    facts = read_json(graphs / EXPORT_FILE)
+    try:
+        written = {graph["file"]: graph["sha256"] for graph in facts["graphs"]}
+        is_of_these = facts["weights_sha256"] == digest
+    except (TypeError, KeyError):
+        return False
+    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in graphs.glob("*.onnx")}
+    return is_of_these and found.items() <= written.items()
 
 
 def _check_loading(folder: Path) -> None:

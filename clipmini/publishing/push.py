@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, RepoCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from PIL import ExifTags, Image
 
 from clipmini.files import RESULTS_FILE, SAMPLES_FILE
 from clipmini.html import render
 from clipmini.inference.bank import load_bank
-from clipmini.names import check_repository, first_sentence
+from clipmini.names import ONNX_FOLDER, check_repository, first_sentence
 from modeling_clipmini.images_clipmini import ImageError, read_image
 
 from .checks import (
@@ -32,9 +32,18 @@ from .checks import (
 )
 
 CARD = "README.md"
+SPACE, SPACE_MARK = "space", "clipmini.js"  # the kind of repository, and the file by which a Space is known as ours
 # The card's section on samples is a comment, `<!-- samples ... /samples -->`, until it is pushed with them.
 HIDDEN_SAMPLES = re.compile(r"<!-- samples\n(.*?)/samples -->\n*", re.DOTALL)
 SHOWN_SAMPLES = re.compile(r"<!-- samples -->\n.*?<!-- /samples -->\n*", re.DOTALL)
+ONNX_TITLE = "## ONNX"
+ONNX_SECTION = f"""
+
+{ONNX_TITLE}
+
+`{ONNX_FOLDER}/` has the image and the text half as graphs, with normalized embeddings as outputs: for any runtime, or
+`clipmini.load("{{model_id}}", engine="onnx")`.
+"""
 MAIN = "main"
 REMEDIES = {
     401: "the Hub needs a valid token; log in with `hf auth login`, or set HF_TOKEN to a token that may write",
@@ -55,12 +64,14 @@ class PreparedPush:
         files: local files, or their bytes, by path in the repository, sorted.
         left_out: the samples, which are there, but were not asked for.
         bank: how many captions and images of the training data its file holds as vectors; None if there is none.
+        repo_type: "model", or "space" for the page of a model.
     """
 
     repo_id: str
     files: Mapping[str, Path | bytes]
     left_out: Path | None = None
     bank: Mapping[str, int] | None = None
+    repo_type: str = "model"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -83,6 +94,7 @@ class Pushed:
         url: the address of the branch; None if nothing was uploaded.
         left_out: the samples, which are there, but were not asked for.
         bank: as in `PreparedPush`.
+        space: the push of the model's page, if one was asked for.
     """
 
     repo_id: str
@@ -92,6 +104,7 @@ class Pushed:
     url: str | None = None
     left_out: Path | None = None
     bank: Mapping[str, int] | None = None
+    space: "Pushed | None" = None
 
     def __repr__(self) -> str:
         return f"<{len(self.sizes)} files {f'at {self.url}' if self.url else f'for {self.repo_id}, not uploaded'}>"
@@ -102,7 +115,8 @@ class Pushed:
         files = [{"path": path, "size": size} for path, size in self.sizes.items()]
         left_out = {"left_out": str(self.left_out)} if self.left_out else {}
         bank = {"bank": dict(self.bank)} if self.bank else {}
-        return {"repo_id": self.repo_id, "files": files, **left_out, **bank, **commit}
+        space = {"space": self.space.to_dict()} if self.space else {}
+        return {"repo_id": self.repo_id, "files": files, **left_out, **bank, **commit, **space}
 
     def _repr_html_(self) -> str:
         return render(
@@ -159,6 +173,8 @@ def prepare_push(
     for image, labels in examples:
         _add_example(card, image, labels)
     files |= images
+    if any(path.startswith(f"{ONNX_FOLDER}/") for path in files) and ONNX_TITLE not in card.text:
+        card.text = card.text.rstrip() + ONNX_SECTION.format(model_id=repo_id)
     files[CARD] = str(card).encode()
     check_weights(folder, loads=not drifted)
     bank = load_bank(folder)  # raises if it is not of these weights
@@ -239,35 +255,41 @@ def push(
         ValueError: the Hub refused, or cannot be reached; the message says what to do.
     """
     api = HfApi(token=token, library_name="clipmini")
-    repo_id, branch, card = prepared.repo_id, revision or MAIN, prepared.files[CARD]
+    repo_id, kind, branch, card = prepared.repo_id, prepared.repo_type, revision or MAIN, prepared.files[CARD]
     assert isinstance(card, bytes)
-    with explain_refusals(repo_id):
-        ModelCard(card.decode()).validate()  # by the Hub's own rules, before anything is made there
-        make_repository(api, repo_id, private)
-        heads = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).branches}
+    name = f"spaces/{repo_id}" if kind == SPACE else repo_id
+    with explain_refusals(name):
+        RepoCard(card.decode()).validate(kind)  # by the Hub's own rules, before anything is made there
+        make_repository(api, repo_id, private, kind)
+        heads = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, repo_type=kind).branches}
         start = branch if branch in heads else MAIN
         additions = [CommitOperationAdd(path, content) for path, content in prepared.files.items()]
-        leftovers = set(api.list_repo_files(repo_id, revision=start)) - prepared.files.keys()
-        deletions = [CommitOperationDelete(path) for path in sorted(leftovers) if is_replaced(path)]
+        present = set(api.list_repo_files(repo_id, revision=start, repo_type=kind))
+        if kind == SPACE and SPACE_MARK not in present and present - {CARD, ".gitattributes"}:
+            raise ValueError(f"{name} exists and is no page of clipmini; rename or delete it on the Hub first.")
+        leftovers = sorted(present - prepared.files.keys())
+        deletions = [CommitOperationDelete(path) for path in leftovers if is_replaced(path)]
         # The slow part comes before anything that others can see: the branch, and then the commit.
-        api.preupload_lfs_files(repo_id, additions, revision=start, free_memory=False)
+        api.preupload_lfs_files(repo_id, additions, revision=start, free_memory=False, repo_type=kind)
         if branch not in heads:
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
+            api.create_branch(repo_id, branch=branch, exist_ok=True, repo_type=kind)
+        message = message or f"Upload {kind} with clipmini"
         commit = api.create_commit(
-            repo_id, [*additions, *deletions], commit_message=message or "Upload model with clipmini", revision=branch
+            repo_id, [*additions, *deletions], commit_message=message, revision=branch, repo_type=kind
         )
-    url = f"{api.endpoint}/{repo_id}" + ("" if branch == MAIN else f"/tree/{branch}")
+    url = f"{api.endpoint}/{name}" + ("" if branch == MAIN else f"/tree/{branch}")
     is_new = commit.oid != heads.get(branch, heads.get(MAIN))
     return Pushed(repo_id, prepared.sizes, commit, is_new, url, prepared.left_out, prepared.bank)
 
 
-def make_repository(api: HfApi, name: str, private: bool | None) -> str:
+def make_repository(api: HfApi, name: str, private: bool | None, kind: str = "model") -> str:
     """Create a repository unless it exists.
 
     Args:
         api: a client with a token that may write.
         name: owner/name, or a name alone in the account of the token.
         private: make it private.
+        kind: "model", or "space" for a static one.
 
     Returns:
         Its id, owner/name.
@@ -275,9 +297,10 @@ def make_repository(api: HfApi, name: str, private: bool | None) -> str:
     Raises:
         ValueError: it should be private, but exists and is public.
     """
-    repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
-    if private and not api.model_info(repo_id).private:
-        raise ValueError(f"{repo_id} exists and is public; make it private on the Hub, or name another.")
+    sdk = "static" if kind == SPACE else None
+    repo_id = api.create_repo(name, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk).repo_id
+    if private and not api.repo_info(repo_id, repo_type=kind).private:
+        raise ValueError(f"the {kind} {repo_id} exists and is public; make it private on the Hub, or name another.")
     return repo_id
 
 

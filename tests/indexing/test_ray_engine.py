@@ -75,7 +75,7 @@ def test_a_killed_worker_leaves_each_image_once(two_workers, tiny_folder, tmp_pa
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    changes = index.add(images, engine="ray")
+    changes = index.add(images, ray=True)
     assert killed
     keys = Counter(index.table.to_arrow()["key"].to_pylist())
     assert set(keys.values()) == {1}
@@ -84,7 +84,7 @@ def test_a_killed_worker_leaves_each_image_once(two_workers, tiny_folder, tmp_pa
     assert [Path(name).name for name, _ in changes.skipped.items] == ["broken.png"]
 
     (images / "00007.png").unlink()
-    again = index.add(images, engine="ray")
+    again = index.add(images, ray=True)
     assert (again.num_embedded, again.num_unchanged, again.num_dropped) == (0, 3999, 1)
 
 
@@ -98,7 +98,7 @@ def test_rows_of_parquet_and_tar_files_get_the_keys_and_vectors_that_they_get_on
     local = clipmini.open_index(tmp_path / "local", tiny_folder)
     local.add(parquet)
     index = clipmini.open_index(tmp_path / "index", tiny_folder)
-    changes = index.add(parquet, engine="ray")
+    changes = index.add(parquet, ray=True)
     assert (changes.num_embedded, changes.num_images, changes.skipped.count) == (20, 20, 1)
     columns = ["key", "caption", "digest", "thumbnail"]
     expected = local.table.to_arrow().sort_by("key").select(columns)
@@ -111,19 +111,19 @@ def test_rows_of_parquet_and_tar_files_get_the_keys_and_vectors_that_they_get_on
                 member = tarfile.TarInfo(f"{number}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    assert index.add(tmp_path / "shard.tar", engine="ray").num_images == 30
-    again = index.add(tmp_path / "shard.tar", parquet, engine="ray")
+    assert index.add(tmp_path / "shard.tar", ray=True).num_images == 30
+    again = index.add(tmp_path / "shard.tar", parquet, ray=True)
     assert (again.num_embedded, again.num_unchanged) == (0, 30)
     by_pattern = clipmini.open_index(tmp_path / "pattern", tiny_folder)
-    assert by_pattern.add(tmp_path / "sh*.tar", f"file://{tmp_path}/*.parquet", engine="ray").num_images == 30
+    assert by_pattern.add(tmp_path / "sh*.tar", f"file://{tmp_path}/*.parquet", ray=True).num_images == 30
     assert "number 105" in index.to_datasets()["caption"]
     make_images(tmp_path / "images", 6)
-    assert index.add(f"file://{tmp_path}/images", engine="ray").num_embedded == 6
-    assert index.add(f"file://{tmp_path}/images", engine="ray").num_embedded == 0
+    assert index.add(f"file://{tmp_path}/images", ray=True).num_embedded == 6
+    assert index.add(f"file://{tmp_path}/images", ray=True).num_embedded == 0
     with pytest.raises(ValueError, match="has no images"):
-        index.add(f"file://{tmp_path}/index", engine="ray")
+        index.add(f"file://{tmp_path}/index", ray=True)
     with pytest.raises(ValueError, match=r"missing\.parquet cannot be read"):
-        index.add(tmp_path / "missing.parquet", engine="ray")
+        index.add(tmp_path / "missing.parquet", ray=True)
 
 
 def test_rows_of_all_sources_are_made_images_with_captions():
@@ -144,10 +144,8 @@ def test_rows_of_all_sources_are_made_images_with_captions():
     assert (entry.read_bytes(), entry.caption) == (b"a", "a dog\nan animal")
 
 
-def test_an_engine_that_is_unknown_or_not_installed_is_named(tiny_folder, tmp_path, monkeypatch):
+def test_the_extra_is_named_where_ray_is_not_installed(tiny_folder, tmp_path, monkeypatch):
     index = clipmini.open_index(tmp_path / "index", tiny_folder)
-    with pytest.raises(ValueError, match="'spark' is unknown: use local or ray"):
-        index.add(tmp_path, engine="spark")
     monkeypatch.setitem(__import__("sys").modules, "clipmini.indexing.ray_engine", None)
     with pytest.raises(ValueError, match=r"pip install 'clipmini\[ray\]'"):
-        index.add(tmp_path, engine="ray")
+        index.add(tmp_path, ray=True)

@@ -1,18 +1,21 @@
 """Damaged model folders and unreadable images: one sentence names each."""
 
 import json
+import multiprocessing
 import os
+import platform
 import shutil
 import subprocess
 import sys
 
+import pandas
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 from clipmini.inference import embed
-from clipmini.inference.embed import as_encoder, hash_weights, load_model
+from clipmini.inference.embed import as_encoder, hash_weights, keep_freed_memory, load_model
 from clipmini.inference.prompts import check_text
 from modeling_clipmini.images_clipmini import ImageError, read_named
 
@@ -153,3 +156,90 @@ def test_no_bar_where_bars_are_turned_off():
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
+def test_freed_memory_is_used_again():
+    import resource  # not on Windows
+
+    assert keep_freed_memory()
+    for _ in range(20):  # until the heap has grown to its size
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # over the 32 MiB up to which glibc keeps what is freed unasked
+        num_faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert num_faults < 2**26 / resource.getpagesize() / 10  # how often the system had to clear a page
+
+
+def test_memory_is_left_alone_without_glibc(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_images_are_prepared_ahead_in_order_and_faults_keep_their_place(device, monkeypatch):
+    """By threads, or for an accelerator, which need not be there, by worker processes."""
+    monkeypatch.setattr(embed, "MANY_IMAGES", 20)
+    monkeypatch.setattr(embed, "MAX_WORKERS", 2)
+
+    def prepare(index, item):
+        if item % 7 == 3:
+            raise ImageError(f"is {item}")
+        return index, torch.full((2,), item), os.getpid()
+
+    prepared = list(embed.prepare_ahead(prepare, range(100, 140), torch.device(device)))
+    assert len(prepared) == 40
+    for index, result in enumerate(prepared):
+        if isinstance(result, ImageError):
+            assert (100 + index) % 7 == 3
+            assert str(result) == f"is {100 + index}"
+        else:
+            assert (result[0], result[1].tolist()) == (index, [100 + index] * 2)
+    processes = {result[2] for result in prepared if not isinstance(result, ImageError)}
+    assert (processes == {os.getpid()}) == (device == "cpu" or sys.platform != "linux")
+
+
+def test_no_more_images_are_read_than_a_few_ahead():
+    taken = []
+
+    def count():
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    ahead = embed.prepare_ahead(lambda index, item: item, count(), torch.device("cpu"))
+    assert next(ahead) == 0
+    ahead.close()
+    assert len(taken) == embed.NUM_AHEAD
+
+
+def test_a_fault_of_another_kind_is_raised(monkeypatch):
+    monkeypatch.setattr(embed, "MANY_IMAGES", 1)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(ZeroDivisionError):
+            list(embed.prepare_ahead(lambda index, item: 1 // item, [1, 0], torch.device(device)))
+
+
+def test_a_column_of_paths_keeps_its_order(tiny_model, tmp_path, monkeypatch):
+    """That of a pandas table that was shuffled or filtered, in which `images[0]` is not the first."""
+    monkeypatch.setattr(embed, "MANY_IMAGES", 2)
+    paths = [str(tmp_path / f"{color}.png") for color in ("red", "green", "blue")]
+    for path in paths:
+        Image.new("RGB", (40, 40), os.path.basename(path)[:-4]).save(path)
+    column = pandas.Series(paths, index=[5, 0, 3])
+    encoder = as_encoder(tiny_model)
+    kept, embeds = encoder.encode_files(column)
+    assert list(map(str, kept)) == paths
+    for device in ("cpu", "cuda"):
+        ahead = embed.prepare_ahead(lambda index, path: path, column, torch.device(device))
+        assert list(ahead) == paths
+    torch.testing.assert_close(embeds, encoder.encode_images(column))
+
+
+def _prepare_here():
+    return list(embed.prepare_ahead(lambda index, item: item, [1, 2, 3], torch.device("cuda")))
+
+
+def test_a_worker_process_starts_no_others(monkeypatch):
+    monkeypatch.setattr(embed, "MANY_IMAGES", 2)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(_prepare_here) == [1, 2, 3]

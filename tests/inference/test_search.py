@@ -86,14 +86,14 @@ class TestSearch:
         with pytest.raises(ValueError, match=message):
             clipmini.search(tiny_model, tmp_path / "missing", query, top)
 
-    def test_at_most_one_batch_is_read_ahead(self, tiny_model, folder, monkeypatch):
+    def test_only_a_few_images_are_read_ahead(self, tiny_model, folder, monkeypatch):
         num_read, num_embedded, ahead = itertools.count(1), 0, []
         read, embed = embed_module.read_image, tiny_model.get_image_features
 
-        def counting_read(source):
+        def counting_read(source, **options):
             if not isinstance(source, Image.Image):
                 ahead.append(next(num_read) - num_embedded)
-            return read(source)
+            return read(source, **options)
 
         def counting_embed(pixel_values, **options):
             nonlocal num_embedded
@@ -102,8 +102,10 @@ class TestSearch:
 
         monkeypatch.setattr(embed_module, "read_image", counting_read)
         monkeypatch.setattr(tiny_model, "get_image_features", counting_embed)
-        as_encoder(tiny_model).encode_files(find_images(folder), batch_size=2)
-        assert ahead == [1, 2, 1, 2, 1]
+        monkeypatch.setattr(embed_module, "NUM_AHEAD", 2)
+        as_encoder(tiny_model).encode_files(find_images(folder) * 4, batch_size=2)
+        assert len(ahead) == 20
+        assert max(ahead) <= 2 + 2 + 1  # of the batch, ahead of it, and one that was taken just now
 
 
 class TestHits:

@@ -15,7 +15,7 @@ import zlib
 
 import pillow_heif
 import pytest
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from modeling_clipmini import images_clipmini
 from modeling_clipmini.images_clipmini import (
@@ -725,3 +725,35 @@ class TestAddresses:
     def test_what_is_no_address(self, address):
         with pytest.raises(ImageError, match="cannot be fetched"):
             read_image(address, allow_addresses=True)
+
+
+class TestMinEdge:
+    """A JPEG is decoded at a half, a quarter or an eighth, as long as its shorter edge keeps so many pixels."""
+
+    @pytest.mark.parametrize(
+        ("size", "min_edge", "expected"),
+        [
+            ((800, 1600), 400, (400, 800)),
+            ((800, 1600), 401, (800, 1600)),
+            ((800, 1600), 100, (100, 200)),
+            ((801, 1600), 400, (401, 800)),  # rounded up
+            ((3200, 1700), 200, (400, 213)),  # an eighth at most
+            ((300, 300), 400, (300, 300)),
+            ((800, 1600), None, (800, 1600)),
+        ],
+    )
+    def test_sizes(self, size, min_edge, expected):
+        content = io.BytesIO()
+        Image.new("RGB", size, "red").save(content, "JPEG")
+        assert read_image(content.getvalue(), min_edge=min_edge).size == expected
+
+    def test_other_formats_keep_their_size(self):
+        content = io.BytesIO()
+        Image.new("RGB", (800, 800)).save(content, "PNG")
+        assert read_image(content.getvalue(), min_edge=100).size == (800, 800)
+
+    def test_an_image_on_its_side_is_turned_upright(self):
+        content, exif = io.BytesIO(), Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        Image.new("RGB", (800, 400)).save(content, "JPEG", exif=exif)
+        assert read_image(content.getvalue(), min_edge=200).size == (200, 400)

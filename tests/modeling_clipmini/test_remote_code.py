@@ -97,6 +97,7 @@ def test_the_folder_is_complete(tiny_folder):
         "config.json",
         "configuration_clipmini.py",
         "encoding_clipmini.py",
+        "folding_clipmini.py",
         "images_clipmini.py",
         "loss_clipmini.py",
         "model.safetensors",

@@ -49,6 +49,7 @@ class LoopbackHub:
         user: who is logged in, and may create repositories.
         models: repositories by id.
         datasets: likewise.
+        spaces: likewise.
         requests: "METHOD /path" of every request, in order.
         unknown: those of them that no Hub API answers.
         reached: set once a request is held; see `hold`.
@@ -56,7 +57,7 @@ class LoopbackHub:
 
     def __init__(self):
         self.user = USER
-        self.models, self.datasets = {}, {}
+        self.models, self.datasets, self.spaces = {}, {}, {}
         self.uploaded = {}  # by SHA-256
         self.requests, self.unknown, self.faults = [], [], []
         self.reached, self.released, self.held = threading.Event(), threading.Event(), None
@@ -83,7 +84,7 @@ class LoopbackHub:
         }
 
     def repositories(self, kind):
-        return self.datasets if kind == "datasets" else self.models
+        return getattr(self, kind)
 
     def fault_for(self, request):
         for fault in self.faults:
@@ -115,8 +116,8 @@ class _CutError(Exception):
 
 
 REPO = r"(?P<name>[\w.-]+/[\w.-]+)"
-API = rf"/api/(?P<kind>models|datasets)/{REPO}"
-FILES = rf"/((?P<kind>datasets)/)?{REPO}"
+API = rf"/api/(?P<kind>models|datasets|spaces)/{REPO}"
+FILES = rf"/((?P<kind>datasets|spaces)/)?{REPO}"
 REVISION = r"(?P<revision>[^/]+)"
 ROUTES = [
     (r"POST /api/repos/create", "create"),
@@ -232,9 +233,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self):
         wanted = self._json()
-        kind = "datasets" if wanted.get("type") == "dataset" else "models"
+        kind = f"{wanted.get('type') or 'model'}s"
         name = f"{wanted.get('organization') or self.hub.user}/{wanted['name']}"
-        where = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
+        where = f"{self.hub.url}/{'' if kind == 'models' else f'{kind}/'}{name}"
         if not name.startswith(f"{self.hub.user}/"):
             raise HubError(403, f"You don't have the rights to create a model under the namespace {name}")
         if name in self.hub.repositories(kind):

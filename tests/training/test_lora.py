@@ -107,7 +107,8 @@ def test_the_update_is_alpha_over_rank_times_b_a(tiny_model):
 def test_nothing_changes_before_training(model):
     before = embed(model)
     add_lora(model, ["vision", "text"])
-    assert torch.equal(embed(model), before)
+    # Rounding differs: a BatchNorm is folded into a convolution, but not into one that is adapted.
+    torch.testing.assert_close(embed(model), before, rtol=0, atol=1e-6)
     assert not model.training
 
 

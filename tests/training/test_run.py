@@ -1,6 +1,5 @@
 import functools
 import json
-import platform
 import shutil
 
 import pytest
@@ -15,7 +14,7 @@ from clipmini.inference.bank import load_bank
 from clipmini.inference.embed import load_model
 from clipmini.recipe_files import parse_changes
 from clipmini.training.recipes import load_recipe
-from clipmini.training.run import _find_example, keep_freed_memory, plan_run, train
+from clipmini.training.run import _find_example, plan_run, train
 from modeling_clipmini import ClipMiniModel
 from modeling_clipmini.images_clipmini import ImageError
 
@@ -407,23 +406,6 @@ def test_copies_are_named_before_training(tmp_path, caplog):
     result = train(load_recipe(str(recipe_file), {"source": tmp_path, "output_dir": tmp_path / "run", "max_steps": 1}))
     assert "Images under more than one image id: 1" in caplog.text
     assert result.results["duplicates"]["images"]["num_images"] == 2
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
-def test_freed_memory_is_used_again():
-    import resource  # not on Windows
-
-    assert keep_freed_memory()
-    for _ in range(20):  # until the heap has grown to its size
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**24)  # over the 32 MiB up to which glibc keeps what is freed unasked
-        num_faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert num_faults < 2**26 / resource.getpagesize() / 10  # how often the system had to clear a page
-
-
-def test_it_does_nothing_elsewhere(monkeypatch):
-    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert keep_freed_memory() is False
 
 
 @pytest.mark.parametrize("has_folders", [True, False])
