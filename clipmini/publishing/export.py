@@ -168,7 +168,7 @@ def export(
         results["files"] = [*_list_files(temporary), Path(within, EXPORT_FILE).as_posix()]
         (graphs / EXPORT_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if out is None and (run := run_of(folder)):  # which may replace them with the model
-            RunRecord(run).add(target / file for file in results["files"])
+            RunRecord(run).add((target / file).absolute() for file in results["files"])
     return Exported(target / within, results)
 
 

@@ -264,11 +264,12 @@ class TestPush:
             prepare_push(pushable_folder, "org/clipmini")
 
     @pytest.mark.usefixtures("traced_already")
-    def test_a_run_may_replace_the_graphs_of_its_model(self, pushable_folder):
+    def test_a_run_may_replace_the_graphs_of_its_model(self, pushable_folder, monkeypatch):
         run = pushable_folder.parent
+        monkeypatch.chdir(run)
         (run / RECIPE_FILE).write_text("data: {source: photos}\n")
         RunRecord(run).add(file for file in pushable_folder.iterdir())
-        clipmini.export(pushable_folder)
+        clipmini.export(pushable_folder.name)
         assert "model/onnx/vision_model.onnx" in RunRecord(run).read()
         assert RunRecord(run).find_unrecorded([]) == ["recipe_as_run.yaml"]  # which this test wrote
 
