@@ -5,8 +5,10 @@ import shutil
 import pytest
 import timm
 import torch
+from torch import nn
 
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel
+from modeling_clipmini.folding_clipmini import FoldedPair
 from modeling_clipmini.processing_clipmini import image_processor_for
 
 # The smallest model of each family (module of timm); a new family has to be added here.
@@ -67,6 +69,10 @@ def test_a_family_works_or_is_refused(architecture, tiny_config, tmp_path):
             ClipMiniModel(config)
         return
     model = ClipMiniModel(config).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.8, 1.25)
     size = image_processor_for(config.vision_config).crop_size
     pixel_values = torch.randn(1, 3, size["height"], size["width"])
     expected = model(pixel_values=pixel_values).image_embeds
@@ -74,6 +80,10 @@ def test_a_family_works_or_is_refused(architecture, tiny_config, tmp_path):
     assert pooled.shape == (1, model.config.vision_embed_dim)
     assert pooled.std() > 0
     assert expected.isfinite().all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FoldedPair, "is_folded", lambda pair, layer: False)
+        apart = model.pool_images(pixel_values)
+    assert (apart - pooled).norm() < 1e-3 * pooled.norm()
     model.save_pretrained(tmp_path)
     loaded, info = ClipMiniModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())

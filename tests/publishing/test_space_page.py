@@ -126,6 +126,7 @@ def libraries(tmp_path_factory):
         packed = subprocess.run(
             ["npm", "pack", "--silent", match["package"]], cwd=folder, capture_output=True, text=True
         )
+        assert "E404" not in packed.stderr  # the page names what does not exist
         if packed.returncode:
             pytest.skip(f"npm cannot be reached: {packed.stderr[-200:]}")
         with tarfile.open(folder / packed.stdout.strip()) as archive:
