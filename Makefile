@@ -30,8 +30,17 @@ test-all: .venv/.installed  ## run all tests, including the slow ones
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not gpu and not versions'
 
 .PHONY: test-versions
-test-versions: .venv/.installed  ## load a saved folder under seven versions of transformers, each in its own environment
+test-versions: .venv/.installed  ## load a saved folder under five versions of transformers, each in its own environment
 	$(BIN)/python -m pytest -m versions tests/versions
+
+# All extras but `app`, since gradio asks for newer versions of what the rest shares.
+LOWEST := .venv/lowest
+.PHONY: test-lowest
+test-lowest:  ## run the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --upgrade --python $(LOWEST) --resolution lowest-direct --editable '.[demo,excel,heic,lora,onnx,ray,search,serve,dev]'
+	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4
 
 .PHONY: check
 check: .venv/.installed  ## run ruff and mypy

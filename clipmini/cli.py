@@ -27,6 +27,7 @@ from .console import (
     print_json,
     print_table,
     quiet_progress_bars,
+    show,
     working,
 )
 from .names import ENGINES
@@ -58,7 +59,7 @@ def _flag(name: str, help: str, **options: Any) -> Any:
 
 def _print_version(is_wanted: bool) -> None:
     if is_wanted:
-        typer.echo(f"clipmini {clipmini.__version__}")
+        show(f"clipmini {clipmini.__version__}")
         raise typer.Exit
 
 
@@ -142,13 +143,13 @@ def train(
         print_json(run.to_dict())
         return
     print_contents(run.tables)
-    typer.echo(f"The model is in {run.model_folder}")
+    show(f"The model is in {run.model_folder}")
     if run.example is not None:
         from clipmini.names import as_command
 
         ranked = ", whose image it ranks first there" if run.example.is_first else ""
-        typer.echo(f"Try it with a caption of the {run.example.split} split{ranked}:")
-        typer.echo(as_command("search", run.model_folder, run.example.folder, run.example.query))
+        show(f"Try it with a caption of the {run.example.split} split{ranked}:")
+        show(as_command("search", run.model_folder, run.example.folder, run.example.query))
 
 
 @app.command(
@@ -187,7 +188,7 @@ def teach(
     if as_json:
         print_json({"file": str(out), "num_images": len(pairs)})
     else:
-        typer.echo(f"The embeddings of {len(pairs)} images and their captions are in {out}")
+        show(f"The embeddings of {len(pairs)} images and their captions are in {out}")
 
 
 @app.command(epilog="Example: clipmini evaluate runs/demo/model demo --baseline openai/clip-vit-base-patch32")
@@ -250,12 +251,12 @@ def evaluate(
         )
         evaluation.save(folder, overwrite=overwrite)
     for warning in evaluation.results["warnings"]:
-        typer.echo(f"warning: {warning}", err=True)
+        show(f"warning: {warning}", err=True)
     if as_json:
         print_json({**evaluation.to_dict(), "folder": str(folder)})
         return
     print_contents(evaluation.tables)
-    typer.echo(f"The report is in {folder / 'report.html'}")
+    show(f"The report is in {folder / 'report.html'}")
 
 
 @app.command(epilog="Example: clipmini index runs/demo/model ~/Pictures --out pictures.index")
@@ -293,7 +294,7 @@ def index(
     ]
     print_table(("images", "number"), rows)
     command = as_command("search", out, options=[] if engine == "auto" else ["--engine", engine])
-    typer.echo(f"The index is in {out}; search it with: {command} WORDS")
+    show(f"The index is in {out}; search it with: {command} WORDS")
 
 
 @app.command(
@@ -373,7 +374,7 @@ def search(
         from clipmini.inference.drawing import draw_results
 
         draw_results({hits.query: hits for hits in found}, out)
-        typer.echo(f"The results are drawn in {out}", err=True)
+        show(f"The results are drawn in {out}", err=True)
         if is_opened:
             typer.launch(str(out))
 
@@ -381,7 +382,7 @@ def search(
 def _print_hits(found: "Sequence[Hits]") -> None:
     for hits in found:
         if len(found) > 1:
-            typer.echo(hits.query)
+            show(hits.query)
         rows = [(number, f"{hit.score:.3f}", hit.path) for number, hit in enumerate(hits, start=1)]
         print_table(("rank", "score", "image"), rows)
 
@@ -447,9 +448,9 @@ def serve(
             compute_timeout_s=timeout_s,
         )
         sock = bind(host, port)
-        server = create_app(RequestHandler(clipmini.load(model, engine=engine)), limits)
+        server = create_app(RequestHandler(clipmini.load(model, engine=engine), num_workers), limits)
     sock.listen()  # clients may connect from here on
-    typer.echo(f"Serving {model} at {_address(host, sock)} until Ctrl-C")
+    show(f"Serving {model} at {_address(host, sock)} until Ctrl-C")
     run(server, sock)
 
 
@@ -490,7 +491,7 @@ def run_app(
             )
             page = Page(images.encoder, images)
     sock.listen()  # browsers may connect from here on
-    typer.echo(f"Open {_address(host, sock)} in a browser; Ctrl-C ends the page")
+    show(f"Open {_address(host, sock)} in a browser; Ctrl-C ends the page")
     serve(page, model, sock)
 
 
@@ -528,7 +529,7 @@ def export(
         print_json(exported.to_dict())
         return
     print_contents(exported.tables)
-    typer.echo(f"The graphs are in {exported.folder}")
+    show(f"The graphs are in {exported.folder}")
 
 
 @app.command(epilog="Example: clipmini push runs/demo/model my-name/my-clip --dry-run")
@@ -587,18 +588,18 @@ def push(
     if pushed.space:
         print_table(("file of the Space", "bytes"), [(path, f"{size:,}") for path, size in pushed.space.sizes.items()])
     if pushed.left_out:
-        typer.echo(f"Left out: {pushed.left_out.name}, an image of sample results; --samples shows it in the card.")
+        show(f"Left out: {pushed.left_out.name}, an image of sample results; --samples shows it in the card.")
     if pushed.bank:
-        typer.echo(
+        show(
             f"bank.safetensors holds vectors of {pushed.bank['num_captions']:,} captions and "
             f"{pushed.bank['num_images']:,} images of the training data: who has one can test whether it is there."
         )
     if dry_run:
-        typer.echo("Nothing was uploaded: this was a dry run.")
+        show("Nothing was uploaded: this was a dry run.")
     else:
-        typer.echo(f"{'The model is at' if pushed.is_new else 'The Hub already has all of it'}: {pushed.url}")
+        show(f"{'The model is at' if pushed.is_new else 'The Hub already has all of it'}: {pushed.url}")
         if pushed.space:
-            typer.echo(f"{'Its page is at' if pushed.space.is_new else 'Its page is as before'}: {pushed.space.url}")
+            show(f"{'Its page is at' if pushed.space.is_new else 'Its page is as before'}: {pushed.space.url}")
 
 
 @app.command(epilog="Example: clipmini cache --clear --older-than 30")
@@ -651,14 +652,14 @@ def _show_plan(recipe: str, changes: dict[str, Any], overwrite: bool, stage: str
     if as_json:
         print_json(plan)
         return
-    typer.echo(yaml.safe_dump(plan["recipe"], sort_keys=False, allow_unicode=True))
+    show(*yaml.safe_dump(plan["recipe"], sort_keys=False, allow_unicode=True).splitlines())
     splits = plan["splits"].items()
     rows = [(name, f"{split['num_images']:,}", f"{split['num_captions']:,}") for name, split in splits]
     print_table(("split", "images", "captions"), rows)
-    typer.echo(f"Inputs that would be skipped: {plan['num_skipped']}")
-    typer.echo(f"The run would go to {plan['output_dir']}")
+    show(f"Inputs that would be skipped: {plan['num_skipped']}")
+    show(f"The run would go to {plan['output_dir']}")
     for name, start in plan["start"].items():
-        typer.echo(f"It {start}" if not name else f"Stage {name} {start}")
+        show(f"It {start}" if not name else f"Stage {name} {start}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""What the verbs of `clipmini` share: results on stdout, all else on stderr, errors as one sentence."""
+"""What the verbs of `clipmini` share: results on stdout, all else on stderr, errors as one sentence.
+
+File names, captions and labels may hold anything. All that is printed goes through `show`, `print_table` or
+`print_json`, so that no name moves the cursor or prints a line of its own.
+"""
 
 import contextlib
 import importlib.abc
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -22,28 +27,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WIDE = 10_000  # columns of a table in a file or a pipe, where no row needs to wrap
+MAX_NEAR = 100  # characters shown on either side of what is wrong
+PLAIN = "\u00a0\u202f\u3000\u200c\u200d"  # spaces, and joiners of letters and of emoji
 
 
 class Commands(TyperGroup):
     """The group of verbs, which all log and fail in the same way."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a verb; report bad input in one sentence with exit code 2. Any other error is a bug and is raised."""
+        """Run a verb; report bad input in one sentence with exit code 2, and a bug by its traceback with 1."""
         try:
             with _logging_to_stderr():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
+            show("interrupted", err=True)
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # `clipmini ... | head`
+        except (BrokenPipeError, typer.Exit, typer.Abort):  # `clipmini ... | head`; the end of --help
             raise
         except Exception as error:
             sentence = _as_sentence(error)
+            if sentence is None or ctx.params.get("debug"):
+                show(*_traceback_lines(error), err=True)
             if sentence is None:
-                raise
-            if ctx.params.get("debug"):
-                traceback.print_exc()
-            typer.echo(f"error: {sentence}", err=True)
+                raise typer.Exit(1) from error
+            show(f"error: {sentence}", err=True)
             raise typer.Exit(2) from None
 
 
@@ -85,9 +92,34 @@ def complete_task(start: str) -> list[str]:
     return [task for task in OPTIONS if task.startswith(start)]
 
 
+def show(*lines: object, err: bool = False) -> None:
+    """Print texts on stdout or stderr, each on a line."""
+    for line in lines:
+        typer.echo(_visible(line), err=err)
+
+
+def _visible(text: object) -> str:
+    """Escape what would move the cursor, end the line, or turn the writing direction."""
+    return "".join(
+        character if character.isprintable() or character in PLAIN else character.encode("unicode_escape").decode()
+        for character in str(text)
+    )
+
+
+def _traceback_lines(error: BaseException) -> list[str]:
+    """Return a traceback; further lines of a message are indented, so that none looks like one of ours."""
+    parts = (re.sub(r"\n(?=\S)", "\n  ", part) for part in traceback.format_exception(error))
+    return "".join(parts).rstrip("\n").split("\n")
+
+
+def _on_one_line(message: str) -> str:
+    """Join the lines in which some libraries lay out a message."""
+    return re.sub(r"\s*\n\s*", " ", message.strip())
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table as wide as the terminal, or without wrapping if stdout is no terminal; an empty row is a line."""
-    table = Table(*columns)
+    table = Table(*map(_visible, columns))
     for row in rows:
         if row:
             table.add_row(*map(_visible, row))
@@ -101,17 +133,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 def print_contents(contents: "Sequence[Content]") -> None:
     """Print the tables of a run or of a report."""
     for content in contents:
-        typer.echo(f"{content.title}. {content.note}" if content.note else content.title)
+        show(f"{content.title}. {content.note}" if content.note else content.title)
         if content.columns:
             print_table(content.columns, content.rows)
-
-
-def _visible(text: object) -> str:
-    """Escape characters that would move the cursor or break a table, since file names may contain them."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in str(text)
-    )
 
 
 def print_json(value: Any) -> None:
@@ -148,11 +172,15 @@ def _as_sentence(error: Exception) -> str | None:
         return f"{message}{'' if message.endswith('?') else '.'} See `{command} --help`."
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, UnicodeEncodeError):  # a file name or a text of the data
+        near = error.object[max(0, error.start - MAX_NEAR) : error.end + MAX_NEAR]
+        return f"{near} is not in UTF-8: rename or correct it."
+    is_of_package = isinstance(error, ImportError) and "install" in str(error)  # one that an option needs
+    if isinstance(error, (ValueError, OSError)) or is_of_package:
         message = str(error)
         if "\nOriginal Traceback " in message:  # torch wraps what a data worker raised
             message = message.rpartition(f"{type(error).__name__}: ")[2]
-        return " ".join(message.split()) or type(error).__name__
+        return _on_one_line(message) or type(error).__name__
     return None
 
 
@@ -204,7 +232,7 @@ def _logging_to_stderr() -> Iterator[None]:
     """Show log records and Python's warnings as short lines."""
 
     def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        logger.warning("%s", " ".join(str(message).split()))
+        logger.warning("%s", message)
 
     handler = _LineHandler()
     logging.getLogger().addHandler(handler)
@@ -225,6 +253,8 @@ class _LineHandler(logging.Handler):
 
         try:
             level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
-            tqdm.write(f"{level}{record.getMessage()}", file=sys.stderr)
+            error = record.exc_info and record.exc_info[1]  # of a bug in the server
+            for line in (level + _on_one_line(record.getMessage()), *(_traceback_lines(error) if error else ())):
+                tqdm.write(_visible(line), file=sys.stderr)
         except Exception:
             self.handleError(record)

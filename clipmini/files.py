@@ -1,22 +1,30 @@
 """File names in a run's folder, the record of who wrote them, atomic writing, the cache folder, versions, digests."""
 
+import errno
 import hashlib
 import json
 import os
 import platform
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 RECIPE_FILE, RESULTS_FILE, MODEL_FOLDER = "recipe_as_run.yaml", "results.json", "model"
 CURVES_FILE, SAMPLES_FILE = "curves.png", "samples.jpg"
 WEIGHTS_FILE, BANK_FILE = "model.safetensors", "bank.safetensors"
 STAGE_FILE, RECORD_FILE = "stage.json", "written_files.json"
-IGNORED_NAMES = {"__pycache__", ".DS_Store"}  # Python and operating systems leave these anywhere
 CHECKPOINTS = "checkpoint-*"  # in a record, this stands for all checkpoints: Trainer adds the step to their names
+TEMPORARY = ".clipmini-tmp-"  # begins the names of folders in which a process works, each with a lock that it holds
+NOBODYS = re.compile(rf"/(__pycache__/|\.DS_Store$|{re.escape(TEMPORARY)})")  # left anywhere by Python, systems and us
+MAX_TRIES = 100  # to make a folder that other processes remove
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DRAWING_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 PACKAGES = ("clipmini", "torch", "torchvision", "transformers", "timm", "datasets", "accelerate", "peft")
 
@@ -55,32 +63,21 @@ class RunRecord:
         known = self.read()
         names = known | {file.relative_to(self.folder).as_posix() for file in files}
         if names != known:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.folder / RECORD_FILE) as temporary_path:
                 temporary_path.write_text(json.dumps({"files": sorted(names)}, indent=2) + "\n", encoding="utf-8")
 
-    def find_unrecorded(self, stages: Iterable[str]) -> list[str]:
-        """Return files that a run would replace or mistake for its own, although no run wrote them.
+    def find_outputs(self, stages: Iterable[str]) -> list[str]:
+        """Return what exists of all that a run with some stages writes, every file of its models too; as `read`."""
+        files = (file for stage in ("", *stages) for file in self._find_in(stage))
+        return sorted(file.relative_to(self.folder).as_posix() for file in files)
 
-        Args:
-            stages: names of the recipe's stages, each of which has a folder below the run's.
-
-        Returns:
-            Paths relative to the folder, sorted.
-        """
-        known = self.read()
-        files = (file for stage in ("", *stages) for file in self._find_outputs(stage))
-        names = (file.relative_to(self.folder).as_posix() for file in files)
-        return sorted(name for name in names if re.sub(r"checkpoint-\d+$", CHECKPOINTS, name) not in known)
-
-    def _find_outputs(self, stage: str) -> Iterator[Path]:
-        """Yield what exists of all that a run writes, including every file of its model."""
+    def _find_in(self, stage: str) -> Iterator[Path]:
         folder = self.folder / stage
         files = (STAGE_FILE,) if stage else (RECIPE_FILE, RESULTS_FILE, CURVES_FILE, SAMPLES_FILE)
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name == MODEL_FOLDER and path.is_dir() and not path.is_symlink():
                 inside = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
-                yield from (file for file in inside if not IGNORED_NAMES & set(file.parts))
+                yield from (file for file in inside if not NOBODYS.search(file.as_posix()))
             # By the prefix alone: Trainer deletes old checkpoints by step, whatever follows the number.
             elif path.name in (*files, MODEL_FOLDER) or re.match(r"checkpoint-\d", path.name):
                 yield path
@@ -94,26 +91,99 @@ def run_of(model_folder: Path) -> Path | None:
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; once it is written, it replaces `target`, a file or a folder."""
-    temporary_path, old = (target.with_name(f".{target.name}.{os.getpid()}{suffix}") for suffix in ("", ".old"))
-    try:
-        yield temporary_path
-        if target.is_symlink():
-            target.unlink()
-        if target.is_dir():  # a folder cannot be replaced in one step
+    """Yield a temporary path beside `target`, a file or a folder, which it replaces once it is written.
+
+    Raises:
+        OSError: the folder, which is created if necessary, cannot be written to; the disk is full; or a file was
+            written where a folder is. The target is as it was.
+    """
+    place = target.parent / f"{TEMPORARY}{secrets.token_hex(4)}"
+    new, old = place / "new", place / "old" / target.name
+    with explain_full_disk(target), _held_folder(place):
+        yield new
+        if target.is_dir() and not target.is_symlink() and not new.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        if new.is_dir() and (target.is_dir() or target.is_symlink()):  # which cannot be replaced in one step
+            old.parent.mkdir()
             target.rename(old)
+        new.replace(target)
+
+
+@contextmanager
+def sole_run(folder: Path) -> Iterator[None]:
+    """Let no other run into an output folder until this one ends or is killed, and remove what killed ones left there.
+
+    Raises:
+        ValueError: another run is in it, or it cannot be written to.
+    """
+    place = folder / f"{TEMPORARY}run"
+    owner, since = place / "owner", datetime.now().astimezone()
+    with ExitStack() as stack:
         try:
-            temporary_path.replace(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+            stack.enter_context(_held_folder(place))
+            owner.write_text(f"process {os.getpid()} on {platform.node()}, since {since:%Y-%m-%d %H:%M:%S %Z}")
+        except OSError as error:
+            problem = f"cannot be written to ({error.strerror}): make it writable"
+            if isinstance(error, Timeout):
+                first = owner.read_text() if owner.exists() else "it has just begun"
+                problem = f"is being written by another run ({first}): wait for its end"
+            raise ValueError(f"{folder} {problem}, or --set output_dir=another/folder.") from error
+        for below in (folder, *folder.glob("*/"), *folder.glob("*/*/")):  # stages, and each with a model
+            remove_leftovers(below)
+        yield
+
+
+@contextmanager
+def _held_folder(folder: Path) -> Iterator[None]:
+    """Make a folder that is a leftover once this process is gone, since the system then ends the lock inside."""
+    lock, is_first = FileLock(folder / "lock"), not folder.parent.exists()
+    num_tries = 0
+    while not (lock.is_locked and folder.exists()):  # another process may remove it before it is locked
+        lock.release()
+        num_tries += 1
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=1)
+        except (FileNotFoundError, FileExistsError):
+            if num_tries == MAX_TRIES:  # there can be no such folder
+                raise
+    try:
+        yield
     finally:
-        for path in (temporary_path, old):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        lock.release()
+        remove_leftovers(folder.parent)
+        if is_first:
+            with suppress(OSError):  # something was written
+                folder.parent.rmdir()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of `atomic_write`, and put back a folder that one of them was replacing."""
+    for temporary in folder.glob(f"{TEMPORARY}*"):
+        with suppress(OSError):  # its process lives, or another one is at it, or what cannot be put back must stay
+            # Held until all is removed: whoever made the folder just now, and locked it in between, would lose it.
+            with FileLock(temporary / "lock", timeout=0) as lock:
+                for old in (temporary / "old").glob("*"):
+                    if not (place := folder / old.name).exists():
+                        old.rename(place)
+                if os.name == "nt":  # which removes no open file, and so nothing of a next owner either
+                    lock.release()
+                shutil.rmtree(temporary)
+
+
+@contextmanager
+def explain_full_disk(target: Path) -> Iterator[None]:
+    """Turn what libraries raise on a full disk, or at a limit for the size of files, into one clear `OSError`."""
+    try:
+        yield
+    except Exception as error:
+        known = re.search(r"(?:os error|code:) (\d+)", str(error))  # as safetensors says it; torch gives no reason
+        is_torchs = re.search("PytorchStreamWriter|iostream error|unexpected pos", str(error))
+        code = int(known[1]) if known else errno.ENOSPC if is_torchs else getattr(error, "errno", None)
+        if code not in DISK_FULL:
+            raise
+        reason = f"{os.strerror(code)}; what was there before is kept, so make room and run the same command again"
+        raise OSError(code, reason, str(target)) from error
 
 
 def check_drawing(out: str | Path) -> None:
@@ -159,7 +229,11 @@ def versions() -> dict[str, str]:
 
 def weights_sha256(folder: Path) -> str | None:
     """Return the SHA-256 of a folder's `model.safetensors`, by which results name their weights; None without one."""
-    file = folder / WEIGHTS_FILE
+    return file_sha256(folder / WEIGHTS_FILE)
+
+
+def file_sha256(file: Path) -> str | None:
+    """Return the SHA-256 of a file; None if there is no such file."""
     if not file.is_file():
         return None
     with file.open("rb") as stream:

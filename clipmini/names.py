@@ -16,8 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
 logger = logging.getLogger(__name__)
 
 MODEL_TYPE = "clipmini"  # in a model's config.json; the class itself takes seconds to import
@@ -46,6 +44,8 @@ REMEDIES = {  # where there is no Hub
 
 def is_hub_id(name: str) -> bool:
     """Return whether a name has the form of an id on the Hub, owner/name; what ends like a file is a path."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # older versions import tqdm at once
+
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -94,6 +94,24 @@ def expand(name: str | Path) -> str:
     return os.path.expanduser(name)  # and "~$lock.jpg", of no user, as it is
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether a text, such as a file name, is in UTF-8; see `os.fsdecode` for what else it may hold."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def check_utf8(text: str) -> None:
+    """Check that a name or another text can be kept in a table, a model or a recipe.
+
+    Raises:
+        ValueError: it is not in UTF-8.
+    """
+    if not is_utf8(text):
+        raise ValueError(f"{text} is not in UTF-8, as tables and models need it: rename it, or choose another name.")
+
+
 def locate(name: str | Path, allowed: str, kind: str = "model") -> str:
     """Return what to load a model or data by: a path that exists, or the id of a repository that the Hub has.
 
@@ -106,12 +124,13 @@ def locate(name: str | Path, allowed: str, kind: str = "model") -> str:
         kind: of repository: "model" or "dataset".
 
     Raises:
-        ValueError: it is neither a path nor an id, or the Hub does not have it or cannot be reached.
+        ValueError: it is neither a path in UTF-8 nor an id, or the Hub does not have it or cannot be reached.
     """
     if not isinstance(name, (str, Path)) or not str(name).strip():
         raise ValueError(f"{name!r} is not a name. Name {allowed}, or a Hub id like owner/name.")
     path = expand(name)
     if Path(path).exists():
+        check_utf8(path)
         return path
     if isinstance(name, Path) or hub_id(name) is None:
         where = "" if Path(path).is_absolute() else f" here (in {Path.cwd()})"
@@ -290,13 +309,19 @@ def as_command(verb: str, *arguments: object, options: Sequence[str] = ()) -> st
     if os.name == "nt":
         # Both cmd and PowerShell know double quotes, but expand some characters between them, each in another way; for
         # PowerShell, typographic quotes are double quotes too. A backslash before a quote would escape it.
-        safe = [re.sub(r"(\\+)$", r"\1\1", re.sub(r'["“”„$`%]', " ", word)) for word in words]
+        safe = [re.sub(r"(\\+)$", r"\1\1", re.sub(r'["“”„$`%\x00-\x1f]', " ", word)) for word in words]
         return " ".join(["clipmini", verb, *(word if PLAIN_WORD.fullmatch(word) else f'"{word}"' for word in safe)])
     home = f"{Path.home()}/"  # the shell writes it where people write ~, unquoted
-    quoted = (
-        f"~/{shlex.quote(word.removeprefix(home))}" if word.startswith(home) else shlex.quote(word) for word in words
-    )
+    quoted = (f"~/{_quote(word.removeprefix(home))}" if word.startswith(home) else _quote(word) for word in words)
     return " ".join(["clipmini", verb, *quoted])
+
+
+def _quote(word: str) -> str:
+    """Quote a word for a POSIX shell; one that a terminal would not show as it is has its bytes in octal."""
+    if word.isprintable():
+        return shlex.quote(word)
+    shown = re.sub(rb"[^\w/.]", lambda found: b"\\%03o" % ord(found[0]), os.fsencode(word)).decode()
+    return f"\"$(printf '{shown}')\""
 
 
 def first_sentence(error: Exception) -> str:

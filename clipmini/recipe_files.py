@@ -24,7 +24,7 @@ import yaml
 
 from clipmini.declared import Option, declared_options
 from clipmini.files import RECIPE_FILE
-from clipmini.names import OFFLINE_PREFIX, expand, hub_id, locate, public_name
+from clipmini.names import OFFLINE_PREFIX, check_utf8, expand, hub_id, locate, public_name
 
 logger = logging.getLogger(__name__)
 
@@ -365,6 +365,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
             section[part] = {}
         section = check_mapping(section[part], part)
     section[path[-1]] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    check_utf8(f"{key}={section[path[-1]]}")
 
 
 def _section_of(key: str, stages: Mapping[str, Any]) -> list[str]:

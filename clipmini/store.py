@@ -13,7 +13,6 @@ chunk that it was computing, several processes can write at once, and damage is 
 file that had not reached the disk when the power failed.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -34,7 +33,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from tqdm.auto import tqdm
 
-from .files import atomic_write, cache_root
+from .files import atomic_write, cache_root, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -147,11 +146,11 @@ def stored_rows(
         return StoredRows((), dtype, (), *np.zeros((2, *leading), dtype=np.int32))
     identity = {"space": dict(space), "dtype": dtype.str}
     folder = _rows_folder() / digest(json.dumps(identity, sort_keys=True)).hex()
+    remove_leftovers(folder)
     found = _FoundRows(folder, dtype, np.ascontiguousarray(keys).reshape(-1, KEY_BYTES))
     found.look()
     if found.missing.size:
-        with _refusals(description, folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        with cache_refusals(description, folder):
             with atomic_write(folder / SPACE_FILE) as file:
                 about = json.dumps({"description": description, **identity}, indent=2, ensure_ascii=False)
                 file.write_text(about + "\n", encoding="utf-8", errors="backslashreplace")
@@ -260,26 +259,21 @@ def _compute_missing(
                 )
             data = save({"keys": found.keys[chosen], "rows": rows})
             file = found.folder / _name_of(data)
-            with _refusals(description, found.folder), atomic_write(file) as temporary_path:
+            with cache_refusals(description, found.folder), atomic_write(file) as temporary_path:
                 temporary_path.write_bytes(data)
             found.add(file)
             bar.update(len(chosen))
 
 
 @contextmanager
-def _refusals(description: str, folder: Path) -> Iterator[None]:
-    """Turn what goes wrong with writing into one clear error."""
+def cache_refusals(description: str, folder: Path) -> Iterator[None]:
+    """Turn what goes wrong with writing to the cache into one clear `ValueError`."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(
-                f"{description}: there is no room left for the cache in {folder}: make room, or set the environment "
-                "variable CLIPMINI_CACHE to a folder on a larger disk."
-            ) from error
         raise ValueError(
             f"{description}: cannot write to {folder} ({error.strerror or error}): set the environment variable "
-            "CLIPMINI_CACHE to a writable folder."
+            "CLIPMINI_CACHE to a writable folder on a disk with room."
         ) from error
 
 
@@ -351,7 +345,7 @@ def spaces(older_than_days: float = 0.0) -> list[StoredSpace]:
     """
     found = []
     parents = (_rows_folder(), indexes_folder(), unpacked_folder())
-    for about in (folder / SPACE_FILE for parent in parents for folder in parent.glob("*/")):
+    for about in (folder / SPACE_FILE for parent in parents for folder in parent.glob("[!.]*/")):
         chunks = [chunk for chunk in about.parent.glob(f"*{SUFFIX}") if chunk.is_file()]
         try:
             facts = json.loads(about.read_text(encoding="utf-8"))

@@ -9,10 +9,10 @@ from typing import Any
 
 import transformers
 
-if int(transformers.__version__.partition(".")[0]) < 5:  # this file is the first that any loader imports
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):  # this file is the first that any loader imports
     raise ImportError(
-        f"clipmini models need transformers 5.0 or newer, and {transformers.__version__} is installed: "
-        'pip install --upgrade "transformers>=5.0".'
+        f"clipmini models need transformers 5.8 or newer, and {transformers.__version__} is installed: "
+        'pip install --upgrade "transformers>=5.8".'
     )
 
 from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig

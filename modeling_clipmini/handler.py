@@ -9,7 +9,9 @@ import contextlib
 import math
 import reprlib
 import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -74,14 +76,17 @@ class RequestHandler:
     images or texts; the answer is then a list of answers. Without a `task`, strings without labels are texts to embed,
     and anything else is classified; for the task "image-feature-extraction" strings are images.
 
-    One handler may be shared by threads.
+    One handler may be shared by threads. Whichever of them gets a worker first embeds the texts of all that wait.
 
     Args:
         model: a `ClipMiniModel` in eval mode, with its processor.
+        num_workers: threads that may decode images or run the model at the same time.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, num_workers: int = 2) -> None:
         self.model, self.processor = model, model.processor
+        self._workers = threading.Semaphore(num_workers)
+        self._waiting: deque[tuple[Future[Tensor], list[Tensor]]] = deque()
         self._tokenizer_lock, self._memory_lock = threading.Lock(), threading.Lock()
         self._embed_labels = lru_cache(NUM_CACHED)(self._embed_texts)
 
@@ -147,11 +152,11 @@ class RequestHandler:
             megapixels = f"{sum(num_pixels) / 1e6:.1f} megapixels"
             raise RequestError(f"{megapixels} are over the limit of {MAX_PIXELS / 1e6:.0f}.", 413)
         pixels = (self._prepare_image(*item) for item in zip(images, num_pixels, strict=True))
-        embeds: Tensor = self.model.embed_in_batches(pixels, self.model.embed_pixels, IMAGE_BATCH)
+        embeds: Tensor = self.model.embed_in_batches(pixels, self._run_images, IMAGE_BATCH)
         return embeds
 
     def _prepare_image(self, image: bytes | bytearray | Image.Image, num_pixels: int) -> Tensor:
-        with self._memory_lock if num_pixels > MANY_PIXELS else contextlib.nullcontext():
+        with self._memory_lock if num_pixels > MANY_PIXELS else contextlib.nullcontext(), self._workers:
             # In one expression, so that no decoded image outlives the lock.
             pixel_values: Tensor = self.processor(images=[self._open(self.model.read_image, image)])["pixel_values"]
         return pixel_values
@@ -177,15 +182,43 @@ class RequestHandler:
         if num_tokens > MAX_TOKENS:
             raise RequestError(f"The texts have {num_tokens} tokens, over the limit of {MAX_TOKENS}; send less.", 413)
 
-        def embed(batch: list[Tensor]) -> Tensor:
-            input_ids = pad_sequence(batch, batch_first=True, padding_value=tokenizer.pad_token_id)
-            mask = pad_sequence([torch.ones_like(ids) for ids in batch], batch_first=True)
-            inputs = {"input_ids": input_ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
-            features: Tensor = self.model.get_text_features(**inputs).pooler_output
-            return features
-
         # Similar lengths together: less padding.
-        embeds: Tensor = self.model.embed_in_batches(tokens, embed, TEXT_BATCH, len)
+        embeds: Tensor = self.model.embed_in_batches(tokens, self._run_texts, TEXT_BATCH, len)
+        return embeds
+
+    def _run_images(self, images: list[Tensor]) -> Tensor:
+        with self._workers:
+            embeds: Tensor = self.model.embed_pixels(images)
+        return embeds
+
+    def _run_texts(self, texts: list[Tensor]) -> Tensor:
+        """Embed token ids, each (L,), with those that other threads wait with; all of them have been checked."""
+        own: Future[Tensor] = Future()
+        self._waiting.append((own, texts))
+        # An int8 graph scales a text by the largest values in its batch: other texts would change the answer.
+        num_texts = 1 if getattr(self.model, "quantization", "") else TEXT_BATCH
+        with self._workers:
+            while not own.done() and self._waiting:
+                taken: list[tuple[Future[Tensor], list[Tensor]]] = []
+                with contextlib.suppress(IndexError):  # another worker has taken the last
+                    while sum(len(texts) for _, texts in taken) < num_texts:
+                        taken.append(self._waiting.popleft())
+                try:
+                    embeds = (
+                        self._run_padded([ids for _, texts in taken for ids in texts]) if taken else torch.empty(0)
+                    )
+                    for (future, _), part in zip(taken, embeds.split([len(texts) for _, texts in taken]), strict=True):
+                        future.set_result(part)
+                except Exception as error:
+                    for future, _ in taken:
+                        future.set_exception(error)
+        return own.result()
+
+    def _run_padded(self, texts: list[Tensor]) -> Tensor:
+        input_ids = pad_sequence(texts, batch_first=True, padding_value=self.processor.tokenizer.pad_token_id)
+        mask = pad_sequence([torch.ones_like(ids) for ids in texts], batch_first=True)
+        inputs = {"input_ids": input_ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+        embeds: Tensor = self.model.get_text_features(**inputs).pooler_output
         return embeds
 
 

@@ -223,7 +223,7 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
 
         transformers records one Auto class per model. The zero-shot pipeline needs another, which a half cannot be.
         """
-        if self._auto_class is not None:  # is_remote_code() does not exist in transformers 5.0
+        if self.is_remote_code():
             auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
             if not (hasattr(self, "vision_model") and hasattr(self, "text_model")):
                 del auto_map["AutoModelForZeroShotImageClassification"]

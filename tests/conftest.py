@@ -27,6 +27,10 @@ from loopback_hub import TOKEN, running_hub
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
 from peer_models import save_clip, save_siglip
 
+# On a GPU, cuDNN would round the inputs of convolutions to 10 bits, and tests that compare numbers would see it.
+torch.backends.cudnn.allow_tf32 = False
+torch.set_float32_matmul_precision("highest")
+
 TINY_TEXT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 64}
 
 

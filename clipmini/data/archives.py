@@ -65,7 +65,7 @@ def _write_members(archive: Path, folder: Path, archive_bytes: int) -> int:
     limit = min(max(MAX_GROWTH * archive_bytes, MIN_LIMIT_BYTES), shutil.disk_usage(folder).free)
     num_bytes = num_files = 0
     members = _zip_members(archive) if archive.suffix.lower() == ".zip" else _tar_members(archive)
-    for name, content in tqdm(members, desc=f"unpacking {archive.name}", unit="file", leave=False):
+    for name, content in tqdm(members, desc=f"unpacking {archive.name!r}", unit="file", leave=False):
         num_files += 1
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or not path.name or ".." in path.parts or ":" in path.parts[0] or "\0" in name:

@@ -19,6 +19,8 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipmini.names import is_utf8
+
 from .images import IMAGE_SUFFIXES, shorten, walk_files
 
 # A column of these names may hold the folder of a row's image.
@@ -259,22 +261,15 @@ def _respell(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
-def _is_utf8(path: str) -> bool:
-    try:
-        return path.isascii() or bool(path.encode())
-    except UnicodeEncodeError:
-        return False
-
-
 def _as_text(path: str) -> str:
     """Return a path as a table would write it: one that is not UTF-8 as a Western name."""
-    text = path if _is_utf8(path) else os.fsencode(path).decode("cp1252", "replace")
+    text = path if is_utf8(path) else os.fsencode(path).decode("cp1252", "replace")
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def _storable(path: str) -> str:
     """Return a path as Arrow can store it: one that is not UTF-8 as an address, `file:///caf%E9.jpg`."""
-    return path if _is_utf8(path) else Path(path).as_uri()
+    return path if is_utf8(path) else Path(path).as_uri()
 
 
 def _stem(name: str) -> str:

@@ -16,7 +16,7 @@ from clipmini.data.images import Skipped, expand_files, find_images
 from clipmini.files import atomic_write
 from clipmini.inference.encoders import load_encoder
 from clipmini.inference.search import COSINE, NORMALIZED, Hits, embed_queries, rank
-from clipmini.names import ONNX_INT8, expand, is_index
+from clipmini.names import ONNX_INT8, expand, is_index, is_utf8
 from clipmini.store import SPACE_FILE, digest, indexes_folder
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def find(
         ValueError: as `Index.search` does; or a condition is given, and no index can be used.
     """
     folder = Path(expand(images)) if isinstance(images, (str, Path)) else None
-    can_index = use_index and folder is not None and isinstance(model, (str, Path))
+    can_index = use_index and folder is not None and is_utf8(str(folder)) and isinstance(model, (str, Path))
     if can_index and find_spec("lancedb") is None:
         logger.warning("every image is embedded anew at each search: an index %s", NEEDS_EXTRA)
         can_index = False

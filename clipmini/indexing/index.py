@@ -25,12 +25,12 @@ from PIL import Image
 from torch import Tensor
 
 from clipmini.data.images import Skipped
-from clipmini.files import atomic_write, cache_root, weights_sha256
+from clipmini.files import atomic_write, cache_root, remove_leftovers, weights_sha256
 from clipmini.inference.embed import DualEncoder, hash_weights
 from clipmini.inference.encoders import load_encoder
 from clipmini.inference.prompts import check_queries
 from clipmini.inference.search import COSINE, NORMALIZED, Hits, embed_queries, rank
-from clipmini.names import MANIFEST_FILE, expand, first_sentence, is_index
+from clipmini.names import MANIFEST_FILE, check_utf8, expand, first_sentence, is_index
 from modeling_clipmini.modeling_clipmini import normalize
 
 from .vectors import Tuning, nearest, stack, update_vector_index
@@ -170,6 +170,7 @@ class Index:
             ValueError: the place holds other files or another table, cannot be written, or the model cannot be loaded.
         """
         path = _absolute(path)
+        check_utf8(path)
         if "://" not in path:
             _check_place(Path(path))
         encoder = load_encoder(model, engine)
@@ -465,6 +466,7 @@ def _locked(path: str, wait: bool = False) -> Iterator[None]:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file, timeout=-1 if wait else 0):
+            remove_leftovers(file.parent)
             yield
     except Timeout:
         raise ValueError(f"Another process is writing to {path}; wait until it is done.") from None
@@ -474,6 +476,7 @@ def _locked(path: str, wait: bool = False) -> Iterator[None]:
 
 def _check_place(folder: Path) -> None:
     """Check that a folder for a new index does not exist, or holds no more than what a killed run leaves there."""
+    remove_leftovers(folder)
     others = sorted({file.name for file in folder.iterdir()} - OWN_NAMES) if folder.is_dir() else []
     if others or folder.is_file():
         problem = f"holds other files, such as {others[0]}" if others else "is a file"
@@ -504,7 +507,7 @@ def _read_manifest(path: str) -> Manifest:
         if version == SCHEMA_VERSION:
             manifest = Manifest(**{item.name: values[item.name] for item in fields(Manifest)})
             return replace(manifest, tuning=manifest.tuning and Tuning(**values["tuning"]))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise _damaged(path, error) from error
     raise UnusableIndexError(
         f"{path} is an index of version {version!r}, and this clipmini reads version {SCHEMA_VERSION}; make it anew, "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmini.data.images import IMAGE_SUFFIXES, Skipped, find_images, walk_files
-from clipmini.names import locate
+from clipmini.names import is_utf8, locate
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +118,8 @@ def _make_entry(key: str, source: str, image: Any, caption: str | None) -> Entry
         return Entry(key, source, image, caption=caption)
     if "://" in image:
         raise ValueError("is a web address, which is not fetched here; download the image first")
-    try:
-        image.encode()
-    except UnicodeEncodeError:
-        raise ValueError("has a name that is not UTF-8; rename it") from None
+    if not is_utf8(image):
+        raise ValueError("has a name that is not UTF-8; rename it")
     status = os.stat(image)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("is not a file")

@@ -124,7 +124,6 @@ def _draw(groups: Mapping[str, Sequence[Example]], columns: int, out: str | Path
         # A character that no installed font has is drawn as a box.
         warnings.filterwarnings("ignore", message=r"(?s).*[Gg]lyph .*")
         figure = _draw_page(groups, columns)
-        out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(out) as temporary_path:
             figure.savefig(temporary_path, format=out.suffix[1:].lower(), dpi=figure.dpi)
 

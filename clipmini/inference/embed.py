@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 NUM_THREADS = min(4, os.cpu_count() or 1)  # reading an image takes a tenth of the time that embedding it takes
 NUM_AHEAD = 32  # images that threads prepare before the tower asks for them
 # From glibc's malloc.h; mallopt(3) describes them.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 MIB = 2**20
 # Workers take a tenth of a second to start. What they pass on lies in shared memory, of which a container may have no
 # more than 64 MB.
@@ -374,6 +374,7 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     settings = {M_MMAP_THRESHOLD: 1024 * MIB, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 512 * MIB}
+    settings[M_ARENA_MAX] = 2  # else every thread keeps memory of its own, in a server six gigabytes
     took_effect = all([mallopt(parameter, value) for parameter, value in settings.items()])
     logger.debug("freed memory is kept: %s", took_effect)
     return took_effect

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from clipmini.names import FILE_SUFFIXES, expand
+from clipmini.names import FILE_SUFFIXES, expand, is_utf8
 from clipmini.recipe_files import find_preset, preset_names
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def load_templates(name: str) -> list[str]:
         )
     try:
         templates = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{name} is not YAML: {error}") from error
     if not (isinstance(templates, list) and templates and all(isinstance(item, str) for item in templates)):
         raise ValueError(f"{name} is not a list of templates; write one per line, each after a dash.")
@@ -156,10 +156,8 @@ def check_text(kind: str, text: str) -> None:
     """
     if not isinstance(text, str):
         raise ValueError(f"The {kind} {text!r} is not a text; give words.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"The {kind} {text!r} is not text in UTF-8; set the terminal or the file to UTF-8.") from None
+    if not is_utf8(text):
+        raise ValueError(f"The {kind} {text!r} is not text in UTF-8; set the terminal or the file to UTF-8.")
 
 
 def describe_unreadable(tokenizer: Any, texts: Sequence[str], what: str, allowed_share: float = 0.0) -> str | None:

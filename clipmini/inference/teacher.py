@@ -35,6 +35,7 @@ from torch import Tensor
 from clipmini.data.pairs import PairDataset
 from clipmini.data.scan import check_pixels, read_columns, scan_readable
 from clipmini.files import atomic_write
+from clipmini.names import check_utf8
 from clipmini.store import StoredRows, as_keys, digest, stored_rows
 from modeling_clipmini.images_clipmini import read_named
 
@@ -86,6 +87,7 @@ def embed_with_teacher(
         ImageError: an image cannot be read; the message names it.
         ValueError: the file exists, there are no pairs, or the teacher cannot be used.
     """
+    check_utf8(str(out))
     if out.exists() and not overwrite:
         raise ValueError(f"{out} already exists; pass --overwrite, or choose another file.")
     if not len(pairs):
@@ -144,7 +146,6 @@ def _write(out: Path, rows: Dataset, images: StoredRows, texts: StoredRows, abou
         metadata={METADATA_KEY: json.dumps(about)},
     )
     starts = PairDataset(rows).caption_starts
-    out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as temporary_path, pq.ParquetWriter(temporary_path, schema) as writer:
         for start in range(0, len(rows), ROWS_PER_CHUNK):
             stop = min(start + ROWS_PER_CHUNK, len(rows))

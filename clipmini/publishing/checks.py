@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 import modeling_clipmini
-from clipmini.files import BANK_FILE, CURVES_FILE, RESULTS_FILE, SAMPLES_FILE, run_of, weights_sha256
+from clipmini.files import BANK_FILE, CURVES_FILE, RESULTS_FILE, SAMPLES_FILE, TEMPORARY, run_of, weights_sha256
 from clipmini.inference.embed import load_model
 from clipmini.inference.trust import read_json, refuse_code
 from clipmini.names import ONNX_FOLDER, first_sentence, public_name
@@ -39,7 +39,7 @@ KNOWN_FILES = (
     *(f"{EXAMPLES}/*{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".webp")),
 )
 # Left by a run or a tool: neither pushed nor a reason to refuse.
-SKIPPED_FOLDERS = (".git", ".cache", "checkpoint-*", "runs")
+SKIPPED_FOLDERS = (".git", ".cache", "checkpoint-*", "runs", f"{TEMPORARY}*")
 SKIPPED_FILES = (".git", ".DS_Store", "training_args.bin")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 SECRET_NAMES = (".env*", "*token", "*.pem", "*.key", "*secret*", "*credential*", ".netrc", "id_rsa*")

@@ -1,6 +1,5 @@
 """Export a model as two ONNX graphs, and measure what they gain and cost before anything is kept."""
 
-import hashlib
 import json
 import logging
 import shutil
@@ -28,11 +27,11 @@ from clipmini.evaluation.report import load_pairs
 from clipmini.evaluation.request import Request
 from clipmini.evaluation.results import Table
 from clipmini.evaluation.retrieval import summarize_scores
-from clipmini.files import WEIGHTS_FILE, RunRecord, atomic_write, run_of, weights_sha256
+from clipmini.files import WEIGHTS_FILE, RunRecord, atomic_write, file_sha256, run_of, weights_sha256
 from clipmini.inference.embed import DualEncoder, as_encoder, load_model
 from clipmini.inference.onnx_model import INPUTS, OUTPUTS, PREPARATION, QUANTIZED, TEXT_GRAPH, VISION_GRAPH, OnnxModel
 from clipmini.inference.trust import fetch, read_json
-from clipmini.names import ONNX_FOLDER, ONNX_INT8, first_sentence, locate_model, public_name
+from clipmini.names import ONNX_FOLDER, ONNX_INT8, check_utf8, first_sentence, locate_model, public_name
 from modeling_clipmini import ClipMiniModel
 from modeling_clipmini.encoding_clipmini import embed_in_batches
 from modeling_clipmini.images_clipmini import read_named
@@ -127,6 +126,7 @@ def export(
     if calibration is not None and not int8:
         raise ValueError("--calibration is for graphs of 8 bits: add --int8.")
     location, name = locate_model(model), public_name(str(model))
+    check_utf8(str(out or location))
     if out is None and not Path(location).is_dir():
         raise ValueError(f"{model} is on the Hub: name a folder for its graphs with --out.")
     folder = fetch(location, [*PREPARATION, WEIGHTS_FILE])
@@ -276,7 +276,7 @@ def _compare(file: Path, engines: Mapping[str, DualEncoder], embeds: Mapping[str
     torch_ms, onnx_ms = _time(*(partial(embed_in_batches, [inputs[kind]], half, 1) for half in halves))
     return {
         "file": file.name,
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "sha256": file_sha256(file),
         "num_bytes": sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")),
         "torch_ms": torch_ms,
         "onnx_ms": onnx_ms,

@@ -75,10 +75,13 @@ class TestUnpack:
     def test_a_run_that_is_killed_leaves_nothing_that_is_used(self, tmp_path, monkeypatch):
         archive = make_zip(tmp_path / "a.zip", ("a.txt", "a"), ("b.txt", "b"))
         folder = unpack(archive).parent
-        leftover = folder.with_name(f".{folder.name}.123")  # as a killed process leaves it
+        leftover = folder.with_name(".clipmini-tmp-123") / "new"  # as a killed process leaves it
+        leftover.parent.mkdir()
         folder.rename(leftover)
         (leftover / "files/a.txt").unlink()
+        assert not spaces()  # it may be another process's, which lives
         assert {path.name for path in unpack(archive).iterdir()} == {"a.txt", "b.txt"}
+        assert not leftover.parent.exists()
 
     def test_is_listed_and_cleared_with_the_cache(self, tmp_path):
         unpack(make_zip(tmp_path / "photos.zip", ("a.txt", "12345"), ("b.txt", "1")))

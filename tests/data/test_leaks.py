@@ -60,11 +60,32 @@ def test_no_leak_without_shared_images(toy_pairs, photographs):
     assert find_leaks(train.select([]), train).rows == []
 
 
+def test_captions_without_a_word_are_not_the_same_words(toy_pairs, photographs):
+    train = pairs_of(toy_pairs, [encode(photographs[0])], [["...", "a man"]])
+    held_out = pairs_of(toy_pairs, [encode(photographs[1])], [["!", "", "A man."]])
+    assert find_leaks(train, held_out).captions == [2]
+
+
 def test_images_without_captions_are_compared(toy_pairs):
     images = toy_pairs.select_columns(["image"])
     report = find_leaks(images, images)
     assert (report.exact, report.near_duplicates, report.captions) == (list(range(len(images))), [], [])
     assert find_leaks(images, toy_pairs).captions == []
+
+
+@pytest.mark.parametrize(("num_bits", "is_near"), [(0, True), (1, True), (3, True), (4, True), (5, False), (8, False)])
+def test_a_look_that_differs_in_up_to_four_bits_is_a_near_copy(num_bits, is_near, monkeypatch, toy_pairs):
+    train_hash = np.arange(64) % 3 == 0
+    hash_of_copy = train_hash.copy()
+    hash_of_copy[np.linspace(0, 63, num_bits, dtype=int)] ^= True  # far apart: every piece of the hash may differ
+    pixels = np.arange(32, dtype=np.uint8).reshape(2, 16)
+    facts = iter(ImageFacts([], [], pixels[[row]], bits[None]) for row, bits in enumerate((train_hash, hash_of_copy)))
+    monkeypatch.setattr(leaks, "scan_readable", lambda rows: next(facts))
+    images = toy_pairs.select_columns(["image"])
+    report = find_leaks(images.select([0]), images.select([1]))
+    assert report.exact == []
+    assert report.near_duplicates == [(0, 0)] * is_near
+    assert report.rows == [0] * is_near
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -5,6 +5,7 @@ import pytest
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 
+from clipmini.data.columns import captions_in, join_captions
 from clipmini.data.pairs import PairDataset
 from clipmini.data.scan import read_columns, read_paths
 
@@ -51,3 +52,11 @@ def test_columns_are_those_of_the_rows(rows, kind):
     assert pairs.captions == [caption for captions in plain["captions"] for caption in captions]
     assert pairs.image_of_captions().tolist() == [row for row, count in enumerate(counts) for _ in range(count)]
     assert len(pairs) == len(chosen)
+
+
+def test_captions_of_several_columns_come_row_by_row_and_in_the_order_of_the_columns():
+    texts = [
+        [f"{name} {row}" if (row + place) % 3 else None for row in range(200)] for place, name in enumerate("abc")
+    ]
+    joined = join_captions([captions_in(column) for column in texts], 200)
+    assert joined.to_pylist() == [[text for text in row if text] for row in zip(*texts, strict=True)]

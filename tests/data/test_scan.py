@@ -130,13 +130,15 @@ def test_bytes_are_decoded_once(work):
 
 
 def test_a_changed_file_is_seen(tmp_path, later):
-    path = tmp_path / "a.png"
-    looks = []
-    for number in (0, 1):
-        path.write_bytes(encode(number))
+    path = tmp_path / "a.bmp"
+    looks, known = [], set()
+    for color in ("red", "blue"):
+        Image.new("RGB", (8, 6), color).save(path)
         os.utime(path, ns=(10, 10))  # as rsync or git would: the system's own time of change differs
+        known.add((path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino))
         looks.append(scan_images(rows_of(path)).pixels.tobytes())
     assert looks[0] != looks[1]
+    assert len(known) == 1  # nothing else tells the two apart
 
 
 @pytest.mark.parametrize("age_s", [0.0, 1.5])

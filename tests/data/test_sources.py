@@ -147,13 +147,13 @@ def make_parquet_of_path_structs(folder):
 def make_saved(folder):
     rows = {"image": [str(folder / name) for name, _ in BY_IMAGE], "captions": [texts for _, texts in BY_IMAGE]}
     dataset = Dataset.from_dict(rows).cast_column("image", datasets.Image())
-    dataset.save_to_disk(folder / "saved")
+    dataset.save_to_disk(str(folder / "saved"))
     return folder / "saved"
 
 
 def make_saved_dict(folder):
     dataset = datasets.load_from_disk(make_saved(folder))
-    DatasetDict({"train": dataset}).save_to_disk(folder / "saved dict")
+    DatasetDict({"train": dataset}).save_to_disk(str(folder / "saved dict"))
     return folder / "saved dict"
 
 

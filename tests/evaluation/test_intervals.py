@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from clipmini.evaluation import intervals
-from clipmini.evaluation.intervals import bootstrap_intervals, interval_ends, paired_bootstrap
+from clipmini.evaluation.intervals import bootstrap_intervals, interval_ends, paired_bootstrap, percentiles
 from clipmini.evaluation.retrieval import METRIC_NAMES, QueryScores, retrieval_scores, summarize_scores
 
 
@@ -55,8 +55,11 @@ def test_a_metric_that_does_not_vary_has_a_point_for_an_interval():
 def test_half_of_400_is_known_to_five_points():
     # A binomial share of 1/2 of 400 has a standard error of 2.5 points: the interval is 4.9 to either side.
     interval = bootstrap_intervals(scores_of([0, 9] * 200, [0, 9] * 200), 4000)["image_to_text_r1"]
-    assert interval.low == pytest.approx(0.451, abs=0.01)
-    assert interval.high == pytest.approx(0.549, abs=0.01)
+    assert (interval.low, interval.high) == pytest.approx((0.451, 0.549), abs=0.003)
+
+
+def test_a_fortieth_of_the_resamples_lies_outside_on_either_side():
+    assert percentiles(np.random.default_rng(0).permutation(41)) == pytest.approx((1, 39))
 
 
 def test_captions_that_succeed_together_do_not_narrow_the_interval():

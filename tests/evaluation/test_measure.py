@@ -1,9 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from clipmini.data.pairs import PairDataset
+from clipmini.evaluation import measure
 from clipmini.evaluation.measure import (
     Embeddings,
+    draw_bank,
     embed_pairs,
     measure_normalized,
     measure_pairs,
@@ -58,6 +63,13 @@ def test_all_parts_agree():
     assert len(others) == 20 * 40 - 40
 
 
+def test_copies_that_share_an_id_are_no_other_images():
+    embeds = replace(make_embeddings(num_images=3, captions=1), image_ids=torch.tensor([4, 4, 9]))
+    similarity = embeds.texts @ embeds.images.T
+    _, others = pair_similarities(embeds)
+    assert sorted(others) == pytest.approx(sorted([*similarity[:2, 2].tolist(), *similarity[2, :2].tolist()]))
+
+
 def test_scores_without_hubs_by_hand():
     """Both captions find the first image, until how well each image fits the bank's caption is taken from that."""
     images = torch.tensor([[0.8, 0.6, 0.0], [0.0, 0.8, 0.6]])
@@ -73,6 +85,16 @@ def test_scores_without_hubs_by_hand():
     assert embeds.scores()["text_to_image"].ranks.tolist() == [0, 1]
     assert result.scores["text_to_image"].ranks.tolist() == [0, 0]
     assert (measure_retrieval(embeds, num_resamples=1).never_first, result.never_first) == (0.5, 0)
+
+
+def test_a_bank_is_drawn_by_its_seed(tiny_model, toy_pairs, monkeypatch):
+    for name, number in {"MIN_BANK": 1, "NUM_BANK_TEXTS": 5, "NUM_BANK_IMAGES": 4}.items():
+        monkeypatch.setattr(measure, name, number)
+    first, again, other = (draw_bank(tiny_model, PairDataset(toy_pairs), seed) for seed in (1, 1, 2))
+    assert first.sizes == {"num_captions": 5, "num_images": 4}
+    for kind in ("texts", "images"):
+        assert torch.equal(getattr(first, kind), getattr(again, kind))
+        assert not torch.equal(getattr(first, kind), getattr(other, kind))
 
 
 def test_each_direction_ranks_by_its_own_prior():

@@ -33,11 +33,14 @@ def test_random_labels_are_learned_no_better_than_chance():
     assert sum(accuracies) / 5 == pytest.approx(1 / 3, abs=0.15)
 
 
-def test_a_class_without_training_images_is_never_predicted():
-    test, labels = clusters(30, num_classes=4, seed=1)
-    result = probe(*clusters(60), test, labels, 4)
-    assert result.linear.confusion.sum(axis=0)[3] == 0
-    assert result.linear.per_class[3] == 0
+@pytest.mark.parametrize("missing", [0, 1, 3])
+def test_a_class_without_training_images_is_never_predicted_and_the_others_are_found(missing):
+    train, labels = clusters(80, num_classes=4)
+    is_kept = labels != missing
+    result = probe(train[is_kept], labels[is_kept], *clusters(40, num_classes=4, seed=1), 4)
+    for metrics in (result.linear, result.neighbors):
+        assert metrics.confusion.sum(axis=0)[missing] == 0
+        assert metrics.per_class.tolist() == [float(label != missing) for label in range(4)]
 
 
 def test_too_few_images_are_refused():

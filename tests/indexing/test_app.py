@@ -13,10 +13,20 @@ from typer.testing import CliRunner
 
 import clipmini
 from clipmini import cli
-from clipmini.indexing import app
-from clipmini.indexing.app import MAX_UPLOAD_MIB, THUMBNAIL_EDGE, Actions, Page, create_app, open_upload
 from clipmini.inference.encoders import load_encoder
 from serving import serve_command
+
+pytest.importorskip("gradio", reason="the lowest versions of the rest and gradio do not go together")
+
+from clipmini.indexing import app
+from clipmini.indexing.app import (
+    MAX_UPLOAD_MIB,
+    THUMBNAIL_EDGE,
+    Actions,
+    Page,
+    create_app,
+    open_upload,
+)
 
 SECRET = "/etc/passwd"
 

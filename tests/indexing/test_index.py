@@ -178,6 +178,10 @@ class TestModels:
         with pytest.raises(ValueError, match=r"was made with .*model, and .*other is another model"):
             clipmini.open_index(index.path, other_folder)
 
+    def test_one_that_is_loaded_is_known_by_its_weights(self, index, other_folder):
+        with pytest.raises(ValueError, match="another model, or another version"):
+            Index(index.path, load_encoder(other_folder)).search("a")
+
     def test_one_that_has_moved_is_named(self, index, tiny_folder, tmp_path):
         moved = tmp_path / "moved"
         shutil.copytree(tiny_folder, moved)
@@ -285,6 +289,8 @@ class TestFiles:
             clipmini.open_index(path, tiny_folder)
         monkeypatch.undo()
         assert not is_index(path)
+        (path / ".clipmini-tmp-1").mkdir()
+        (path / ".clipmini-tmp-1" / "new").write_text("{")  # half a manifest
         assert clipmini.open_index(path, tiny_folder).add(photos).num_embedded == 6
 
     def test_a_table_of_somebody_else_is_not_replaced(self, tmp_path, tiny_folder):

@@ -57,6 +57,16 @@ def keys(index):
     return sorted(Path(key).name for key in index.known())
 
 
+def assert_vectors(index, folder, model):
+    """Compare the vector of every image with that of the model."""
+    files = sorted(folder.iterdir())
+    expected = load_encoder(model).encode_images(files)
+    rows = {row["key"]: row for row in index.to_datasets()}
+    assert sorted(rows) == [str(file) for file in files]
+    vectors = torch.tensor([rows[str(file)]["vector"] for file in files], dtype=torch.float32)
+    torch.testing.assert_close(vectors, expected, atol=1e-3, rtol=0)
+
+
 class TestFiles:
     def test_only_what_is_new_is_embedded(self, index, photos, num_embedded):
         assert numbers(index.add(photos)) == {"embedded": 5, "images": 5}
@@ -67,12 +77,15 @@ class TestFiles:
 
     def test_vectors_are_those_of_the_model(self, index, photos, tiny_folder):
         index.add(photos)
-        files = sorted(photos.iterdir())
-        expected = load_encoder(tiny_folder).encode_images(files)
-        rows = {row["key"]: row for row in index.to_datasets()}
-        assert list(rows) == [str(file) for file in files]
-        vectors = torch.tensor([rows[str(file)]["vector"] for file in files])
-        torch.testing.assert_close(vectors, expected, atol=1e-3, rtol=0)
+        assert_vectors(index, photos, tiny_folder)
+
+    def test_new_and_renamed_images_of_one_run_keep_to_their_own_vectors(self, index, photos, tiny_folder):
+        index.add(photos)
+        (photos / "1.png").rename(photos / "new.png")
+        (photos / "4.png").rename(photos / "another.png")
+        write_images(photos, 2, start=5)
+        assert numbers(index.add(photos)) == {"embedded": 2, "moved": 2, "unchanged": 3, "images": 7}
+        assert_vectors(index, photos, tiny_folder)
 
     def test_a_changed_file_is_embedded_again_and_keeps_one_row(self, index, photos, num_embedded):
         index.add(photos)

@@ -35,6 +35,21 @@ class TestRank:
         hits = rank(names, embeddings, torch.tensor([0.0, 1.0]), top=200)
         assert [hit.image for hit in hits] == names[150:] + names[:150]
 
+    def test_priors_are_subtracted(self):
+        embeddings, priors = torch.tensor([[1.0, 0.0], [0.8, 0.6]]), torch.tensor([0.5, 0.1])
+        hits = rank(["hub", "other"], embeddings, torch.tensor([1.0, 0.0]), top=2, priors=priors)
+        assert [(hit.image, round(hit.score, 6)) for hit in hits] == [("other", 0.7), ("hub", 0.5)]
+
+    def test_of_near_copies_the_best_alone(self):
+        """At 11 degrees the cosine is above 0.98, at 12 below; a copy of one that is left out is none."""
+        degrees = {"best": 0, "copy": 11, "copy of the copy": 22, "second": 39, "copy of the second": 50, "third": 62}
+        angles = torch.tensor(list(degrees.values())).deg2rad()
+        embeddings, query = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([1.0, 0.0])
+        kept = ["best", "copy of the copy", "second", "third"]
+        assert [hit.image for hit in rank(list(degrees), embeddings, query, top=9, collapse=True)] == kept
+        assert [hit.image for hit in rank(list(degrees), embeddings, query, top=3, collapse=True)] == kept[:3]
+        assert len(rank(list(degrees), embeddings, query, top=9)) == 6
+
     def test_scores_that_are_not_finite(self):
         with pytest.raises(ValueError, match="are NaN"):
             rank(["a"], torch.tensor([[float("nan"), 0.0]]), torch.tensor([1.0, 0.0]))

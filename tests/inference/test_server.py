@@ -1,12 +1,15 @@
 """The server over real sockets: good requests, malformed ones, and too many or too large ones."""
 
+import asyncio
 import contextlib
 import gzip
 import http.client
 import io
+import itertools
 import json
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub.constants
 import pytest
+import yaml
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
@@ -22,10 +26,11 @@ from typer.testing import CliRunner
 from clipmini import cli
 from clipmini.inference import server
 from clipmini.inference.embed import load_model
-from clipmini.inference.server import Limits, bind, create_app, make_server
-from modeling_clipmini.handler import RequestHandler
+from clipmini.inference.server import FREE_BYTES, Limits, bind, create_app, make_server
+from modeling_clipmini.handler import PARAMETERS, RequestHandler
 from serving import serve_command
 
+LARGE = "a" * (FREE_BYTES + 100_000)  # so that the body needs a slot
 LABELS = ["a red square", "a blue disc", "nothing at all"]
 
 
@@ -59,6 +64,12 @@ def connect_until_refused(address):
     while True:
         socket.create_connection(address, timeout=30).close()
         time.sleep(0.01)
+
+
+def send_bytes_until_refused(client):
+    while True:
+        client.sendall(b"P")
+        time.sleep(0.1)
 
 
 class Gate:
@@ -158,7 +169,10 @@ class TestRequests:
             answers = list(pool.map(lambda color: ask(address, png(color=color), "/?candidate_labels=a,b"), colors))
         parameters = {"candidate_labels": ["a", "b"]}
         for color, (status, answer, _) in zip(colors, answers, strict=True):
-            assert (status, answer) == (200, handler({"inputs": png(color=color), "parameters": parameters}))
+            expected = handler({"inputs": png(color=color), "parameters": parameters})
+            assert status == 200
+            assert [item["label"] for item in answer] == [item["label"] for item in expected]
+            assert [item["score"] for item in answer] == pytest.approx([item["score"] for item in expected], abs=1e-5)
 
 
 MALFORMED = [
@@ -256,8 +270,51 @@ class TestLimits:
                 slow.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
                 answer = slow.makefile("rb").read()  # until the server closes the connection
             assert answer.startswith(b"HTTP/1.1 408 ")
-            assert b'{"error":"The body took more than 0.3 seconds."}' in answer
+            assert b'{"error":"The body took too long; 0.3 seconds are allowed' in answer
             assert ask(address, {"inputs": "a"})[0] == 200
+
+    def test_slow_uploads_hold_nothing_that_others_need(self, gate, monkeypatch):
+        """Neither those that send little, nor those that stall once they have a slot."""
+        monkeypatch.setattr(server, "STALL_S", 0.1)
+        monkeypatch.setattr(server, "PATIENCE_S", 0.05)
+        gate.open.set()
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n\r\n"
+        with serving(gate, max_active=2) as (address, _), contextlib.ExitStack() as open_sockets:
+            stalled = []
+            for index in range(40):
+                slow = open_sockets.enter_context(socket.create_connection(address, timeout=30))
+                slow.sendall(head + b"{" * (1 if index % 2 else 2 * FREE_BYTES))
+                stalled += [] if index % 2 else [slow]
+            for text, limit_s in (("small", 2), (LARGE, 20)):
+                start_s = time.monotonic()
+                assert ask(address, {"inputs": text})[:2] == (200, [text])
+                assert time.monotonic() - start_s < limit_s
+            assert stalled[0].recv(1000).startswith(b"HTTP/1.1 503 ")
+
+    def test_one_that_expires_while_another_looks_for_the_slowest(self, gate):
+        async def wait_for_a_slot():
+            service = server._Service(gate, Limits(max_active=1))
+            await service.slots.acquire()
+            upload = asyncio.timeout(0)
+            service.uploads[upload] = 0
+            waiting = asyncio.create_task(service._acquire_slot())
+            with contextlib.suppress(TimeoutError):
+                async with upload:
+                    await asyncio.sleep(1)
+            await asyncio.sleep(2 * server.PATIENCE_S)
+            service.slots.release()
+            await waiting
+
+        asyncio.run(wait_for_a_slot())
+
+    def test_uploads_that_only_wait_are_not_slow(self, gate):
+        with serving(gate, max_active=1) as (address, _), ThreadPoolExecutor(2) as pool:
+            first = pool.submit(ask, address, {"inputs": LARGE})
+            gate.wait_entered()
+            second = pool.submit(ask, address, {"inputs": LARGE})
+            time.sleep(1.5)
+            gate.open.set()
+            assert (first.result(30)[0], second.result(30)[0]) == (200, 200)
 
     def test_clients_that_disconnect(self, gate):
         gate.open.set()
@@ -281,19 +338,19 @@ class TestLimits:
             assert second.result(30)[:2] == (200, ["second"])
 
     def test_a_long_queue(self, gate):
-        with serving(gate, max_active=1, wait_timeout_s=0.2) as (address, _), ThreadPoolExecutor(1) as pool:
-            first = pool.submit(ask, address, {"inputs": "first"})
+        with serving(gate, max_active=1, upload_timeout_s=0.3) as (address, _), ThreadPoolExecutor(1) as pool:
+            first = pool.submit(ask, address, {"inputs": LARGE})
             gate.wait_entered()
-            assert ask(address, {"inputs": "second"})[0] == 503
+            assert ask(address, {"inputs": LARGE})[0] == 503
             gate.open.set()
             assert first.result(30)[0] == 200
 
     def test_long_answers(self, gate):
-        limits = {"max_active": 2, "num_workers": 1, "wait_timeout_s": 0.2, "compute_timeout_s": 0.3}
+        limits = {"max_active": 1, "compute_timeout_s": 0.3}
         with serving(gate, **limits) as (address, _):
             status, answer, _ = ask(address, {"inputs": "first"})
             assert (status, answer) == (504, {"error": "The answer took more than 0.3 seconds."})
-            assert ask(address, {"inputs": "never begun"})[0] == 504  # its slot is free again, the first one's is not
+            assert ask(address, {"inputs": "never begun"})[0] == 504
             assert ask(address, b"", "/health", "GET")[0] == 200
             gate.open.set()
             assert ask(address, {"inputs": "third"})[:2] == (200, ["third"])
@@ -310,6 +367,133 @@ class TestLimits:
             assert answer.result(30)[:2] == (200, ["last"])
 
 
+class TestBatches:
+    @pytest.fixture
+    def model(self, handler, monkeypatch):
+        """A model of which one worker's first text waits until the others' have come; it notes its batches."""
+        run, sizes, entered, go_on = handler.model.get_text_features, [], threading.Event(), threading.Event()
+
+        def run_and_note(**inputs):
+            sizes.append(len(inputs["input_ids"]))
+            entered.set()
+            assert go_on.wait(30)
+            if (inputs["input_ids"] == handler.processor.tokenizer.convert_tokens_to_ids("fails")).any():
+                raise RuntimeError("no memory")
+            return run(**inputs)
+
+        monkeypatch.setattr(handler.model, "get_text_features", run_and_note)
+        return sizes, entered, go_on
+
+    def test_texts_of_several_requests_are_embedded_at_once(self, handler, model):
+        sizes, entered, go_on = model
+        texts = [f"number {index} of {'very ' * index}many" for index in range(7)]
+        go_on.set()
+        expected = [handler({"inputs": text}) for text in texts]
+        sizes.clear()
+        entered.clear()
+        go_on.clear()
+        requests = [{"inputs": text} for text in texts]
+        bad = [{"inputs": ""}, {"inputs": ["a", 3]}, {"inputs": png(), "parameters": {"candidate_labels": ["a", "a"]}}]
+        with serving(RequestHandler(handler.model, num_workers=1)) as (address, _), ThreadPoolExecutor(10) as pool:
+            first = pool.submit(ask, address, {"inputs": "first"})
+            assert entered.wait(30)
+            good = [pool.submit(ask, address, request) for request in requests]
+            assert [ask(address, request)[0] if index < 2 else 422 for index, request in enumerate(bad)] == [422] * 3
+            time.sleep(0.3)  # until the good ones wait
+            go_on.set()
+            answers = [future.result(30) for future in good]
+            assert first.result(30)[0] == 200
+        assert sizes == [1, 7]
+        for (status, vector, _), right in zip(answers, expected, strict=True):
+            assert status == 200
+            assert vector == pytest.approx(right, abs=1e-5)
+
+
+class TestConnections:
+    def test_without_a_request_they_are_closed(self, gate, monkeypatch):
+        monkeypatch.setattr(server, "IDLE_S", 0.5)
+        gate.open.set()
+        with serving(gate) as (address, _):
+            silent, dribbling, kept = (socket.create_connection(address, timeout=30) for _ in range(3))
+            with silent, dribbling, kept:
+                body = b'{"inputs": "a"}'
+                kept.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                answer = b""
+                while not answer.endswith(b'["a"]'):
+                    answer += kept.recv(1000)
+                kept.sendall(b"P")  # the next request, of which no more comes
+                assert silent.recv(1000) == b""
+                with pytest.raises(ConnectionError):
+                    send_bytes_until_refused(dribbling)
+                with contextlib.suppress(ConnectionResetError):
+                    assert kept.recv(1000) == b""
+
+    def test_answers_that_are_not_read_end_them(self, gate, monkeypatch):
+        monkeypatch.setattr(server, "IDLE_S", 0.5)
+        gate.open.set()
+        with serving(gate) as (address, running), socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(address)
+            client.settimeout(0.2)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                while True:  # until neither side takes any more
+                    client.sendall(b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+            for _ in range(50):
+                time.sleep(0.1)
+                if not running.server_state.connections:
+                    break
+            assert not running.server_state.connections
+
+    def test_the_quietest_gives_way_when_there_are_too_many(self, gate, monkeypatch):
+        monkeypatch.setattr(server, "MAX_CONNECTIONS", 6)  # five, and one that is being made
+        with serving(gate) as (address, _), ThreadPoolExecutor(4) as pool, contextlib.ExitStack() as stack:
+            answers = [pool.submit(ask, address, {"inputs": str(index)}) for index in range(4)]
+            for _ in answers:
+                gate.wait_entered()
+            for _ in range(300):
+                stack.enter_context(socket.create_connection(address, timeout=30))
+            assert ask(address, b"", "/health", "GET")[0] == 200
+            gate.open.set()
+            assert [answer.result(30)[1] for answer in answers] == [["0"], ["1"], ["2"], ["3"]]
+
+
+class TestReports:
+    def test_metrics(self, gate):
+        gate.open.set()
+        with serving(gate) as (address, _):
+            assert ask(address, {"inputs": "a"})[0] == 200
+            assert ask(address, b"{")[0] == 400
+            assert ask(address, {}, "/models/x%22%7Dy")[0] == 500  # the stub's own error
+            connection = http.client.HTTPConnection(*address, timeout=30)
+            with contextlib.closing(connection):
+                connection.request("GET", "/metrics")
+                response = connection.getresponse()
+                text = response.read().decode()
+        assert response.headers["Content-Type"].startswith("text/plain; version=")
+        for line in (
+            'clipmini_answers_total{status="200"} 1.0',
+            'clipmini_answers_total{status="400"} 1.0',
+            'clipmini_answers_total{status="500"} 1.0',
+            "clipmini_requests_in_flight 0.0",
+            "clipmini_request_seconds_count 3.0",
+        ):
+            assert line in text.splitlines()
+
+    def test_documentation(self, address):
+        connection = http.client.HTTPConnection(*address, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("GET", "/docs")
+            response = connection.getresponse()
+            text = response.read().decode()
+        assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
+        schema = yaml.safe_load(text)
+        routes = create_app(print).routes
+        assert {route.path.replace(":path", "") for route in routes} == set(schema["paths"])
+        assert schema["components"]["schemas"]["Task"]["enum"] == list(PARAMETERS)
+        documented = schema["components"]["schemas"]["Parameters"]["properties"]
+        assert set(documented) == {"task", *itertools.chain.from_iterable(PARAMETERS.values())}
+
+
 class TestCommand:
     def test_serves_until_ctrl_c(self, handler, tiny_folder, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -320,6 +504,57 @@ class TestCommand:
             process.send_signal(signal.SIGINT)
             rest, errors = process.communicate(timeout=60)
             assert (process.returncode, rest, errors) == (0, "", "")
+
+    @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+    def test_stopping_cuts_no_request(self, handler, tiny_folder, stop):
+        """Neither one that is computed, nor one that has begun to arrive; idle connections do not delay the end."""
+        expected = handler({"inputs": "a fish"})
+        body = b'{"inputs": "a fish"}'
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with serve_command(tiny_folder) as (url, process), contextlib.ExitStack() as stack:
+            address = ("127.0.0.1", int(url.rpartition(":")[2]))
+            assert ask(address, {"inputs": "a fish"})[0] == 200
+            whole, half, begun, _ = (
+                [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(16)]
+                for _ in range(4)
+            )
+            for client in half:
+                client.sendall(head + body[:5])
+            for client in begun:
+                client.sendall(head[:20])
+            for client in whole:
+                client.sendall(head + body)
+            process.send_signal(stop)
+            start_s = time.monotonic()
+            for client in begun:
+                client.sendall(head[20:] + body)
+            time.sleep(1)
+            for client in half:
+                client.sendall(body[5:])
+            for client in whole + half + begun:
+                answer = client.makefile("rb").read()
+                assert answer.startswith(b"HTTP/1.1 200 ")
+                assert json.loads(answer.partition(b"\r\n\r\n")[2]) == pytest.approx(expected, abs=1e-5)
+            assert process.wait(30) == 0
+            assert time.monotonic() - start_s < 8
+            assert process.stderr.read() == ""
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="files are not limited")
+    def test_more_idle_connections_than_files(self, tiny_folder):
+        program = f"ulimit -n 120; exec {sys.executable} -m clipmini.cli serve {tiny_folder} --port 0"
+        with subprocess.Popen(
+            ["sh", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            address = ("127.0.0.1", int(process.stdout.readline().split(" until")[0].rpartition(":")[2]))
+            try:
+                with contextlib.ExitStack() as stack:
+                    for _ in range(300):
+                        stack.enter_context(socket.create_connection(address, timeout=30))
+                    assert ask(address, {"inputs": "a fish"})[0] == 200
+            finally:
+                process.send_signal(signal.SIGTERM)
+            assert process.communicate(timeout=60)[1] == ""
+        assert process.returncode == 0
 
     @pytest.mark.parametrize(
         ("options", "words"),

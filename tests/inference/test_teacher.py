@@ -1,4 +1,5 @@
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,6 +44,21 @@ def test_a_clipmini_folder_teaches_what_it_embeds(made, tiny_folder, toy_pairs):
             assert image.dtype == text.dtype == torch.float32
             torch.testing.assert_close(image, images[row], **HALF)
             torch.testing.assert_close(text, texts[2 * row + caption], **HALF)
+
+
+def test_a_teacher_that_was_trained_further_teaches_anew(tiny_folder, toy_pairs, tmp_path):
+    folder, pairs = tmp_path / "model", toy_pairs.select([0, 1])
+    shutil.copytree(tiny_folder, folder)
+    embed_with_teacher(folder, pairs, tmp_path / "before.parquet")
+    model = load_model(folder, "cpu")
+    with torch.no_grad():
+        for projection in (model.visual_projection, model.text_projection):
+            next(projection.parameters()).neg_()
+    model.save_pretrained(folder)
+    embed_with_teacher(folder, pairs, tmp_path / "after.parquet")
+    before, after = (TeacherEmbeddings.load(tmp_path / f"{name}.parquet", pairs) for name in ("before", "after"))
+    torch.testing.assert_close(after.images, -before.images)
+    torch.testing.assert_close(after.texts, -before.texts)
 
 
 def test_clip_teaches_what_it_embeds(clip_folder, toy_pairs, tmp_path):

@@ -22,7 +22,7 @@ class Pair(nn.Module):
     def __init__(self, is_used_twice=False):
         super().__init__()
         self.pretrained_cfg = {"input_size": (1, 4, 4)}
-        self.conv, self.norm = nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1, eps=0)
+        self.conv, self.norm = nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1, eps=1e-12)
         self.is_used_twice = is_used_twice
         with torch.no_grad():
             self.conv.weight.fill_(2)
@@ -107,7 +107,7 @@ def test_both_layers_run_where_one_is_replaced_or_looked_at(change):
     elif change == "replaced":
         pair.conv = nn.Sequential(pair.conv, nn.Identity())  # as LoRA wraps it
     else:
-        norm = nn.BatchNorm2d(1, eps=0)
+        norm = nn.BatchNorm2d(1, eps=1e-12)
         norm.load_state_dict(pair.norm.state_dict())
         pair.norm = norm.eval()
     assert pair(torch.ones(1, 1, 1, 1)).item() == 5.5

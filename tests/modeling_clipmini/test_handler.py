@@ -343,7 +343,11 @@ labels = ["a red square", "a blue disc", "nothing at all"]
 request = {"inputs": open(image, "rb").read(), "parameters": {"candidate_labels": labels}}
 answers = [answer(request), answer({"inputs": "a"})]
 events = []
-sys.addaudithook(lambda name, arguments: events.append(name))
+def note(name, arguments):
+    # Older versions of huggingface_hub make a dataclass at each use of an image processor.
+    if name not in ("compile", "exec") or sys._getframe(1).f_globals.get("__name__") != "dataclasses":
+        events.append(name)
+sys.addaudithook(note)
 answer(request)
 for inputs in (image, "file://" + image, "http://127.0.0.1:9/", "data:," + image, "__import__('os')"):
     try:

@@ -505,6 +505,7 @@ def replace_in(content, box, skip, *numbers):
 @pytest.fixture
 def unregistered(monkeypatch):
     """Pillow as it is before the first HEIF image of a process."""
+    Image.init()  # what it registers must outlive this test
     monkeypatch.setattr(Image, "OPEN", {name: opener for name, opener in Image.OPEN.items() if name != "HEIF"})
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
 

@@ -138,6 +138,23 @@ def test_hard_negatives_enter_both_losses_as_the_formula_says():
         assert sigmoid[i].item() == pytest.approx(math.log(1 + math.exp(1 - logits[i])) + negatives, abs=1e-6)
 
 
+def test_no_gradient_flows_through_the_weights_of_hard_negatives():
+    """They are constants: the gradient is that of the same sum with the weights as given numbers."""
+    images, ids, bias = IMAGES.clone().requires_grad_(), torch.arange(3), torch.tensor(-1.0)
+    logits = 2 * images @ TEXTS.T
+    log_weights = hard_negative_weights(logits.detach(), torch.eye(3, dtype=torch.bool), 0.5)
+    signs = 2 * torch.eye(3) - 1
+    infonce = torch.nn.functional.cross_entropy(logits + log_weights, ids, reduction="sum")
+    sigmoid = -(log_weights.exp() * torch.nn.functional.logsigmoid(signs * (logits + bias))).sum()
+    for rows, by_hand in (
+        (infonce_rows(images, TEXTS, SCALE, ids, ids, hardness=0.5), infonce),
+        (sigmoid_rows(images, TEXTS, SCALE, bias, ids, ids, hardness=0.5), sigmoid),
+    ):
+        [found], [expected] = (torch.autograd.grad(loss, images, retain_graph=True) for loss in (rows.sum(), by_hand))
+        assert expected.abs().max() > 0.1
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
 def test_affinity_is_zero_for_a_perfect_copy_and_the_divergence_otherwise():
     assert affinity_rows(IMAGES, TEXTS, SCALE, IMAGES, TEXTS, 2.0).abs().max() < 1e-6
     turned = IMAGES[[1, 2, 0]]

@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_clipmini import ClipMiniModel, ClipMiniTextModel, ClipMiniVisionModel
+from modeling_clipmini import ClipMiniModel, ClipMiniTextModel, ClipMiniVisionModel, infonce_loss, sigmoid_loss
 from stranger import run_as_stranger
 
 
@@ -55,6 +55,17 @@ def test_embeddings_have_length_one_and_logits_are_their_scaled_product(tiny_mod
     expected = tiny_model.logit_scale.exp() * output.image_embeds @ output.text_embeds.T
     assert torch.allclose(output.logits_per_image, expected)
     assert torch.equal(output.logits_per_text, output.logits_per_image.T)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_the_loss_is_that_of_the_embeddings_and_the_image_ids(loss, tiny_config):
+    torch.manual_seed(0)
+    model, ids = ClipMiniModel(tiny_config(loss=loss)).eval(), torch.tensor([4, 9, 4])
+    output = model(**make_inputs(), image_ids=ids)
+    pairs = output.image_embeds, output.text_embeds, model.get_logit_scale()
+    expected = infonce_loss(*pairs, ids) if loss == "infonce" else sigmoid_loss(*pairs, model.logit_bias, ids)
+    assert torch.allclose(output.loss, expected)
+    assert not torch.allclose(output.loss, model(**make_inputs()).loss)
 
 
 def test_either_side_may_be_left_out(tiny_model):

@@ -208,4 +208,4 @@ from transformers import AutoModel
 AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 """
     result = run_as_stranger(code, tmp_path, tiny_folder, check=False)
-    assert 'need transformers 5.0 or newer, and 4.57.3 is installed: pip install --upgrade "transf' in result.stderr
+    assert 'need transformers 5.8 or newer, and 4.57.3 is installed: pip install --upgrade "transf' in result.stderr

@@ -11,8 +11,8 @@ from modeling_clipmini import ClipMiniConfig, ClipMiniModel
 from modeling_clipmini.folding_clipmini import FoldedPair
 from modeling_clipmini.processing_clipmini import image_processor_for
 
-# The smallest model of each family (module of timm); a new family has to be added here.
-SMALLEST = """
+# The smallest model of each family (module of timm); a new family has to be added here. Older versions lack some.
+NEWEST = """
     beit_base_patch16_224 cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 cpubone_nano crossvit_tiny_240
     cs3darknet_focus_s csatv2 cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_patch16_224 densenet121
     dla46x_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvim_m1 efficientvit_b0
@@ -29,6 +29,7 @@ SMALLEST = """
     vgg11 visformer_tiny vit_tiny_patch16_dinov3_qkvb vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224
     xception41p xcit_nano_12_p8_224
 """.split()
+SMALLEST = [name for name in NEWEST if timm.is_model(name)]
 DEEP = ("deepseek_vit_412m", "gemma4_vit_167m", "qwen3_vit_88m")  # whose first two blocks will do
 
 # What cannot be a vision tower, and why; all else must work.
@@ -53,6 +54,7 @@ def make_config(architecture, tiny_config):
     return tiny_config(vision_config=values)
 
 
+@pytest.mark.skipif(NEWEST != SMALLEST, reason="an older timm, without some of the families")
 def test_every_family_is_here():
     assert sorted(map(family, SMALLEST)) == sorted(timm.list_modules())
     assert {*REFUSED, *PREPARED_OTHERWISE} <= set(timm.list_modules())

@@ -241,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.repositories(kind):
             self._answer({"error": "You already created this repo", "url": where, "name": name}, 409)
             return
-        is_private = wanted.get("visibility") == "private"
+        is_private = wanted.get("visibility") == "private" or wanted.get("private")
         self.hub.repositories(kind)[name] = Repository(name, is_private)
         self._answer({"url": where, "name": name, "id": name})
 

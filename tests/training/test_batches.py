@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from clipmini.data.augment import normalize_pixels
-from clipmini.training.batches import ClipMiniCollator, PairSampler, draw_index, pool_by_length
+from clipmini.data.pairs import PairDataset
+from clipmini.training.batches import ClipMiniCollator, EpochPairs, PairSampler, draw_index, pool_by_length
 from modeling_clipmini.images_clipmini import ImageError
 
 
@@ -26,6 +28,14 @@ def test_captions_are_covered_evenly():
     drawn = [draw_index(5, epoch, 0, 17) for epoch in range(35)]
     assert all(sorted(drawn[start : start + 5]) == [0, 1, 2, 3, 4] for start in range(0, 35, 5))
     assert drawn[:5] != drawn[5:10] or drawn[5:10] != drawn[10:15]
+
+
+def test_each_caption_meets_each_view(toy_pairs):
+    views, captions = np.array([[[0.0], [1.0]]], np.float32), np.array([[0.0], [1.0]], np.float32)
+    pairs = EpochPairs(PairDataset(toy_pairs.select([0]), image_features=views, text_features=captions))
+    items = [pairs[0, epoch] for epoch in range(30)]
+    met = {(item["pooled_image"].item(), item["pooled_text"].item()) for item in items}
+    assert met == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
 def make_rows():
@@ -75,6 +85,7 @@ def test_cached_features_stand_for_images_and_captions(tiny_processor):
     batch = ClipMiniCollator(tiny_processor)(rows)
     assert set(batch) == {"image_ids", "rows", "pooled_image", "pooled_text"}
     assert batch["rows"].tolist() == [0, 1]
+    assert batch["image_ids"].tolist() == [5, 7]
     assert batch["pooled_text"].tolist() == [[1.0, 1.0], [2.0, 2.0]]
 
 

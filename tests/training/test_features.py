@@ -108,8 +108,53 @@ def test_other_weights_or_pixels_are_computed_anew(prepare, tiny_model, toy_pair
     prepare(toy_pairs)
     assert prepare(toy_pairs, augment={}, num_views=1)[1] == {"images": 12, "captions": 0}
     assert prepare(toy_pairs, augment={"crop_scale": 0.5})[1] == {"images": 12, "captions": 0}
-    next(tiny_model.text_model.parameters()).data[0] += 1
-    assert prepare(toy_pairs)[1]["captions"] > 0
+
+
+@pytest.mark.parametrize(("tower", "seen_anew"), [("vision_model", "images"), ("text_model", "captions")])
+def test_a_tower_with_other_weights_computes_its_features_anew_and_the_other_does_not(
+    prepare, tiny_model, toy_pairs, tower, seen_anew
+):
+    before, _ = prepare(toy_pairs)
+    list(getattr(tiny_model, tower).parameters())[-1].data += 1
+    after, seen = prepare(toy_pairs)
+    assert {kind for kind, number in seen.items() if number} == {seen_anew}
+    is_same = {
+        "images": np.array_equal(after.image_features[:], before.image_features[:]),
+        "captions": np.array_equal(after.text_features[:], before.text_features[:]),
+    }
+    assert is_same == {"images": seen_anew != "images", "captions": seen_anew != "captions"}
+
+
+def test_another_pooling_of_captions_is_computed_anew(prepare, tiny_model, toy_pairs):
+    pairs, _ = prepare(toy_pairs)
+    before, tiny_model.config.text_pooling = pairs.text_features[:], "cls"
+    after, seen = prepare(toy_pairs)
+    assert seen == {"images": 0, "captions": len(set(pairs.captions))}
+    assert not np.array_equal(after.text_features[:], before)
+
+
+def test_activations_are_those_of_the_frozen_stages_and_do_not_care_for_the_trained_ones(
+    prepare, tiny_model, toy_pairs
+):
+    options = {"freeze_vision": False, "freeze_text": False, "vision_stages": 2}
+    rows, _ = prepare(toy_pairs, **options)
+    before = rows.image_features[:]
+    num_files = len(list(cache_root().rglob("*.safetensors")))
+    timm_model = tiny_model.vision_model.timm_model
+    list(timm_model.parameters())[-1].data += 1
+    np.testing.assert_array_equal(prepare(toy_pairs, **options)[0].image_features[:], before)
+    assert len(list(cache_root().rglob("*.safetensors"))) == num_files
+    next(timm_model.parameters()).data[0] += 1
+    assert not np.array_equal(prepare(toy_pairs, **options)[0].image_features[:], before)
+
+
+def test_activations_to_measure_with_are_not_rounded(tiny_model, toy_pairs, tmp_path):
+    args = ClipMiniTrainingArguments(output_dir=str(tmp_path), use_cpu=True, vision_stages=2)
+    prepared = prepare_features(tiny_model, {"train": toy_pairs, "validation": toy_pairs}, args)
+    assert prepared["train"].image_features.dtype == np.float16
+    pixels = tiny_model.processor(images=[read_image(image) for image in toy_pairs["image"]])["pixel_values"]
+    activations = prepared["validation"].frozen_stages.run(pixels).numpy()
+    np.testing.assert_allclose(prepared["validation"].image_features[:, 0], activations, atol=1e-6)
 
 
 def test_batches_and_workers_change_nothing(prepare, toy_pairs, monkeypatch):

@@ -1,3 +1,7 @@
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +9,7 @@ import torch.nn.functional as F
 from clipmini.training import objective as objective_module
 from clipmini.training.objective import ContrastiveObjective, Embeddings
 from modeling_clipmini import infonce_loss, sigmoid_loss
+from modeling_clipmini.loss_clipmini import infonce_rows
 
 SCALE = torch.tensor(7.0)
 BIAS = torch.tensor(-3.0)
@@ -33,6 +38,16 @@ def test_on_one_process_it_is_the_models_own_loss(bias):
     assert ContrastiveObjective()(pairs, SCALE, bias).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.2}, {"hardness": 0.5}])
+def test_options_of_the_loss_count_in_both_directions(options):
+    pairs = make_embeddings()
+    rows = [
+        infonce_rows(queries, candidates, SCALE, IDS, IDS, **options)
+        for queries, candidates in ((pairs.image, pairs.text), (pairs.text, pairs.image))
+    ]
+    assert ContrastiveObjective(**options)(pairs, SCALE).item() == pytest.approx(sum(rows).mean().item() / 2, abs=1e-6)
+
+
 @pytest.mark.parametrize("bias", [None, BIAS])
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 6])
 def test_chunks_change_neither_loss_nor_gradient(bias, chunk_size):
@@ -45,6 +60,72 @@ def test_chunks_change_neither_loss_nor_gradient(bias, chunk_size):
     assert chunked.item() == pytest.approx(whole.item(), abs=1e-6)
     for one, other in zip(gradients(whole, pairs), gradients(chunked, pairs), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+class Threads:
+    """The part of `torch.distributed` that gathering uses, for threads in place of processes."""
+
+    def __init__(self, num_threads):
+        self.rows, self.barrier = [None] * num_threads, threading.Barrier(num_threads, timeout=20)
+        self.own = threading.local()
+
+    def is_available(self):
+        return True
+
+    is_initialized = is_available
+
+    def get_world_size(self):
+        return len(self.rows)
+
+    def get_rank(self):
+        return self.own.rank
+
+    def exchange(self, rows):
+        self.rows[self.own.rank] = rows.detach().clone()
+        self.barrier.wait()
+        exchanged = list(self.rows)
+        self.barrier.wait()  # nobody sends anything else before all have read
+        return exchanged
+
+    def all_gather(self, parts, rows):
+        for part, received in zip(parts, self.exchange(rows), strict=True):
+            part.copy_(received)  # which refuses another shape
+
+    def all_reduce(self, rows):
+        rows.copy_(sum(self.exchange(rows)))
+
+    def run(self, function, arguments):
+        def start(rank):
+            self.own.rank = rank
+            return function(arguments[rank])
+
+        with ThreadPoolExecutor(len(self.rows)) as pool:
+            return list(pool.map(start, range(len(self.rows))))
+
+
+@pytest.mark.parametrize("bias", [None, BIAS])
+@pytest.mark.parametrize("sizes", [(4, 3), (1, 5, 1)])
+@pytest.mark.parametrize(
+    "options", [{}, {"hardness": 0.3, "distillation": 0.4, "matryoshka_dims": (3, 2), "teacher_scale": 9.0}]
+)
+def test_shares_of_processes_and_their_gradients_sum_to_those_of_one(monkeypatch, bias, sizes, options):
+    objective, pairs = ContrastiveObjective(**options), make_embeddings(teacher_width=4)
+    whole = objective(pairs, SCALE, bias)
+    threads = Threads(len(sizes))
+    monkeypatch.setattr(objective_module, "dist", threads)
+
+    def train(own):
+        own = own._replace(image=own.image.detach().requires_grad_(), text=own.text.detach().requires_grad_())
+        share = objective(own, SCALE, bias)
+        share.backward()
+        return share.item(), own.image.grad, own.text.grad
+
+    ends = list(itertools.accumulate(sizes, initial=0))
+    found = threads.run(train, [pairs.select(slice(*bounds)) for bounds in itertools.pairwise(ends)])
+    shares, images, texts = zip(*found, strict=True)
+    assert sum(shares) == pytest.approx(whole.item(), abs=1e-6)
+    for one, parts in zip(gradients(whole, pairs), (images, texts), strict=True):
+        assert torch.allclose(torch.cat(parts), one, atol=1e-6)
 
 
 @pytest.mark.parametrize(

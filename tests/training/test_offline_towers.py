@@ -18,6 +18,7 @@ from transformers import (
     TimmWrapperModel,
 )
 
+from clipmini.files import file_sha256
 from clipmini.inference.prompts import describe_unreadable
 from clipmini.names import expand
 from clipmini.training import offline_towers as towers
@@ -262,7 +263,7 @@ def test_folder(name, request, cache):
             text = file.read_text()
             assert str(cache) not in text
             assert "site-packages" not in text
-    assert not list(folder.parent.glob(".converting-*"))
+    assert not list(folder.parent.glob(".*"))
 
 
 @each_tower
@@ -288,12 +289,19 @@ def test_packages_code_is_not_run(name, cache):
     assert Path(OFFLINE_TOWERS[name].weight_file).parts[0] not in sys.modules
 
 
-def test_partly_deleted_folder_is_refused(tmp_path):
-    folder = tmp_path / "towers" / OFFLINE_TOWERS[TEXT].folder_name
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"lacks model\.safetensors, NOTICE, tokenizer\.json: delete the folder"):
-        resolve_tower(f"offline:{TEXT}", tmp_path)
+@needs_text
+@pytest.mark.parametrize("damage", ["a byte", "a lost file", "no digests"])
+def test_a_damaged_folder_is_made_again(damage, tmp_path, fake_conversion, caplog):
+    folder = Path(resolve_tower(f"offline:{TEXT}", tmp_path))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    if damage == "a byte":
+        (folder / "model.safetensors").write_text("y")
+    else:
+        (folder / {"a lost file": "tokenizer.json", "no digests": "digests.json"}[damage]).unlink()
+    resolve_tower(f"offline:{TEXT}", tmp_path)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert len(fake_conversion) == 2
+    assert f"{folder} is damaged, or has no digests yet; it is made again" in caplog.text
 
 
 # refused sources
@@ -323,7 +331,7 @@ def test_changed_file_is_refused(name, file, tmp_path, monkeypatch, fake_convers
         resolve_tower(f"offline:{name}", tmp_path / "cache")
     expected = {tower.weight_file: tower.sha256, **dict(tower.companion_files)}[file]
     assert str(caught.value).startswith(f"{file} of ")
-    assert f"expected SHA-256 {expected}, found {towers._sha256(copy)}" in str(caught.value)
+    assert f"expected SHA-256 {expected}, found {file_sha256(copy)}" in str(caught.value)
     assert fake_conversion == []
     assert not (tmp_path / "cache").exists()
 
@@ -376,35 +384,19 @@ def test_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(towers, "_CONVERTERS", {TEXT: fail})
     with pytest.raises(KeyboardInterrupt):
         resolve_tower(f"offline:{TEXT}", tmp_path)
-    assert _everything_under(tmp_path) == ["towers"]
+    assert _everything_under(tmp_path) == ["towers", "towers/lock"]
 
 
 @needs_text
 def test_leftover_of_a_killed_run_does_not_matter(tmp_path, fake_conversion):
-    half = tmp_path / "towers" / ".converting-dead" / OFFLINE_TOWERS[TEXT].folder_name
-    half.mkdir(parents=True)
-    (half / "config.json").write_text("half")
-    folder = Path(resolve_tower(f"offline:{TEXT}", tmp_path))
-    assert (folder / "model.safetensors").is_file()
+    half = tmp_path / "towers" / ".clipmini-tmp-dead" / "new"
+    for _ in range(2):  # also where the tower is there already
+        half.mkdir(parents=True)
+        (half / "config.json").write_text("half")
+        folder = Path(resolve_tower(f"offline:{TEXT}", tmp_path))
+        assert (folder / "model.safetensors").is_file()
+        assert not half.exists()
     assert len(fake_conversion) == 1
-
-
-@needs_text
-def test_another_run_finishes_first(tmp_path, monkeypatch):
-    """The slower run finds the folder in place when it is done, keeps it and cleans up."""
-    winner = []
-
-    def slow(weights, folder):
-        monkeypatch.setattr(towers, "_CONVERTERS", {TEXT: _fake_converter})
-        winner.append(resolve_tower(f"offline:{TEXT}", tmp_path))
-        (Path(winner[0]) / "model.safetensors").write_text("the winner's")
-        _fake_converter(weights, folder)
-
-    monkeypatch.setattr(towers, "_CONVERTERS", {TEXT: slow})
-    folder = resolve_tower(f"offline:{TEXT}", tmp_path)
-    assert [folder] == winner
-    assert (Path(folder) / "model.safetensors").read_text() == "the winner's"
-    assert [path.name for path in (tmp_path / "towers").iterdir()] == [Path(folder).name]
 
 
 @needs_vision
@@ -421,6 +413,6 @@ def test_racing_processes(tmp_path):
     assert [run.returncode for run in runs] == [0, 0]
     assert len(outputs) == 1
     folders = [Path(line) for line in outputs.pop().split()]
-    assert sorted((tmp_path / "towers").iterdir()) == sorted(folders)
+    assert sorted((tmp_path / "towers").iterdir()) == sorted([*folders, tmp_path / "towers" / "lock"])
     for folder in folders:
         AutoModel.from_pretrained(folder)

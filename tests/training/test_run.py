@@ -1,6 +1,10 @@
+import contextlib
 import functools
 import json
+import os
+import resource
 import shutil
+import sys
 
 import pytest
 import torch
@@ -104,7 +108,8 @@ def test_a_folder_of_images_becomes_a_model(finished):
     assert splits["test"]["chance"]["text_to_image_r1"] == 1 / splits["test"]["num_images"]
     assert results["num_train_images"] + sum(split["num_images"] for split in splits.values()) == 18
     model = load_model(finished.model_folder)
-    assert model(**model.processor(images=[Image.new("RGB", (30, 30))], text=["a"])).logits_per_image.shape == (1, 1)
+    batch = model.processor(images=[Image.new("RGB", (30, 30))], text=["a"]).to(model.device)
+    assert model(**batch).logits_per_image.shape == (1, 1)
     card = (finished.model_folder / "README.md").read_text()
     assert "pipeline_tag: zero-shot-image-classification" in card
     assert "| text to image |" in card
@@ -350,14 +355,17 @@ def test_a_folder_that_no_run_made_is_not_overwritten(recipe, tmp_path, name):
 
 def test_caches_and_leftovers_are_nobodys(recipe, tmp_path):
     run = tmp_path / "run"
-    run.mkdir()
-    (run / ".written_files.json.77").write_text("x")  # of a run that was killed at its first write
+    (run / ".clipmini-tmp-77").mkdir(parents=True)
+    (run / ".clipmini-tmp-77" / "new").write_text("x")  # of a run that was killed at its first write
     train(recipe("max_steps=1"), overwrite=True)
-    for name in ("model/__pycache__/handler.pyc", "model/.DS_Store", ".model.77/config.json", ".model.78.old/a"):
-        (run / name).parent.mkdir(exist_ok=True)
-        (run / name).write_text("x")
+    leftovers = [run / name for name in (".clipmini-tmp-77/new/config.json", "model/.clipmini-tmp-78/new/vision.onnx")]
+    for file in (run / "model/__pycache__/handler.pyc", run / "model/.DS_Store", *leftovers):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x")
+    plan_run(recipe("max_steps=1"), overwrite=True)
+    assert all(file.exists() for file in leftovers)
     train(recipe("max_steps=1"), overwrite=True)
-    assert not [path for path in run.iterdir() if path.name.startswith(".model.")]
+    assert not list(run.rglob(".*"))
 
 
 def test_an_evaluation_is_not_taken_for_a_run(recipe, tmp_path):
@@ -382,6 +390,72 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(recipe, finished, finished
     assert f"{checkpoints[-1]} was interrupted" in caplog.text
     assert f"resuming from {checkpoints[-2]}" in caplog.text
     assert_same_weights(finished, resumed, 1e-6)
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("config.json", lambda file: file.write_text("{")),
+        ("model.safetensors", lambda file: os.truncate(file, file.stat().st_size - 1)),
+        ("optimizer.pt", lambda file: os.truncate(file, 1000)),
+        ("optimizer.pt", flip_a_bit),
+        ("rng_state.pth", lambda file: file.write_bytes(b"")),
+        ("scheduler.pt", flip_a_bit),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(recipe, finished, finished_run, caplog, name, damage):
+    earlier, last = sorted(finished_run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    (finished_run / "results.json").unlink()
+    damage(last / name)
+    assert plan_run(recipe())["start"] == {"": f"resumes from {earlier}"}
+    if name == "config.json":
+        resumed = train(recipe())
+        assert f"{last} was interrupted while being written, or is damaged (Expecting property" in caplog.text
+        assert f"resuming from {earlier}" in caplog.text
+        assert_same_weights(finished, resumed, 1e-6)
+
+
+def test_a_checkpoint_whose_best_is_damaged_is_passed_over(recipe, finished, finished_run):
+    """It would be loaded at the end, and no run would ever come there."""
+    earlier, last = sorted(finished_run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    (finished_run / "results.json").unlink()
+    state = json.loads((last / "trainer_state.json").read_text())
+    (last / "trainer_state.json").write_text(json.dumps({**state, "best_model_checkpoint": str(earlier)}))
+    (earlier / "model.safetensors").write_bytes(b"")
+    assert plan_run(recipe())["start"] == {"": "starts anew"}
+
+
+@contextlib.contextmanager
+def file_size_limit(num_bytes):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on the size of files")
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [(1_000_000, "File too large;"), (3_000_000, "No space left on device;"), (9, "written to")],
+)
+def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_model(recipe, finished, finished_run, limit, message):
+    """The limits are met by the weights of a checkpoint, by its optimizer, and before anything else."""
+    training = recipe()
+    with pytest.raises((OSError, ValueError)) as refusal, file_size_limit(limit):
+        train(training, overwrite=True)
+    assert message in str(refusal.value)
+    assert str(finished_run) in str(refusal.value)
+    saved = (finished_run / "model" / "model.safetensors").read_bytes()
+    assert saved == (finished.model_folder / "model.safetensors").read_bytes()
+    assert (finished_run / "results.json").exists() == (limit == 9)
+    assert not list(finished_run.rglob(".*"))
 
 
 def test_without_a_validation_split_the_last_weights_are_kept(recipe, caplog):

@@ -1,6 +1,7 @@
 """Recipes in stages, and runs that are killed."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,9 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from clipmini.files import sole_run
+from clipmini.publishing.checks import list_files
 from clipmini.recipe_files import parse_changes
+from clipmini.training import run as run_module
 from clipmini.training.recipes import load_recipe
-from clipmini.training.run import train
+from clipmini.training.run import plan_run, train
 
 RECIPE = """
 model: tiny
@@ -178,6 +182,47 @@ def test_a_key_of_one_stage_can_be_changed(make):
     assert recipe.stages["heads"].learning_rate == 0.5
     assert recipe.stages["towers"].learning_rate != 0.5
     assert {args.seed for args in recipe.stages.values()} == {3}
+
+
+def train_and_die(recipe, moment, options):
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(run_module, moment, die)  # the child's own copy of the module
+    train(recipe, **options)
+
+
+@pytest.mark.parametrize("moment", ["_claim_output_dir", "_recipe_text"])
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}], ids=["plain", "overwrite"])
+def test_a_run_killed_at_any_moment_goes_on(make, whole, tmp_path, moment, options):
+    child = multiprocessing.get_context("fork").Process(target=train_and_die, args=(make("run"), moment, options))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    train(make("run"), **options)
+    assert_same_weights(whole.folder, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+def test_a_stage_that_is_stopped_before_its_results_are_written_goes_on(make, whole, tmp_path, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    train(make("run"), stage="heads")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "versions", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(make("run"), stage="towers")
+    assert train(make("run"), stage="towers").results["stages"] == ["heads", "towers"]
+    assert_same_weights(whole.folder, tmp_path / "run")
+
+
+def test_a_second_run_is_refused_and_what_reads_a_run_is_not(make, run):
+    with sole_run(run):
+        with pytest.raises(ValueError, match=r"run is being written by another run \(process \d+ on "):
+            train(make("run"), overwrite=True)
+        assert plan_run(make("run"), overwrite=True)["start"]["heads"] == "replaces the run that is there"
+        assert list_files(run / "model")  # as a push does
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from clipmini.evaluation.measure import measure_pairs
 from clipmini.files import cache_root
 from clipmini.inference.teacher import embed_with_teacher
+from clipmini.training import trainer as trainer_module
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.features import prepare_features
 from clipmini.training.trainer import ClipMiniTrainer, NonFiniteLossError
@@ -69,10 +71,23 @@ def test_a_package_that_is_missing_is_named_before_any_data_is_read(package, opt
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
     name = package.replace("_", ".")  # some are written with a hyphen
-    with pytest.raises(ValueError, match=rf"(?i)cannot be used here: .*{name}.*\. Install") as caught:
+    with pytest.raises(ValueError, match=rf"(?i)cannot be used here: .*{name}.*\. Correct it, install") as caught:
         ClipMiniTrainingArguments(output_dir="run", use_cpu=True, **options)
     assert len(str(caught.value)) < 500
     assert not is_deepspeed_zero3_enabled()  # nor is any later run taken for one of deepspeed
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+        ({"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycle": 2}}, "num_cycle"),
+        ({"accelerator_config": {"split_batch": True}}, "split_batch"),
+    ],
+)
+def test_options_of_options_are_checked_before_any_data_is_read(options, named):
+    with pytest.raises(ValueError, match=f"cannot be used here: .*{named}.* Correct it"):
+        ClipMiniTrainingArguments(output_dir="run", use_cpu=True, **options)
 
 
 def test_what_a_run_reports_to_must_be_installed(monkeypatch):
@@ -90,6 +105,51 @@ def test_a_gradient_cache_trains_the_same(make_trainer, loss):
     plain = weights_after(make_trainer(config=config, **options))
     cached = weights_after(make_trainer(config=config, **options, gradient_cache_chunk=4))
     assert_same(plain, cached)
+
+
+def gradients_of_steps(trainer):
+    """The gradient of every parameter at each step of the optimizer, as it is before the step."""
+    steps = []
+
+    class Recorder(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            steps.append({name: value.grad.clone() for name, value in model.named_parameters()})
+
+    trainer.add_callback(Recorder())
+    trainer.train()
+    return steps
+
+
+def assert_mean(found, *parts):
+    """Compare gradients with the mean of some others."""
+    assert max(value.abs().max() for value in found.values()) > 1e-3
+    assert_same(found, {name: sum(part[name] for part in parts) / len(parts) for name in found}, 1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_accumulated_gradients_are_the_mean_of_the_batches(make_trainer, chunk):
+    """Three batches an epoch, two of which make a step; the third makes the next one alone."""
+    at_rest = {"optim": "sgd", "learning_rate": 0.0, "max_grad_norm": 0.0}
+    options = {**at_rest, "per_device_train_batch_size": 4, "max_steps": -1, "num_train_epochs": 1}
+    trainer = make_trainer(config=NO_DROPOUT, **options, gradient_cache_chunk=chunk)
+    first, second, third = gradients_of_steps(trainer)
+    trainer = make_trainer(config=NO_DROPOUT, **options, gradient_cache_chunk=chunk, gradient_accumulation_steps=2)
+    both, last = gradients_of_steps(trainer)
+    assert not torch.allclose(first["text_projection.weight"], second["text_projection.weight"], atol=1e-4)
+    assert_mean(both, first, second)
+    assert_mean(last, third)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_each_of_several_processes_scales_its_share_since_gradients_are_averaged(make_trainer, monkeypatch, chunk):
+    """`ContrastiveObjective` returns shares that sum to the loss, and torch takes the mean of their gradients."""
+    found = []
+    for num_processes in (1, 4):
+        monkeypatch.setattr(trainer_module, "world_size", lambda number=num_processes: number)
+        trainer = make_trainer(config=NO_DROPOUT, max_steps=1, max_grad_norm=0.0, gradient_cache_chunk=chunk)
+        found.append(gradients_of_steps(trainer)[0])
+    one, four = found
+    assert_mean({name: value / 4 for name, value in four.items()}, one)
 
 
 @pytest.mark.parametrize("length_groups", [1, 3])
@@ -221,6 +281,16 @@ def test_augmentation_without_a_cache_depends_on_the_turn_alone(make_trainer):
     trainer.train()
 
 
+def test_the_seed_of_the_data_alone_draws_the_pairs(make_trainer):
+    def draw(**seeds):
+        trainer = make_trainer(**seeds)
+        items = [trainer.train_dataset[key] for key in trainer.sampler]
+        return [(item["row"], item["caption"]) for item in items]
+
+    assert draw(seed=1, data_seed=5) == draw(seed=2, data_seed=5) == draw(seed=5)
+    assert draw(seed=1) != draw(seed=5)
+
+
 def test_matryoshka_widths_are_trained_and_measured(make_trainer):
     trainer = make_trainer(matryoshka_dims="8,4")
     trainer.train()
@@ -314,11 +384,14 @@ def test_a_teacher_has_its_share_of_the_loss(make_trainer, tiny_folder, toy_pair
     trainer.train()
 
 
-def test_the_best_adapter_is_loaded_at_the_end(make_trainer, tmp_path):
+def test_the_best_adapter_is_loaded_at_the_end(make_trainer, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer = make_trainer(lora={"parts": "text"}, load_best_model_at_end=True, **options)
+    recalls = iter([0.5, 0.4])  # the first is the best, and its weights are not those of the last step
+    monkeypatch.setattr(trainer, "measure", lambda pairs: {"mean_recall": next(recalls)})
     trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-2")
     best = load_file(f"{trainer.state.best_model_checkpoint}/adapter_model.safetensors")
     assert torch.equal(best["base_model.model.logit_scale"], trainer.model.logit_scale)
     assert torch.equal(best["base_model.model.text_projection.weight"], trainer.model.text_projection.weight)

@@ -20,8 +20,8 @@ from stranger import run_as_stranger
 
 pytestmark = pytest.mark.versions
 
-VERSIONS = ("5.0.0", "5.4.0", "5.8.1", "5.12.1", "5.16.1", "5.20.2", "5.24.0")  # a new one is added at the end
-FLOOR, TOO_OLD = "5.0", "4.57.6"
+VERSIONS = ("5.8.1", "5.12.1", "5.16.1", "5.20.2", "5.24.0")  # a new one is added at the end
+FLOOR, TOO_OLD = "5.8", "5.7.0"
 TEXTS = ["a cat", "a somewhat longer caption of a dog", "many words " * 100]
 
 CODE = """
