@@ -27,6 +27,7 @@ test: .venv/.installed  ## run the fast tests
 .PHONY: test-all
 test-all: .venv/.installed  ## run all tests, including the slow ones
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps clip-benchmark  # a peer to compare with
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt mteb  # another, whose scipy is newer than our lowest
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not gpu and not versions'
 
 .PHONY: test-versions
@@ -69,6 +70,8 @@ bench: .venv/.installed  ## measure the figures of benchmarks/README.md, in hour
 	$(BIN)/clipmini train flickr8k --set source=$(FLICKR8K) --set output_dir=runs/bench-flickr8k --overwrite
 	$(BIN)/python benchmarks/encoding.py runs/bench-flickr8k/model --source $(FLICKR8K)
 	$(BIN)/python benchmarks/bank.py runs/bench-flickr8k/model --source $(FLICKR8K) --gallery offline:photos
+	$(BIN)/python benchmarks/fine_tuning.py --folder runs/bench-parts
+	$(BIN)/python benchmarks/fine_tuning.py --start runs/bench-flickr8k/heads/model --keep $(FLICKR8K)
 
 .PHONY: build
 build: .venv/.installed  ## build the wheel and the source archive in dist/

@@ -70,6 +70,7 @@ class Variant:
         change_of: the row that this one changes in one thing. It takes as many steps, since they are the same work,
             and is compared with that row seed by seed.
         model_config: changes to the model.
+        model: the preset.
     """
 
     name: str
@@ -78,15 +79,23 @@ class Variant:
     max_epochs: int | None = None
     change_of: str | None = None
     model_config: dict[str, Any] = field(default_factory=dict)
+    model: str = "lite0-minilm"
 
 
 HEADS, TWO_STAGES = "heads only, cached features", "heads, then both towers"
+SMOOTH = f"{HEADS}, label smoothing"
 LIKE_TWO_STAGES: dict[str, Any] = {"warm_heads": True, "change_of": TWO_STAGES}
 VARIANTS = (
     Variant("heads only, towers run at every step", {**FROZEN, "cache_features": False, **SMALL_BATCH}),
     Variant(HEADS, FROZEN, max_epochs=30),
     Variant(f"{HEADS}, no earlier stages", FROZEN, change_of=HEADS, model_config={"vision_levels": []}),
-    Variant(f"{HEADS}, label smoothing", {**FROZEN, "label_smoothing_factor": 0.2}, change_of=HEADS),
+    Variant(SMOOTH, {**FROZEN, "label_smoothing_factor": 0.2}, change_of=HEADS),
+    Variant(
+        f"{SMOOTH}, two vision towers",
+        {**FROZEN, "label_smoothing_factor": 0.2},
+        change_of=SMOOTH,
+        model="lite0-lite2-minilm",
+    ),
     Variant("+ text tower, cached vision features", TEXT_TUNED),
     Variant(TWO_STAGES, TUNED, warm_heads=True),
     Variant(f"{TWO_STAGES}, hard negatives", {**TUNED, "hard_negatives": {"weight": 0.3}}, **LIKE_TWO_STAGES),
@@ -119,7 +128,7 @@ def run(variant: Variant, source: str, seed: int, max_steps: int, folder: Path) 
     stage = {**COMMON, **UNCHOSEN, **variant.training, "max_steps": max_steps}
     stages = {"heads": HEADS_STAGE, "main": stage} if variant.warm_heads else {"main": stage}
     recipe = {
-        "model": "lite0-minilm",
+        "model": variant.model,
         "model_config": variant.model_config,
         "data": {"source": source, "test_fraction": 0.0},
         "training": {"output_dir": str(folder / "run"), "seed": seed},

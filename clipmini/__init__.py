@@ -32,7 +32,20 @@ if find_spec("clipmini.training") is None:  # Python has found the checkout befo
         "`pip install -e .` in the checkout, or start Python elsewhere."
     )
 
-__all__ = ["__version__", "classify", "evaluate", "export", "load", "metric", "open_index", "push", "search", "train"]
+__all__ = [
+    "__version__",
+    "classify",
+    "convert",
+    "evaluate",
+    "export",
+    "interpolate",
+    "load",
+    "metric",
+    "open_index",
+    "push",
+    "search",
+    "train",
+]
 
 try:
     __version__ = version("clipmini")
@@ -47,10 +60,10 @@ def __dir__() -> list[str]:
 def load(
     name_or_folder: str | Path, device: str | Device | None = None, *, engine: str = "auto"
 ) -> ClipMiniModel | OnnxModel:
-    """Load a clipmini model with the code of this package, never with that of the folder.
+    """Load a model with the code of this package, never with that of its folder.
 
     Args:
-        name_or_folder: a folder that training saved, or a Hub id.
+        name_or_folder: a folder that training saved, a Hub id, or another name that `convert` takes.
         device: where to put the model; by default the accelerator that torch finds, such as a CUDA GPU or a Mac's
             (mps), or else the CPU.
         engine: "torch"; or "onnx" or "onnx-int8" for the graphs that `export` wrote, which the CPU computes, with
@@ -77,11 +90,58 @@ def load(
     return load_clipmini(name_or_folder, device, engine)
 
 
+def convert(name: str | Path, out: str | Path | None = None) -> ClipMiniModel:
+    """Turn a CLIP of another library into a clipmini model that embeds the same.
+
+    Wherever a model is named, such a model can be named as it is, and is converted once, into the cache; this is for
+    a folder of its own, to change or to publish.
+
+    Args:
+        name: the folder or Hub id of a CLIP or SigLIP of transformers, sentence-transformers or open_clip; or
+            `open_clip:NAME/PRETRAINED`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
+        out: a new folder to save the model in, with its card.
+
+    Returns:
+        The model in eval mode, with its processor as `model.processor`.
+
+    Raises:
+        ValueError: there is no such model, it has parts that clipmini's models lack, it would run code of its own, or
+            the folder exists.
+
+    Example:
+        >>> model = clipmini.convert(clip_folder)
+        >>> model.encode_text("a red bicycle").shape
+        (8,)
+    """
+    from clipmini.names import check_utf8, locate_model
+
+    folder = None if out is None else Path(out).expanduser()
+    if folder is not None:
+        check_utf8(str(folder))
+    if folder is not None and (folder.is_symlink() or folder.exists()):
+        raise ValueError(f"{out} exists: remove it, or name another folder for the converted model.")
+    located = locate_model(name)
+    from clipmini.conversion import resolve_model
+    from clipmini.inference.embed import load_model
+    from clipmini.publishing.card import render_converted_card
+    from clipmini.publishing.folder import save_model_folder
+
+    converted = resolve_model(located)
+    if converted == str(located):
+        raise ValueError(f"{name} is a clipmini model already; use it as it is.")
+    model = load_model(converted, "cpu")
+    if folder is not None:
+        card = render_converted_card(folder.absolute().name, model, str(name))
+        save_model_folder(model, folder, card, made_of=[str(located)])
+    return model
+
+
 def train(recipe: str | Path, /, *, overwrite: bool = False, stage: str | None = None, **changes: Any) -> Run:
     """Train a model from a recipe, and measure retrieval before and after; resume a run that was interrupted.
 
     Args:
-        recipe: a YAML file, or the name of a recipe that comes with clipmini, such as "demo".
+        recipe: a YAML file, or the name of a recipe that comes with clipmini, such as "demo"; or, with `model` set to
+            the folder or Hub id of a model, the data to train it further on, by the recipe "fine-tune".
         overwrite: replace the run in the output folder.
         stage: run only this stage of the recipe.
         **changes: keys of the recipe, as on the command line; `clipmini train --help` lists them. A section may be a
@@ -129,8 +189,7 @@ def evaluate(
     """Measure a model, with confidence intervals; `save` writes the report.
 
     Args:
-        model: a model, its folder or its Hub id; also one of transformers (CLIP, SigLIP) or sentence-transformers, or
-            `open_clip:NAME/PRETRAINED`.
+        model: a model, its folder or its Hub id; or another name that `convert` takes.
         data: for retrieval, image-caption pairs: a folder, a table, a Hub id, or a recipe with data. For the other
             tasks, labeled images: a folder with one subfolder per class, or a Hub id.
         task: "retrieval", "zero-shot" or "probe".
@@ -225,10 +284,10 @@ def search_each(
     """Search for each of several queries as `search` does, of which the other arguments are."""
     from clipmini.data.images import Skipped, expand_files, find_images
     from clipmini.inference.prompts import check_queries
-    from clipmini.names import locate_any_model
+    from clipmini.names import locate_model
 
     check_queries([*queries, *options.get("plus", ()), *options.get("minus", ())], top)
-    locate_any_model(model, options.get("engine", "auto"))
+    locate_model(model, options.get("engine", "auto"))
     if isinstance(images, (str, os.PathLike)):
         find_images(images)
     else:
@@ -314,12 +373,12 @@ def classify(
     """
     from clipmini.data.images import Skipped, expand_files
     from clipmini.inference.prompts import fill_template, load_templates
-    from clipmini.names import locate_any_model
+    from clipmini.names import locate_model
 
     templates = load_templates(template) if isinstance(template, str) else list(template or [])
     for caption in templates or ["{}"]:
         fill_template(labels, caption)  # raises an error if the labels or the template are not allowed
-    locate_any_model(model, engine)
+    locate_model(model, engine)
     found = expand_files(images if isinstance(images, Iterable) and not isinstance(images, str) else [images])
     from clipmini.inference.encoders import load_encoder
     from clipmini.inference.zero_shot import Classification
@@ -378,6 +437,53 @@ def export(
     from clipmini.publishing.export import export as run_export
 
     return run_export(model, out, int8=int8, pairs=pairs, split=split, calibration=images, force=force)
+
+
+def interpolate(
+    start: str | Path,
+    tuned: str | Path,
+    out: str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    keep: str | Path | None = None,
+) -> Run:
+    """Measure the models on the line between two, and save the best that has lost nothing (WiSE-FT, arXiv:2109.01903).
+
+    The weights are (1 - a) START + a TUNED, for a from 0 to 1 in steps of 0.1. On validation splits, where there are
+    such, that model is chosen which is best on the new data among those that are not surely worse than START on the
+    kept data, by a paired 95 % interval. It is reported on test splits.
+
+    Args:
+        start: the folder or Hub id of a model.
+        tuned: likewise, of a model that was trained from it.
+        out: the folder to write, as of a run; by default that of the tuned model's run with "-interpolated" added.
+        data: the new data, pairs or labeled images, as in `evaluate`; by default those of the tuned model's run.
+        keep: the data on which the model must not get worse, likewise; by default the run's `keep`.
+
+    Returns:
+        The chosen model as a run, with the curve in `results["interpolation"]` and in `curves.png`.
+
+    Raises:
+        ValueError: the models are not of one architecture, `out` exists, or the data cannot be used, or are neither
+            named nor known.
+
+    Example:
+        >>> chosen = clipmini.interpolate(folder, folder, folder.parent / "between", data=images, keep=images)
+        >>> chosen.results["interpolation"]["weight"]
+        0.0
+    """
+    from clipmini.names import locate, locate_model
+    from clipmini.recipe_files import is_recipe
+
+    for model in (start, tuned):
+        locate_model(model)
+    sources = ["" if source is None else str(source) for source in (data, keep)]
+    for source in sources:
+        if source and not is_recipe(source):
+            locate(source, "a folder, a table or a recipe", "dataset")
+    from clipmini.publishing.interpolation import interpolate as run_interpolation
+
+    return run_interpolation(str(start), str(tuned), None if out is None else Path(out), *sources)
 
 
 def push(

@@ -69,8 +69,8 @@ AnyModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A model folder or Hub id, of clipmini, transformers (CLIP, SigLIP) or sentence-transformers; or "
-        "open_clip:NAME/PRETRAINED.",
+        help="A model folder or Hub id, of clipmini, transformers (CLIP, SigLIP), sentence-transformers or open_clip; "
+        "or open_clip:NAME/PRETRAINED.",
     ),
 ]
 Engine = Annotated[
@@ -111,7 +111,9 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            metavar="RECIPE", help='A recipe: a name, such as "demo", or a YAML file.', autocompletion=complete_recipe
+            metavar="RECIPE | DATA",
+            help='A recipe: a name, such as "demo", or a YAML file. With --model, also data to train that further on.',
+            autocompletion=complete_recipe,
         ),
     ],
     overrides: Overrides = None,
@@ -171,10 +173,10 @@ def teach(
 ) -> None:
     """Embed the training pairs of a recipe with a larger model, which it can then name as its `teacher`."""
     from clipmini.data.images import Skipped
-    from clipmini.names import locate_any_model
+    from clipmini.names import locate_model
     from clipmini.recipe_files import check_start, parse_changes, read_recipe
 
-    locate_any_model(model)
+    locate_model(model)
     values = read_recipe(recipe, parse_changes(overrides or []))
     check_start(values)
     with working():
@@ -259,6 +261,34 @@ def evaluate(
     show(f"The report is in {folder / 'report.html'}")
 
 
+@app.command(epilog="Example: clipmini convert openai/clip-vit-base-patch32 --out clip-b32")
+def convert(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A folder or Hub id, of transformers (CLIP, SigLIP), sentence-transformers or open_clip; or "
+            "open_clip:NAME/PRETRAINED.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The model's new folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Turn a CLIP of another library into a clipmini model that embeds the same.
+
+    Only a folder to change or to publish needs this: wherever MODEL is asked for, such a name will do as it is.
+    """
+    with working():
+        model = clipmini.convert(name, out)
+    towers = {"vision": model.config.vision_config.architecture, "text": model.config.text_config.model_type}
+    if as_json:
+        print_json({"folder": str(out), **towers, "num_parameters": model.num_parameters()})
+        return
+    millions = f"{model.num_parameters() / 1e6:.1f} million"
+    print_table(("part", "what it is"), [*towers.items(), ("parameters", millions)])
+    show(f"The model is in {out}")
+
+
 @app.command(epilog="Example: clipmini index runs/demo/model ~/Pictures --out pictures.index")
 def index(
     model: AnyModelName,
@@ -277,9 +307,9 @@ def index(
     Only new and changed images are embedded, and those that are gone from a source are dropped. A run that is killed
     goes on where it was.
     """
-    from clipmini.names import as_command, locate, locate_any_model
+    from clipmini.names import as_command, locate, locate_model
 
-    locate_any_model(model)
+    locate_model(model)
     for source in () if ray else sources:  # Ray also reads addresses
         locate(source, "a folder or a table of images", "dataset")
     with working():
@@ -468,9 +498,9 @@ def run_app(
     Nothing is sent elsewhere. Whoever reaches the page sees small copies of all images of the index.
     """
     from clipmini.data.images import find_images
-    from clipmini.names import expand, is_index, locate_any_model
+    from clipmini.names import expand, is_index, locate_model
 
-    locate_any_model(model)
+    locate_model(model)
     if index is not None and not is_index(index):
         find_images(index)  # raises an error if it is no folder of images either
     try:
@@ -530,6 +560,39 @@ def export(
         return
     print_contents(exported.tables)
     show(f"The graphs are in {exported.folder}")
+
+
+@app.command(
+    epilog="Example: clipmini interpolate openai/clip-vit-base-patch32 runs/fine-tune/model --keep my_classes"
+)
+def interpolate(
+    start: Annotated[str, typer.Argument(metavar="START", help="The folder or Hub id of a model.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="A model that was trained from it.")],
+    data: Annotated[str | None, typer.Option(help="The new data. Default: those of TUNED's run.")] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Where the model must not get worse: pairs, or labeled images. Default: what TUNED's run kept.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A new folder. Default: beside TUNED's run.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the models on the line between two, and save the one that gains most and surely loses nothing.
+
+    The folder is like a run's: it also holds results.json, and the curve as curves.png.
+    """
+    with working():
+        chosen = clipmini.interpolate(start, tuned, out, data=data, keep=keep)
+    if as_json:
+        print_json(chosen.to_dict())
+        return
+    print_contents(chosen.tables)
+    weight = chosen.results["interpolation"]["weight"]
+    show(f"The model with {weight:g} of {tuned} is in {chosen.model_folder}, and the curve in {chosen.curves}")
 
 
 @app.command(epilog="Example: clipmini push runs/demo/model my-name/my-clip --dry-run")

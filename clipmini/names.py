@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 MODEL_TYPE = "clipmini"  # in a model's config.json; the class itself takes seconds to import
 OPEN_CLIP_PREFIX = "open_clip:"
-CONFIG_FILE, SENTENCE_TRANSFORMERS_FILE = "config.json", "modules.json"  # every model folder has one of them
+CONVERTIBLE = ("clip", "siglip")  # the types of transformers' models that `clipmini.conversion` knows
+# Every model folder has one of these.
+CONFIG_FILE, SENTENCE_TRANSFORMERS_FILE, OPEN_CLIP_FILE = "config.json", "modules.json", "open_clip_config.json"
 MANIFEST_FILE = "manifest.json"  # of an index of images; no model has it
 ONNX_FOLDER, ONNX_INT8 = "onnx", "onnx-int8"
 ONNX_ENGINES = ("onnx", ONNX_INT8)
@@ -63,8 +65,8 @@ def hub_id(name: str) -> str | None:
 
 
 def public_name(name: str) -> str:
-    """Return a name that can be published: an id or an `offline:` name as it is, and only the last part of a path."""
-    if name.startswith(OFFLINE_PREFIX):
+    """Return a name that can be published: an id, or a name with a prefix, as it is; only the last part of a path."""
+    if name.startswith((OFFLINE_PREFIX, OPEN_CLIP_PREFIX)) and "local-dir:" not in name:
         return name
     # Windows paths may have either separator.
     return hub_id(name) or PureWindowsPath(os.path.abspath(name)).name or "data"
@@ -221,23 +223,6 @@ def check_repository(name: str) -> None:
         raise ValueError(f"{name!r} is not a repository on the Hub; name one as owner/name.")
 
 
-def locate_any_model(model: Any, engine: str = "auto") -> Any:
-    """Return what to load a model of any library by, as `locate` does; see `load_encoder`. A model itself is returned.
-
-    Raises:
-        ValueError: it is neither a model, nor a model's folder, nor a model on the Hub, nor one of open_clip's names;
-            or as `check_engine` does.
-    """
-    check_engine(engine, model)
-    if hasattr(model, "encode_text") or hasattr(model, "encode_texts") or str(model).startswith(OPEN_CLIP_PREFIX):
-        return model
-    name = locate(model, "a model folder")
-    folder = Path(name)
-    if folder.exists() and not any((folder / file).is_file() for file in (CONFIG_FILE, SENTENCE_TRANSFORMERS_FILE)):
-        raise ValueError(f"{folder} is not a model folder: it has no config.json. Name one that training saved.")
-    return name
-
-
 def check_engine(engine: str, model: Any = "") -> None:
     """Check that an engine can compute a model.
 
@@ -262,23 +247,34 @@ def check_installed(what: str, *packages: str) -> None:
             raise ValueError(f"{what} needs {package}, which is not installed: pip install 'clipmini[onnx]'.")
 
 
-def locate_model(model: str | Path, engine: str = "auto") -> str:
-    """Return what to load a clipmini model by; a folder's `config.json` says whether it is one.
+def locate_model(model: Any, engine: str = "auto") -> Any:
+    """Return what to load a model by, as `locate` does: a model of clipmini, or one to convert.
+
+    A model that is loaded already is returned as it is.
 
     Raises:
-        ValueError: it is neither a folder with a clipmini model nor a model on the Hub; or as `check_engine` does.
+        ValueError: it is neither a model, nor a model's folder, nor a model on the Hub, nor one of open_clip's names;
+            a folder holds a model of another type; or as `check_engine` does.
     """
     check_engine(engine, model)
+    if hasattr(model, "encode_text") or hasattr(model, "encode_texts") or str(model).startswith(OPEN_CLIP_PREFIX):
+        return model
     name = locate(model, "a model folder")
-    if not Path(name).exists():
+    folder = Path(name)
+    others = (folder / SENTENCE_TRANSFORMERS_FILE, folder / OPEN_CLIP_FILE)
+    if not folder.exists() or (not (folder / CONFIG_FILE).is_file() and any(file.is_file() for file in others)):
         return name
-    config_file = Path(locate_any_model(Path(name)), CONFIG_FILE)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no config.json. Name one that training saved.")
     try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError, RecursionError, FileNotFoundError) as error:
-        raise ValueError(f"{config_file} is not a JSON object: {error}.") from None
-    if model_type != MODEL_TYPE:
-        raise ValueError(f"{model} holds a model of type {model_type!r}; a clipmini model is needed.")
+        model_type = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is not a JSON object: {error}.") from None
+    if model_type not in (MODEL_TYPE, *CONVERTIBLE) and not any(file.is_file() for file in others):
+        raise ValueError(
+            f"{model} holds a model of type {model_type!r}; name one of clipmini, one of transformers of type "
+            f"{' or '.join(CONVERTIBLE)}, or one of open_clip."
+        )
     return name
 
 

@@ -40,10 +40,16 @@ SECTIONS = {
 RECIPE_KEYS = {  # beside the sections
     "model": Option("", "A preset, a YAML file like one, or the folder or Hub id of a model to train further."),
     "license": Option("null", "License of the trained model, as the Hub writes it; a push needs it."),
+    "keep": Option("null", "Data on which the model must not get worse, measured before and after: pairs or classes."),
     "stages": Option("{}", "Changes to `training` by name of a stage, one after the other."),
 }
+TEXTS = {  # of the keys beside the sections: what each may be, and whether a recipe needs it
+    "model": ("a preset, a YAML file or a model", True),
+    "license": ("a name such as apache-2.0", False),
+    "keep": ("a folder, a table, a Hub id or a recipe", False),
+}
 TOP_LEVEL = (*RECIPE_KEYS, *SECTIONS)
-TOWERS = ("vision_config", "text_config")  # of the config; a recipe's `model` has them
+TOWERS = ("vision_config", "side_vision_config", "text_config")  # of the config; a recipe's `model` has them
 SOURCE_KEYS = (
     "image_column",
     "caption_column",
@@ -51,6 +57,7 @@ SOURCE_KEYS = (
     "split_column",
     "config_name",
 )  # of `data`; like `license`, for one source only
+FINE_TUNE = "fine-tune"  # the recipe for data that are named in place of one
 # One folder, one seed and one repository serve a whole run.
 NOT_BY_STAGE = (
     *("output_dir", "seed", "data_seed"),
@@ -129,7 +136,8 @@ def read_recipe(name_or_path: str, changes: Mapping[str, Any]) -> dict[str, Any]
     Where a change sets another source, the recipe's license and columns, which hold for its own data, are dropped.
 
     Args:
-        name_or_path: a YAML file, or the name of a recipe in the package.
+        name_or_path: a YAML file, or the name of a recipe in the package; or a source of pairs, with which the model
+            that `changes` name is trained further, by the recipe `FINE_TUNE`.
         changes: values by key. A key is dotted ("training.learning_rate", "stages.heads.learning_rate", "lora.rank")
             or, if only one section has it, bare ("learning_rate"). A mapping for a section changes the keys in it.
 
@@ -139,6 +147,7 @@ def read_recipe(name_or_path: str, changes: Mapping[str, Any]) -> dict[str, Any]
     Raises:
         ValueError: the file or a name is wrong; the message says what is allowed.
     """
+    name_or_path, changes = _choose_recipe(name_or_path, changes)
     values = _read(name_or_path, changes)
     values.setdefault("training", {})
     for section in SECTIONS:
@@ -147,12 +156,11 @@ def read_recipe(name_or_path: str, changes: Mapping[str, Any]) -> dict[str, Any]
     if not values["training"]["output_dir"]:
         raise ValueError("training.output_dir is empty; set it to a folder.")
     _check_source(values.get("data", {}), name_or_path)
-    model, license = values.get("model"), values.get("license")
-    if not isinstance(model, str):
-        raise ValueError(f"{name_or_path}: model={model!r} is not allowed; use a preset, a YAML file or a model.")
-    find_model(model)
-    if license is not None and not isinstance(license, str):
-        raise ValueError(f"{name_or_path}: license={license!r} is not allowed; use a name such as apache-2.0.")
+    for key, (example, is_needed) in TEXTS.items():
+        value = values.get(key)
+        if not isinstance(value, str) and (is_needed or value is not None):
+            raise ValueError(f"{name_or_path}: {key}={value!r} is not allowed; use {example}.")
+    find_model(values["model"])
     for name, stage in check_mapping(values.get("stages", {}), "stages").items():
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", str(name)) or name == "model":
             raise ValueError(
@@ -181,7 +189,7 @@ def read_data_section(name_or_source: str, changes: Mapping[str, Any]) -> dict[s
         ValueError: the file or a name is wrong.
     """
     changes = {f"data.{key.removeprefix('data.')}": value for key, value in changes.items()}
-    if name_or_source in preset_names("recipes") or name_or_source.endswith((".yaml", ".yml")):
+    if is_recipe(name_or_source):
         # Not the whole recipe, whose training may need a GPU that is not here.
         values = _read(name_or_source, changes)
     else:
@@ -193,6 +201,29 @@ def read_data_section(name_or_source: str, changes: Mapping[str, Any]) -> dict[s
     check_keys(data, section_keys("data"), "data")
     _check_source(data, name_or_source)
     return data
+
+
+def is_recipe(name: str) -> bool:
+    """Return whether a name is a recipe's rather than a source's of data."""
+    return name in preset_names("recipes") or name.endswith((".yaml", ".yml"))
+
+
+def _choose_recipe(name: str, changes: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return a recipe and changes to it: where data are named in place of a recipe, `FINE_TUNE` with these data.
+
+    Raises:
+        ValueError: data are named, and no saved model to start from.
+    """
+    if is_recipe(name):
+        return name, changes
+    model = changes.get("model")
+    if model is None or find_model(os.fspath(model)) is not None:
+        raise ValueError(
+            f"{name} is not a recipe ({', '.join(preset_names('recipes'))}, or a YAML file). If it is data: "
+            f"`clipmini train demo --source {name}` trains a new model on them, and `clipmini train {name} --model "
+            "FOLDER`, or a Hub id, trains that model further."
+        )
+    return FINE_TUNE, {**changes, "data.source": name}
 
 
 def _check_source(data: Mapping[str, Any], recipe: str) -> None:
@@ -212,10 +243,12 @@ def check_start(values: Mapping[str, Any], stage: str | None = None) -> None:
     """Check that what a recipe would start with could exist: its data, and the stage that is wanted.
 
     Raises:
-        ValueError: the source is neither a path that exists nor a Hub id, or there is no such stage.
+        ValueError: the source, or what to keep, is neither a path that exists nor a Hub id, or there is no such stage.
     """
     check_stage(stage, values.get("stages", {}))
     locate(str(values["data"]["source"]), "a folder or a table", "dataset")
+    if values.get("keep") and not is_recipe(values["keep"]):
+        locate(values["keep"], "a folder, a table or a recipe", "dataset")
 
 
 def check_origin(values: Mapping[str, Any]) -> None:
@@ -226,7 +259,7 @@ def check_origin(values: Mapping[str, Any]) -> None:
     """
     file = find_model(values["model"])
     preset = {"vision": values["model"]} if file is None else read_yaml(file)
-    for tower in (preset.get("vision"), preset.get("text")):
+    for tower in map(preset.get, ("vision", "side_vision", "text")):
         if preset.get("pretrained", True) and isinstance(tower, str) and not tower.startswith(OFFLINE_PREFIX):
             locate(tower, "a model folder")
 

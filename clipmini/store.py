@@ -33,13 +33,14 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from tqdm.auto import tqdm
 
-from .files import atomic_write, cache_root, remove_leftovers
+from .files import atomic_write, cache_root, file_sha256, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
 KEY_BYTES = 16
 SPACE_FILE = "space.json"  # for people to read; its modification time is the last use
 SUFFIX = ".safetensors"
+DIGESTS_FILE = "digests.json"  # SHA-256 of the other files in a folder that `made_once` returns
 DAY_S = 24 * 60 * 60
 
 
@@ -277,6 +278,48 @@ def cache_refusals(description: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
+def made_once(target: Path, make: Callable[[Path], None], description: str) -> Path:
+    """Return a folder of the cache, which is made on first use, and again if one of its files has changed.
+
+    The finished folder is moved into place, so a killed run leaves no incomplete one; of parallel runs, one makes it.
+
+    Args:
+        target: the folder.
+        make: fills a new folder.
+        description: names what it holds.
+
+    Raises:
+        ValueError: the cache cannot be written.
+    """
+    remove_leftovers(target.parent)
+    if not _is_whole(target):
+        with cache_refusals(description, target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(target.parent / "lock"):
+                if not _is_whole(target):
+                    if target.exists():
+                        logger.warning("%s is damaged, or has no digests yet; it is made again", target)
+                    with atomic_write(target) as folder:
+                        folder.mkdir()
+                        make(folder)
+                        (folder / SPACE_FILE).write_text(json.dumps({"description": description}), encoding="utf-8")
+                        files = sorted(file for file in folder.rglob("*") if file.is_file())
+                        digests = {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+                        (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+    with suppress(OSError):  # a cache that may only be read
+        os.utime(target / SPACE_FILE)
+    return target
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a folder is as `made_once` left it; a flipped bit would give embeddings of 1e35."""
+    try:
+        digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
+        return all(file_sha256(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def _map_file(file: Path) -> np.ndarray:
     # Neither np.memmap nor safetensors, which hold a file open or copy it: there may be thousands of chunks.
     with pa.memory_map(os.fsencode(file)) as source:
@@ -314,6 +357,11 @@ def unpacked_folder() -> Path:
     return cache_root() / "unpacked"
 
 
+def converted_folder() -> Path:
+    """Return the folder of models converted from other libraries, which are listed and cleared likewise."""
+    return cache_root() / "converted"
+
+
 @dataclass(frozen=True)
 class StoredSpace:
     """What a space holds.
@@ -344,7 +392,7 @@ def spaces(older_than_days: float = 0.0) -> list[StoredSpace]:
         older_than_days: leave out what was used later than so many days ago.
     """
     found = []
-    parents = (_rows_folder(), indexes_folder(), unpacked_folder())
+    parents = (_rows_folder(), indexes_folder(), unpacked_folder(), converted_folder())
     for about in (folder / SPACE_FILE for parent in parents for folder in parent.glob("[!.]*/")):
         chunks = [chunk for chunk in about.parent.glob(f"*{SUFFIX}") if chunk.is_file()]
         try:

@@ -28,6 +28,8 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     PreTrainedModel,
+    SiglipTextConfig,
+    SiglipTextModel,
     TimmWrapperConfig,
     TimmWrapperModel,
 )
@@ -42,7 +44,7 @@ from .encoding_clipmini import by_length, channels_last, embed_in_batches, encod
 from .folding_clipmini import fold_batch_norms
 from .images_clipmini import image_size, read_image, read_named
 from .loss_clipmini import infonce_loss, pairwise_logits, sigmoid_loss
-from .processing_clipmini import ClipMiniProcessor
+from .processing_clipmini import ClipMiniProcessor, image_processor_for, preparation_of
 
 logger = logging.get_logger(__name__)
 
@@ -200,23 +202,27 @@ class ClipMiniPreTrainedModel(PreTrainedModel):
     def _make_projection(self, input_dim: int) -> nn.Module:
         config = self.config
         if config.projection == "linear":
-            return nn.Linear(input_dim, config.projection_dim, bias=False)
+            return nn.Linear(input_dim, config.projection_dim, bias=config.projection_bias)
         return ClipMiniProjection(input_dim, config.projection_dim, config.projection_dropout)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Set it in both towers: transformers sets flags on its own layers, timm has a switch of its own."""
+        """Set it in all towers: transformers sets flags on its own layers, timm has a switch of its own."""
         if hasattr(self, "text_model"):
             super()._set_gradient_checkpointing(enable, *args, **kwargs)
-        vision_model: Any = getattr(self, "vision_model", None)
-        if vision_model is not None:
+        for vision_model in self.vision_towers():
             if vision_model.supports_gradient_checkpointing:
                 vision_model._set_gradient_checkpointing(enable)
                 vision_model.gradient_checkpointing = enable  # where transformers looks
             elif enable:
                 logger.warning(
-                    f"timm's {self.config.vision_config.architecture} does not support gradient checkpointing: the "
+                    f"timm's {vision_model.config.architecture} does not support gradient checkpointing: the "
                     "vision tower keeps all its activations."
                 )
+
+    def vision_towers(self) -> list[Any]:
+        """Return the vision tower and, if there is one, the side tower."""
+        vision_model: Any = getattr(self, "vision_model", None)
+        return [tower for tower in (vision_model, getattr(vision_model, "side", None)) if tower is not None]
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as `PreTrainedModel` does, with every Auto class in `auto_map`.
@@ -306,7 +312,7 @@ def join_levels(parts: Sequence[Tensor]) -> Tensor:
 
 
 class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
-    """The image half: timm model, pooled output, projection."""
+    """The image half: one timm model or two, pooled output, projection."""
 
     # handler.py, which Inference Endpoints load as a lone file, has a model but cannot import its package.
     read_image = staticmethod(read_image)
@@ -316,17 +322,23 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
     def _add_vision_tower(self) -> None:
         config = self.config
         self.vision_model = TimmWrapperModel(config.vision_config)
-        timm_model = self.vision_model.timm_model
-        _refuse_shared_weights(timm_model, config)
-        if next(timm_model.parameters()).device.type != "meta":  # on the meta device weights are about to be loaded
-            # transformers initializes all layers by one rule, which leaves some timm models dead; timm knows better.
-            tower = config.vision_config
-            fresh = timm.create_model(tower.architecture, num_classes=0, **(tower.model_args or {}))
-            timm_model.load_state_dict(fresh.state_dict())
+        if config.side_vision_config is not None:
+            _check_side(config.vision_config, config.side_vision_config)
+            # Within the first, so that whatever freezes, trains or hashes the vision tower does so with both.
+            self.vision_model.side = TimmWrapperModel(config.side_vision_config)
+        widths = []
+        for tower in self.vision_towers():
+            widths.append(_tower_width(tower, config.vision_levels))
+            _refuse_shared_weights(tower.timm_model, tower.config.architecture)
+            if tower.device.type != "meta":  # on the meta device weights are about to be loaded
+                # transformers has one rule for all layers, which leaves some timm models dead; timm knows better.
+                args = tower.config.model_args or {}
+                fresh = timm.create_model(tower.config.architecture, num_classes=0, **args)
+                tower.timm_model.load_state_dict(fresh.state_dict())
+            fold_batch_norms(tower.timm_model)
         if config.vision_embed_dim is None:
-            # Not num_features: some heads (MobileNetV3, GhostNet) end in a wider convolution of their own.
-            config.vision_embed_dim = timm_model.head_hidden_size + sum(_level_widths(timm_model, config))
-        fold_batch_norms(timm_model)
+            config.vision_embed_dim = sum(widths)
+        self.side_width = sum(widths[1:])  # of the side tower's share of the pooled features
         self.vision_dropout = nn.Dropout(config.vision_dropout)
         self.visual_projection = self._make_projection(config.vision_embed_dim)
 
@@ -335,25 +347,46 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         self.vision_model.requires_grad_(False)
         self.train(self.training)
 
-    def pool_images(self, pixel_values: Tensor) -> Tensor:
-        """Run only the vision tower: (I, 3, height, width) to (I, V), which `pooled_image` takes."""
-        return self._run_vision_tower(pixel_values)["pooler_output"]
+    def pool_images(self, pixel_values: Tensor, pooled_side: Tensor | None = None) -> Tensor:
+        """Run only the vision tower: (I, 3, height, width) to (I, V), which `pooled_image` takes.
+
+        With `pooled_side`, (I, side width), which `pool_side` has returned for them, the side tower is skipped.
+        """
+        return self._run_vision_tower(pixel_values, pooled_side)["pooler_output"]
+
+    def pool_side(self, pixel_values: Tensor) -> Tensor:
+        """Run only the side tower: (I, 3, height, width) to (I, side width)."""
+        return self._run_tower(self.vision_model.side, pixel_values, False)["pooler_output"]
 
     def _run_vision_tower(
-        self, pixel_values: Tensor | None, output_hidden_states: bool | None = None, **kwargs: Any
+        self,
+        pixel_values: Any,
+        pooled_side: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Run the vision tower; `pooler_output`, (I, V), includes the averaged maps of `vision_levels`, if any."""
-        levels = self.config.vision_levels
+        """Run the vision tower; `pooler_output`, (I, V), includes the side tower's; all else is the first one's."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        outputs: Any = self._run_tower(self.vision_model, pixel_values, output_hidden_states, **kwargs)
+        if self.side_width:
+            pooled_side = self.pool_side(pixel_values) if pooled_side is None else pooled_side
+            outputs.pooler_output = torch.cat([outputs.pooler_output, pooled_side], dim=1)
+        return outputs
+
+    def _run_tower(
+        self, tower: Any, pixel_values: Tensor, output_hidden_states: bool | None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Run one vision tower; `pooler_output` includes the averaged maps of `vision_levels`, if any."""
+        levels = self.config.vision_levels
         # timm returns all stages for True, and only the listed ones for a list.
-        outputs = self.vision_model(
+        outputs = tower(
             pixel_values=pixel_values, output_hidden_states=output_hidden_states or levels or None, **kwargs
         )
         pooled, maps = outputs.pooler_output.flatten(1), outputs.hidden_states
-        if levels:
-            level_maps = [maps[level] for level in levels] if output_hidden_states else maps
-            pooled = join_levels([pooled, *(level_map.flatten(2).mean(dim=2) for level_map in level_maps)])  # (I, V)
+        if levels or self.side_width:
+            level_maps = [maps[level] for level in levels] if output_hidden_states else maps or []
+            pooled = join_levels([pooled, *(level_map.flatten(2).mean(dim=2) for level_map in level_maps)])
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=pooled,
@@ -437,38 +470,51 @@ class ClipMiniVisionHalf(ClipMiniPreTrainedModel):
         )
 
 
-def _refuse_shared_weights(timm_model: Any, config: ClipMiniConfig) -> None:
+def _check_side(first: TimmWrapperConfig, side: TimmWrapperConfig) -> None:
+    """Raise unless both vision towers can see the same pixels."""
+    prepared, wanted = image_processor_for(first), image_processor_for(side)
+    for field in ("image_mean", "image_std", *(["crop_size"] * bool(preparation_of(side).get("fixed_input_size")))):
+        needs, gets = getattr(wanted, field), getattr(prepared, field)
+        if needs != gets:
+            raise ValueError(
+                f"{side.architecture} cannot stand beside {first.architecture}, whose pixels it would see: its "
+                f"{field} is {needs}, not {gets}. Use another one."
+            )
+
+
+def _refuse_shared_weights(timm_model: Any, architecture: str) -> None:
     names: dict[int, str] = {}
     for name, parameter in timm_model.named_parameters(remove_duplicate=False):
         if (first := names.setdefault(id(parameter), name)) != name:
             raise ValueError(
-                f"timm's {config.vision_config.architecture} cannot be the vision tower: its {first} and {name} are "
+                f"timm's {architecture} cannot be the vision tower: its {first} and {name} are "
                 "one weight, and safetensors stores no weight under two names. Use another architecture."
             )
 
 
-def _level_widths(timm_model: Any, config: ClipMiniConfig) -> list[int]:
-    """Return the number of channels of each stage in `vision_levels`."""
-    if not config.vision_levels:
-        return []
-    name = config.vision_config.architecture
+def _tower_width(tower: Any, levels: list[int]) -> int:
+    """Return the width of a vision tower's pooled output and of the stages in `vision_levels` together."""
+    timm_model, name = tower.timm_model, tower.config.architecture
+    # Not num_features: some heads (MobileNetV3, GhostNet) end in a wider convolution of their own.
+    width: int = timm_model.head_hidden_size
+    if not levels:
+        return width
     if not hasattr(timm_model, "forward_intermediates"):
         raise ValueError(f"vision_levels cannot be used: timm's {name} returns no feature maps; leave it out.")
     widths = [stage["num_chs"] for stage in timm_model.feature_info]
-    if config.vision_levels[-1] >= len(widths):
-        raise ValueError(
-            f"vision_levels={config.vision_levels} is not allowed: {name} has stages 0 to {len(widths) - 1}."
-        )
-    return [widths[level] for level in config.vision_levels]
+    if levels[-1] >= len(widths):
+        raise ValueError(f"vision_levels={levels} is not allowed: {name} has stages 0 to {len(widths) - 1}.")
+    return width + sum(widths[level] for level in levels)
 
 
 class ClipMiniTextHalf(ClipMiniPreTrainedModel):
     """The caption half: text encoder, pooling over the real tokens, projection."""
 
     def _add_text_tower(self) -> None:
-        self.text_model = AutoModel.from_config(self.config.text_config)
-        if hasattr(self.text_model, "pooler"):
-            self.text_model.pooler = None  # BERT's would stay unused, since we pool ourselves, and get no gradient
+        tower = self.config.text_config
+        is_siglip = isinstance(tower, SiglipTextConfig)  # which AutoModel does not know, up to transformers 5.24
+        self.text_model = SiglipTextModel(tower) if is_siglip else AutoModel.from_config(tower)
+        _drop_pooling(self.text_model)
         self.text_projection = self._make_projection(self.config.text_config.hidden_size)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -493,10 +539,12 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Run the text tower; `pooler_output` is (T, W)."""
         input_ids, attention_mask = self._cut_to_positions(input_ids, attention_mask)
+        if self.config.text_padding_id is not None:
+            input_ids, attention_mask = self._pad_to_positions(input_ids, attention_mask), None
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self._pool_text(outputs.last_hidden_state, attention_mask),
+            pooler_output=self._pool_text(outputs.last_hidden_state, input_ids, attention_mask),
             hidden_states=outputs.hidden_states,
             attentions=outputs.get("attentions"),
         )
@@ -519,16 +567,31 @@ class ClipMiniTextHalf(ClipMiniPreTrainedModel):
         closing = input_ids.gather(1, last)
         return torch.cat([input_ids[:, : positions - 1], closing], dim=1), attention_mask[:, :positions]
 
-    def _pool_text(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Reduce (T, L, W) token states to (T, W): the first token, or the mean over tokens that are not padding.
+    def _pad_to_positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Pad captions, (T, L), to all positions that the tower has, with the token that it was trained with."""
+        padding: Any = self.config.text_padding_id  # not the tokenizer's: Trainer writes that into the tower's config
+        if attention_mask is not None:
+            input_ids = input_ids.masked_fill(attention_mask == 0, padding)
+        num_missing = (self.config.max_text_tokens or 0) - input_ids.shape[1]
+        return torch.cat([input_ids, input_ids.new_full((input_ids.shape[0], num_missing), padding)], dim=1)
+
+    def _pool_text(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Reduce (T, L, W) token states to (T, W): one token, or the mean over tokens that are not padding.
 
         DistilBERT has no pooler of its own. The mask matters: without it a caption's embedding would depend on the
         length of the other captions in the batch.
         """
-        if self.config.text_pooling == "cls":
+        pooling = self.config.text_pooling
+        if pooling == "cls":
             return hidden[:, 0]
+        if pooling == "eos":
+            chosen = (input_ids == self.config.text_config.eos_token_id).int().argmax(dim=1)  # the first of them
+            return hidden[torch.arange(hidden.shape[0], device=hidden.device), chosen]
         if attention_mask is None:
-            return hidden.mean(dim=1)
+            return hidden[:, -1] if pooling == "last" else hidden.mean(dim=1)
+        if pooling == "last":  # before the padding
+            chosen = attention_mask.sum(dim=1).long() - 1
+            return hidden[torch.arange(hidden.shape[0], device=hidden.device), chosen]
         mask = attention_mask[:, :, None].to(hidden.dtype)  # (T, L, 1)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
@@ -760,16 +823,18 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
         vision_model_name_or_path: str,
         text_model_name_or_path: str,
         *,
+        side_vision_model_name_or_path: str | None = None,
         vision_kwargs: dict[str, Any] | None = None,
         text_kwargs: dict[str, Any] | None = None,
         **config: Any,
     ) -> "ClipMiniModel":
-        """Join two pretrained towers; the projections and the temperature are new and must be trained.
+        """Join pretrained towers; the projections and the temperature are new and must be trained.
 
         Args:
             vision_model_name_or_path: a timm model: Hub id ("timm/resnet50.a1_in1k") or local folder.
             text_model_name_or_path: a text encoder: Hub id ("distilbert/distilbert-base-uncased") or local folder.
-            vision_kwargs: passed to the vision tower's `from_pretrained`: `revision`, `token`, `cache_dir`, ...
+            side_vision_model_name_or_path: a second timm model, which sees the same pixels beside the first.
+            vision_kwargs: passed to the vision towers' `from_pretrained`: `revision`, `token`, `cache_dir`, ...
             text_kwargs: the same for the text tower.
             **config: fields of [`ClipMiniConfig`]: `projection_dim`, `loss`, ...
 
@@ -777,28 +842,44 @@ class ClipMiniModel(ClipMiniVisionHalf, ClipMiniTextHalf):
             The model, in eval mode and float32, with every pretrained weight unchanged.
 
         Raises:
-            ValueError: the vision tower is not a timm model, a checkpoint lacks weights of its tower, or the config
-                has no such field.
+            ValueError: a vision tower is not a timm model, or the side tower needs other pixels; a checkpoint lacks
+                weights of its tower; or the config has no such field.
         """
-        known = inspect.signature(ClipMiniConfig.__init__).parameters
-        if unknown := config.keys() - known.keys():
+        fields = inspect.signature(ClipMiniConfig.__init__).parameters
+        known = [name for name in fields if name not in ClipMiniConfig.sub_configs]
+        if unknown := config.keys() - set(known):
             raise ValueError(f"ClipMiniConfig has no field {sorted(unknown)[0]!r}; it has {', '.join(known)}.")
         vision_kwargs, text_kwargs = dict(vision_kwargs or {}), dict(text_kwargs or {})
-        vision_config = AutoConfig.from_pretrained(vision_model_name_or_path, **vision_kwargs)
-        if not isinstance(vision_config, TimmWrapperConfig):
-            raise ValueError(
-                f"{vision_model_name_or_path!r} is not a timm model; name one, such as 'timm/resnet50.a1_in1k'."
-            )
-        text_config = AutoConfig.from_pretrained(text_model_name_or_path, **text_kwargs)
-        model = cls(ClipMiniConfig(vision_config=vision_config, text_config=text_config, **config))
-        vision_kwargs["config"], text_kwargs["config"] = model.config.vision_config, model.config.text_config
+        config["text_config"] = AutoConfig.from_pretrained(text_model_name_or_path, **text_kwargs)
+        vision_names = {"vision_config": vision_model_name_or_path}
+        if side_vision_model_name_or_path is not None:
+            vision_names["side_vision_config"] = side_vision_model_name_or_path
+        for field, name in vision_names.items():
+            config[field] = AutoConfig.from_pretrained(name, **vision_kwargs)
+            if not isinstance(config[field], TimmWrapperConfig):
+                raise ValueError(f"{name!r} is not a timm model; name one, such as 'timm/resnet50.a1_in1k'.")
+        model = cls(ClipMiniConfig(**config))
+        text_kwargs["config"] = model.config.text_config
         # Set after construction, since `post_init` would have initialized them anew.
-        model.vision_model = _load_tower(TimmWrapperModel, vision_model_name_or_path, vision_kwargs)
-        fold_batch_norms(model.vision_model.timm_model)
+        towers = []
+        for field, name in vision_names.items():
+            options = {**vision_kwargs, "config": getattr(model.config, field)}
+            towers.append(_load_tower(TimmWrapperModel, name, options))
+            fold_batch_norms(towers[-1].timm_model)
+        model.vision_model = towers[0]
+        if towers[1:]:
+            model.vision_model.side = towers[1]
         model.text_model = _load_tower(AutoModel, text_model_name_or_path, text_kwargs)
-        if hasattr(model.text_model, "pooler"):
-            model.text_model.pooler = None
+        _drop_pooling(model.text_model)
         return model.eval()
+
+
+def _drop_pooling(text_model: Any) -> None:
+    """Remove BERT's pooler and SigLIP's head: since we pool and project ourselves, they would get no gradient."""
+    if hasattr(text_model, "pooler"):
+        text_model.pooler = None
+    if hasattr(text_model, "head"):
+        text_model.head = nn.Identity()
 
 
 def _load_tower(auto_class: Any, path: str, options: dict[str, Any]) -> Any:

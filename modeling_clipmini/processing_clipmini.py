@@ -16,6 +16,15 @@ DEFAULT_MAX_TOKENS = 512  # for text towers without a table of positions
 PILLOW_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # by timm's names
 
 
+def preparation_of(vision_config: TimmWrapperConfig) -> dict[str, Any]:
+    """Return the `pretrained_cfg` of a timm tower or, without one, timm's default for the architecture."""
+    pretrained_cfg = getattr(vision_config, "pretrained_cfg", None)
+    if not pretrained_cfg:
+        known = timm.models.get_pretrained_cfg(vision_config.architecture)
+        pretrained_cfg = known.to_dict() if known else {}
+    return pretrained_cfg
+
+
 def image_processor_for(vision_config: TimmWrapperConfig) -> CLIPImageProcessor:
     """Return a stock image processor, which needs no remote code, for a timm tower's evaluation transform.
 
@@ -24,17 +33,12 @@ def image_processor_for(vision_config: TimmWrapperConfig) -> CLIPImageProcessor:
     is cut off, stock processors leave the extra one always on the same side, torchvision on alternating sides.
 
     Args:
-        vision_config: its `pretrained_cfg` sets size, crop, interpolation, mean and std; without one, timm's default
-            for the architecture is used.
+        vision_config: its `preparation_of` sets size, crop, interpolation, mean and std.
 
     Raises:
         ValueError: the tower's crop or interpolation has no stock equivalent.
     """
-    pretrained_cfg = getattr(vision_config, "pretrained_cfg", None)
-    if not pretrained_cfg:
-        known = timm.models.get_pretrained_cfg(vision_config.architecture)
-        pretrained_cfg = known.to_dict() if known else {}
-    data = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
+    data = timm.data.resolve_data_config(pretrained_cfg=preparation_of(vision_config))
     crop_mode = data["crop_mode"] or "center"
     if crop_mode not in ("center", "squash"):
         raise ValueError(

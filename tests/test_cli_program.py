@@ -41,7 +41,13 @@ def test_help_imports_nothing_slow():
 
 WRONG = {
     "there is no 'learnin_rate'; the nearest name is 'learning_rate'": "train demo --learnin_rate 1",
-    "nothing is neither a file nor among the recipes": "train nothing",
+    "nothing is not a recipe (article, demo, fine-tune, flickr8k, or a YAML file). If it is data:": "train nothing",
+    "nothing.yaml is neither a file nor among the recipes": "train nothing.yaml",
+    "IMAGES is not a recipe (article, demo": "train IMAGES --model tiny",
+    "no/such/table does not exist HERE. Name a folder or a table": "train no/such/table --model MODEL",
+    "no/such/classes does not exist HERE. Name a folder, a table or a recipe": "train demo --keep no/such/classes",
+    "fine-tune: model=None is not allowed; use a preset, a YAML file or a model": "train fine-tune --source IMAGES",
+    "no/such/start does not exist HERE. Name a model folder": "interpolate no/such/start MODEL",
     "no/such/folder does not exist HERE. Name a folder or a table": "train demo --source no/such/folder",
     "model='a//b' is neither a preset": "train demo --model a//b",
     "The recipe has no stage 'heads'": "train demo --stage heads",
@@ -101,7 +107,7 @@ def test_wrong_input_is_refused_before_anything_slow_is_imported(tiny_folder, im
     ("words", "expected"),
     [
         ("clipmini train fl", ["flickr8k"]),
-        ("clipmini train ", ["article", "demo", "flickr8k"]),
+        ("clipmini train ", ["article", "demo", "fine-tune", "flickr8k"]),
         ("clipmini evaluate model demo --task z", ["zero-shot"]),
         ("clipmini cla", ["classify"]),
     ],

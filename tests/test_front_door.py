@@ -15,7 +15,8 @@ import clipmini
 from clipmini.evaluation.results import Evaluation, Run
 from clipmini.files import versions
 
-NAMES = ["__version__", "classify", "evaluate", "export", "load", "metric", "open_index", "push", "search", "train"]
+NAMES = ["__version__", "classify", "convert", "evaluate", "export", "interpolate", "load", "metric", "open_index"]
+NAMES += ["push", "search", "train"]
 
 
 @pytest.fixture
@@ -57,11 +58,12 @@ def test_importing_it_is_light():
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_the_example_of_each_function_is_true(name, pushable_folder, images, recipe):
+def test_the_example_of_each_function_is_true(name, pushable_folder, clip_folder, images, recipe):
     given = {
         "clipmini": clipmini,
         "evaluate": evaluate,
         "folder": pushable_folder,
+        "clip_folder": clip_folder,
         "images": images,
         "image": images / "1.png",
         "recipe": recipe,

@@ -25,6 +25,8 @@ LADDER = (
     "clipmini/files.py",
     "clipmini/html.py",
     "clipmini/store.py",
+    "clipmini/trust.py",
+    "clipmini/conversion.py",
     "clipmini/recipe_files.py",
     "clipmini/data",
     "clipmini/inference",

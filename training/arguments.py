@@ -45,7 +45,7 @@ class ClipMiniTrainingArguments(TrainingArguments):
     freeze_text: bool = field(default=False, metadata={"help": "Freeze the text tower and train its projection."})
     vision_stages: int | None = field(
         default=None,
-        metadata={"help": "Train only the last n stages of the vision tower, as timm counts them; by default all."},
+        metadata={"help": "Train only the last n stages, as timm counts them, of the first vision tower; else all."},
     )
     freeze_batch_norm: bool = field(
         default=True, metadata={"help": "Keep the pretrained BatchNorm statistics of the vision tower."}

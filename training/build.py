@@ -7,10 +7,10 @@ from typing import Any
 import timm
 from transformers import AutoTokenizer, DistilBertTokenizer, TimmWrapperConfig
 
-from clipmini.inference.trust import refuse_code
 from clipmini.names import locate
+from clipmini.trust import refuse_code
 from modeling_clipmini import ClipMiniConfig, ClipMiniModel, ClipMiniProcessor
-from modeling_clipmini.processing_clipmini import image_processor_for
+from modeling_clipmini.processing_clipmini import image_processor_for, preparation_of
 
 from .offline_towers import resolve_tower
 
@@ -24,6 +24,7 @@ class ModelPreset:
 
     Attributes:
         vision: a timm model: Hub id, local folder or `offline:` name; without pretrained weights, a timm architecture.
+        side_vision: a second timm model, likewise, that sees the same pixels beside the first.
         text: a text encoder: Hub id, local folder or `offline:` name; without pretrained weights, a DistilBERT config.
         pretrained: start from pretrained towers; otherwise from random ones.
         pretrained_cfg: changes to timm's preparation of images for the vision tower: `crop_pct`, `input_size`,
@@ -33,9 +34,16 @@ class ModelPreset:
 
     vision: str
     text: str | dict[str, Any]
+    side_vision: str | None = None
     pretrained: bool = True
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def towers(self) -> dict[str, str]:
+        """The names of the pretrained towers, by attribute."""
+        names = {"vision": self.vision, "side_vision": self.side_vision, "text": str(self.text)}
+        return {key: name for key, name in names.items() if name is not None}
 
 
 def build_model(preset: ModelPreset) -> ClipMiniModel:
@@ -53,12 +61,17 @@ def build_model(preset: ModelPreset) -> ClipMiniModel:
         raise ValueError(
             f"text={preset.text!r} is a config, which needs `pretrained: false`; use the name of a pretrained tower."
         )
-    vision, text = (locate(resolve_tower(name), "a model folder") for name in (preset.vision, preset.text))
-    for tower in (vision, text):
-        refuse_code(tower)
-    model = ClipMiniModel.from_vision_text_pretrained(vision, text, **preset.config)
+    folders = {key: locate(resolve_tower(name), "a model folder") for key, name in preset.towers.items()}
+    for folder in folders.values():
+        refuse_code(folder)
+    model = ClipMiniModel.from_vision_text_pretrained(
+        folders["vision"],
+        folders["text"],
+        side_vision_model_name_or_path=folders.get("side_vision"),
+        **preset.config,
+    )
     _change_preparation(model.config.vision_config, preset.pretrained_cfg)
-    model.processor = ClipMiniProcessor.from_towers(model.config, AutoTokenizer.from_pretrained(text))
+    model.processor = ClipMiniProcessor.from_towers(model.config, AutoTokenizer.from_pretrained(folders["text"]))
     return model
 
 
@@ -71,9 +84,7 @@ def _change_preparation(tower: TimmWrapperConfig, changes: dict[str, Any]) -> No
             )
     if not changes:
         return
-    saved = getattr(tower, "pretrained_cfg", None)
-    default = timm.models.get_pretrained_cfg(tower.architecture)
-    tower.pretrained_cfg = {**(saved or (default.to_dict() if default else {})), **changes}
+    tower.pretrained_cfg = {**preparation_of(tower), **changes}
     try:
         image_processor_for(tower)
     except Exception as error:  # a value of the wrong type breaks timm's code in many ways
@@ -92,6 +103,7 @@ def _random_model(preset: ModelPreset) -> ClipMiniModel:
     tokenizer = character_tokenizer()
     config = ClipMiniConfig(
         vision_config={"architecture": preset.vision},
+        side_vision_config={"architecture": preset.side_vision} if preset.side_vision else None,
         text_config={**preset.text, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id},
         **preset.config,
     )

@@ -92,7 +92,7 @@ def _find_frozen_stages(model: ClipMiniModel, args: ClipMiniTrainingArguments) -
     # `find` has compared the output of the timm model, but not the feature maps that `vision_levels` pools.
     with eval_mode(model):
         whole = model.pool_images(example)
-        resumed = stages.resume(model, stages.run(example))
+        resumed = stages.resume(model, stages.run_beside(model, example))
     if resumed.shape == whole.shape and torch.allclose(resumed, whole, rtol=1e-5, atol=1e-5):
         return stages
     logger.warning(
@@ -119,13 +119,19 @@ def _image_features(
     processor, augmentation = model.processor, args.image_augmentation if is_train else None
     augment = None if augmentation is None else ImageAugmenter(processor.image_processor, augmentation)
     num_views = args.num_views if is_train else 1
-    run: Callable[[Tensor], Tensor] = model.pool_images if stages is None else stages.run
-    tower = model.vision_model if stages is None else nn.ModuleList(stages.modules.values())
-    outputs = f"pooled outputs, levels {model.config.vision_levels}"
+    run: Callable[[Tensor], Tensor] = model.pool_images
+    tower: nn.Module = model.vision_model
+    side_config = model.config.side_vision_config
+    kind = f"pooled outputs, levels {model.config.vision_levels}"
+    if stages is not None:
+        run = functools.partial(stages.run_beside, model)
+        tower = nn.ModuleList([*stages.modules.values(), *model.vision_towers()[1:]])
+        kind = f"activations entering {stages.entry}" + ("" if side_config is None else f", side tower: {kind}")
+    # The weights alone say nothing about strides and pooling.
+    configs = " ".join(_describe(config) for config in (model.config.vision_config, side_config) if config is not None)
     space = {
-        "kind": outputs if stages is None else f"activations entering {stages.entry}",
-        # The weights alone say nothing about strides and pooling.
-        "weights": f"{_describe(model.config.vision_config)} {hash_weights(tower)}",
+        "kind": kind,
+        "weights": f"{configs} {hash_weights(tower)}",
         "pixels": describe_processor(processor.image_processor) if augment is None else augment.describe(),
         "libraries": describe_libraries(),
     }
@@ -175,7 +181,7 @@ def _text_features(model: ClipMiniModel, rows: Dataset, args: ClipMiniTrainingAr
     parts = (tokenize(captions[start : start + CAPTION_CHUNK]) for start in starts)
     keys = as_keys(digest(np.array(ids, np.int64).tobytes()) for tokens in parts for ids in tokens["input_ids"])
     space = {
-        "kind": f"{model.config.text_pooling}-pooled outputs",
+        "kind": f"{model.config.text_pooling}-pooled outputs, padded with {model.config.text_padding_id}",
         "weights": f"{_describe(model.config.text_config)} {hash_weights(model.text_model)}",
         "libraries": describe_libraries(),
     }

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -17,20 +18,18 @@ from typing import Literal
 import timm
 import torch
 import yaml
-from filelock import FileLock
 from safetensors.torch import load_file
 from timm.models import load_checkpoint, save_for_hf
 from transformers import DistilBertConfig, DistilBertModel, DistilBertTokenizer
 
-from clipmini.files import atomic_write, cache_root, file_sha256, remove_leftovers
+from clipmini.files import cache_root, file_sha256
 from clipmini.names import OFFLINE_PREFIX
-from clipmini.store import cache_refusals
+from clipmini.store import made_once
 
 logger = logging.getLogger(__name__)
 
 # Part of the cache folder's name: raise it when the output of a converter changes, so that old folders are not used.
 CONVERSION_VERSION = 1
-DIGESTS_FILE = "digests.json"  # SHA-256 of the other files in a converted folder
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,9 @@ def resolve_tower(name: str, cache_dir: Path | None = None) -> str:
         return name
     tower = _find_tower(name.removeprefix(OFFLINE_PREFIX))
     target = cache_root(cache_dir) / "towers" / tower.folder_name
-    remove_leftovers(target.parent)
-    if not _is_whole(target):
-        _convert_into(target, tower)
-    return str(target)
+    if not target.exists():
+        _verified_source(tower)  # before anything is written
+    return str(made_once(target, lambda folder: _convert_into(folder, tower), name))
 
 
 def _find_tower(short_name: str) -> OfflineTower:
@@ -100,36 +98,15 @@ def _find_tower(short_name: str) -> OfflineTower:
     raise ValueError(f"Unknown offline tower {OFFLINE_PREFIX + short_name!r}; use one of {allowed}.{hint}")
 
 
-def _convert_into(target: Path, tower: OfflineTower) -> None:
-    """Convert a tower, and move the finished folder to `target`, unless another process does."""
+def _convert_into(folder: Path, tower: OfflineTower) -> None:
     weights, upstream_license = _verified_source(tower)
-    with cache_refusals(f"{OFFLINE_PREFIX}{tower.name}", target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / "lock"):
-            if _is_whole(target):
-                return
-            if target.exists():
-                logger.warning("%s is damaged, or has no digests yet; it is made again", target)
-            logger.info("Converting %s %s into %s", tower.distribution, tower.version, target)
-            with atomic_write(target) as folder:
-                folder.mkdir()
-                with torch.random.fork_rng(devices=[]):
-                    _CONVERTERS[tower.name](weights, folder)
-                notice = folder / "NOTICE"
-                notice.write_text(_notice(tower, upstream_license), encoding="utf-8")
-                # safetensors writes files that only their owner can read; other files follow the umask
-                (folder / "model.safetensors").chmod(notice.stat().st_mode)
-                digests = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
-                (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-
-
-def _is_whole(folder: Path) -> bool:
-    """Return whether a tower's folder is as the conversion left it; a flipped bit would give embeddings of 1e35."""
-    try:
-        digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
-        return all(file_sha256(folder / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, AttributeError):
-        return False
+    logger.info("Converting %s %s", tower.distribution, tower.version)
+    with torch.random.fork_rng(devices=[]):
+        _CONVERTERS[tower.name](weights, folder)
+    notice = folder / "NOTICE"
+    notice.write_text(_notice(tower, upstream_license), encoding="utf-8")
+    # safetensors writes files that only their owner can read; other files follow the umask
+    (folder / "model.safetensors").chmod(notice.stat().st_mode)
 
 
 def _verified_source(tower: OfflineTower) -> tuple[Path, str]:
@@ -174,9 +151,9 @@ def _notice(tower: OfflineTower, upstream_license: str) -> str:
     )
 
 
-def _convert_efficientnet_lite0(weights: Path, folder: Path) -> None:
-    """Write EfficientNet-Lite0 as a folder in the format of timm's Hub repositories, with its classifier."""
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+def _convert_efficientnet(architecture: str, weights: Path, folder: Path) -> None:
+    """Write an EfficientNet-Lite as a folder in the format of timm's Hub repositories, with its classifier."""
+    model = timm.create_model(architecture, pretrained=False)
     # The source lists the same parameters in the same order under other names.
     load_checkpoint(model, str(weights), remap=True, weights_only=True)
     save_for_hf(model, str(folder), safe_serialization=True)
@@ -243,6 +220,6 @@ def _convert_minilm(weights: Path, folder: Path) -> None:
 
 
 _CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
-    "tf_efficientnet_lite0": _convert_efficientnet_lite0,
+    **{name: partial(_convert_efficientnet, name) for name in ("tf_efficientnet_lite0", "tf_efficientnet_lite2")},
     "minilm-l6": _convert_minilm,
 }

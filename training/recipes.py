@@ -5,13 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import DatasetCard, ModelCard
+from huggingface_hub import ModelCard
 from transformers import DistilBertConfig
 
 from clipmini.data.pairs import DataArguments
-from clipmini.names import OFFLINE_PREFIX, expand, hub_id, locate, public_name
-from clipmini.publishing.card import DATA, STARTING_MODEL, TOWERS, Part, Stage, render_card
+from clipmini.names import OFFLINE_PREFIX
+from clipmini.publishing.card import STARTING_MODEL, TOWERS, Part, Stage, data_part, model_part, render_card
 from clipmini.recipe_files import (
     build_section,
     check_keys,
@@ -108,24 +107,14 @@ def render_recipe_card(recipe: Recipe, config: ClipMiniConfig, results: Mapping[
     )
 
 
-def data_part(source: str) -> Part:
-    """Describe the training data for the card, with the license that its card on the Hub or in a folder states."""
-    path = expand(source)
-    has_card = hub_id(source) or Path(path).is_dir()
-    return Part(DATA, public_name(source), _from_card(path, DatasetCard)[0] if has_card else None)
-
-
 def model_parts(model: ModelPreset | str) -> list[Part]:
-    """Describe the pretrained parts of a model for the card: both towers, or the model that is trained further."""
+    """Describe the pretrained parts of a model for the card: its towers, or the model that is trained further."""
     if isinstance(model, str):
-        license, base_models = _from_card(model)
-        model_id = hub_id(model)
-        return [
-            Part(STARTING_MODEL, public_name(model), license, base_models=(model_id,) if model_id else base_models)
-        ]
+        return [model_part(STARTING_MODEL, model)]
     if not model.pretrained:
         return []
-    return [_tower_part(TOWERS["vision"], model.vision), _tower_part(TOWERS["text"], str(model.text))]
+    roles = {**TOWERS, "side_vision": f"second {TOWERS['vision']}"}
+    return [_tower_part(roles[key], name) for key, name in model.towers.items()]
 
 
 def describe_stage(name: str, args: ClipMiniTrainingArguments) -> Stage:
@@ -160,19 +149,4 @@ def _tower_part(role: str, name: str) -> Part:
     if name.startswith(OFFLINE_PREFIX):
         tower = OFFLINE_TOWERS[name.removeprefix(OFFLINE_PREFIX)]
         return Part(role, tower.hub_id, tower.license.lower(), f"{tower.note} {tower.changes}", (tower.hub_id,))
-    tower_id = hub_id(name)
-    return Part(role, public_name(name), _from_card(name)[0], base_models=(tower_id,) if tower_id else ())
-
-
-def _from_card(
-    name_or_path: str, kind: type[ModelCard] | type[DatasetCard] = ModelCard
-) -> tuple[str | None, tuple[str, ...]]:
-    """Return license and base models from another card; None and () if there is none or it cannot be loaded."""
-    try:
-        located = locate(name_or_path, "a folder", str(kind.repo_type))  # which does not wait for a Hub that is away
-        card = Path(located, "README.md") if Path(located).is_dir() else located
-        data = kind.load(card, ignore_metadata_errors=True).data
-    except (OSError, ValueError, yaml.YAMLError):
-        return None, ()
-    bases, license = data.get("base_model") or [], data.get("license")
-    return license if isinstance(license, str) else None, (bases,) if isinstance(bases, str) else tuple(bases)
+    return model_part(role, name)

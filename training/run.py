@@ -51,6 +51,7 @@ from clipmini.inference.embed import keep_freed_memory, load_model
 from clipmini.inference.prompts import FEW, warn_of_unreadable
 from clipmini.names import as_command, ask_hub, expand, first_sentence, public_name
 from clipmini.publishing.folder import save_model_folder
+from clipmini.publishing.kept import Task
 from clipmini.publishing.push import explain_refusals, prepare_push, push, validate_card
 from clipmini.recipe_files import check_stage
 from modeling_clipmini import ClipMiniModel
@@ -113,6 +114,9 @@ def _train(recipe: Recipe, output_dir: Path, overwrite: bool, wanted: list[str])
     model = _start_model(recipe, output_dir, wanted)
     captions = PairDataset(pairs["train"]).captions
     warn_of_unreadable(model.processor.tokenizer, captions, "training captions", FEW)
+    keep = recipe.values.get("keep")
+    kept = None if keep is None else Task.load(keep, Skipped(strict=recipe.data.strict))
+    kept_before = None if kept is None else kept.measure(model)
     histories: dict[str, list[dict[str, float]]] = {}
     before: dict[str, dict[str, float]] = {}
     for name in wanted or [""]:
@@ -149,6 +153,7 @@ def _train(recipe: Recipe, output_dir: Path, overwrite: bool, wanted: list[str])
         "stages": list(finished),
         "versions": versions(),
         "splits": measured,
+        "kept": kept.compare(kept_before, kept.measure(model)) if kept and kept_before else None,
     }
     model_dir = output_dir / MODEL_FOLDER
     if args.process_index == 0:
@@ -311,7 +316,7 @@ def _folders_of_origin(recipe: Recipe) -> list[str]:
     """Return the folders, or Hub ids, of what the recipe's model is made of."""
     if not isinstance(recipe.model, ModelPreset):
         return [recipe.model]
-    return [resolve_tower(str(name)) for name in (recipe.model.vision, recipe.model.text) if recipe.model.pretrained]
+    return [resolve_tower(name) for name in recipe.model.towers.values() if recipe.model.pretrained]
 
 
 def _make_trainer(

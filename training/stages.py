@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from modeling_clipmini import ClipMiniModel
 from modeling_clipmini.encoding_clipmini import channels_last, eval_mode
@@ -117,6 +118,20 @@ class FrozenStages:
                 return reached.activation
         raise RuntimeError(f"{self.entry} was never run")
 
+    def run_beside(self, model: ClipMiniModel, pixel_values: Tensor) -> Tensor:
+        """Run the frozen modules, and the side tower if the model has one.
+
+        Returns:
+            (B, ...) what `run` returns; the side tower's pooled output, padded with zeros, fills further rows of the
+            first dimension after B, so that one array holds both.
+        """
+        activation = self.run(pixel_values)
+        if not model.side_width:
+            return activation
+        side = model.pool_side(pixel_values)
+        side = F.pad(side, (0, -side.shape[1] % activation[0, 0].numel()))
+        return torch.cat([activation, side.reshape(len(side), -1, *activation.shape[2:])], dim=1)
+
     def resumed(self, module: Any) -> Any:
         """Return a module that takes activations instead of images, and runs only what comes after the frozen modules.
 
@@ -131,10 +146,15 @@ class FrozenStages:
         return _without(module, {timm_model.get_submodule(name) for name in self.modules})
 
     def resume(self, model: ClipMiniModel, activation: Tensor) -> Tensor:
-        """Run the rest of the vision tower on what `run` returned: (B, ...) to (B, V), as `pool_images` returns it."""
+        """Run the rest of the vision towers on what `run_beside` returned: (B, ...) to (B, V), as `pool_images`."""
+        side = None
+        if model.side_width:
+            num_rows = -(-model.side_width // activation[0, 0].numel())
+            activation, side = activation.split([activation.shape[1] - num_rows, num_rows], dim=1)
+            side = side.flatten(1)[:, : model.side_width]
         if activation.ndim == 4:  # activations may be tokens
             activation = channels_last(activation)
-        pooled: Tensor = self.resumed(model).pool_images(activation)
+        pooled: Tensor = self.resumed(model).pool_images(activation, side)
         return pooled
 
     @torch.no_grad()

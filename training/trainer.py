@@ -585,6 +585,8 @@ def _freeze(model: ClipMiniModel, args: ClipMiniTrainingArguments) -> None:
             )
         for name in [name for stage in stages[: -args.vision_stages] for name in stage]:
             timm_model.get_parameter(name).requires_grad_(False)
+        if model.side_width:
+            model.vision_model.side.requires_grad_(False)
     if args.lora_options is not None:
         add_lora(model, args.lora_options.towers, args.lora_options.rank)
     if args.freeze_batch_norm:

@@ -77,8 +77,8 @@ class PairDataset:
     """
 
     rows: Dataset
-    image_features: StoredRows | None = None
-    text_features: StoredRows | None = None
+    image_features: StoredRows | np.ndarray | None = None
+    text_features: StoredRows | np.ndarray | None = None
     frozen_stages: Any = None
     # Not lists, which data workers would copy: reading a Python object writes to its page, by counting references.
     image_ids: np.ndarray = field(init=False)

@@ -13,7 +13,6 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from clipmini.inference.embed import DualEncoder
-from clipmini.inference.encoders import check_widths
 from clipmini.inference.zero_shot import embed_labels
 
 from .intervals import Interval, percentiles, resample_weights
@@ -151,7 +150,6 @@ def measure_zero_shot(
     """
     label_embeds = embed_labels(encoder, names, templates)
     image_embeds = encoder.encode_images(images["image"])
-    check_widths(encoder, image_embeds, label_embeds)
     similarity = image_embeds @ label_embeds.T  # (N, C)
     scale = encoder.logit_scale  # without one there are no probabilities
     confidence = None if scale is None else (scale * similarity).softmax(dim=1).amax(dim=1)

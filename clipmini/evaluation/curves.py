@@ -58,6 +58,45 @@ def draw_curves(stages: Histories, out: Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
+def draw_tradeoff(line: Mapping[str, Any], out: Path) -> None:
+    """Draw what models between two have gained on new data over how they have changed on kept data, as a PNG.
+
+    Args:
+        line: `interpolation` of `results.json`.
+        out: the file to write.
+    """
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    names = {0.0: f"0: {line['start']}", 1.0: f"1: {line['tuned']}"}
+    chosen = line["weight"]
+    names[chosen] = f"{names.get(chosen, f'{chosen:g}')}, chosen"
+    colors = {0.0: "tab:blue", 1.0: "tab:orange", chosen: "tab:green"}
+    points = {
+        point["weight"]: [
+            {end: 100 * point[key][end] for end in ("value", "low", "high")} for key in ("lost", "gained")
+        ]
+        for point in line["points"]
+    }
+    axes.plot(*zip(*[(x["value"], y["value"]) for x, y in points.values()], strict=True), ".-", color="gray")
+    for weight, (x, y) in points.items():
+        place, color = (x["value"], y["value"]), colors.get(weight, "gray")
+        if weight in names:
+            xerr, yerr = ([[one["value"] - one["low"]], [one["high"] - one["value"]]] for one in (x, y))
+            marker = "*" if weight == chosen else "o"
+            axes.errorbar(*place, xerr=xerr, yerr=yerr, color=color, marker=marker, markersize=14)
+        text: Any = {"textcoords": "offset points", "fontsize": 13, "color": color, "weight": "bold"}
+        axes.annotate(names.get(weight, ""), place, (9, -20 if weight == 1 != chosen else 9), **text)
+    axes.axvline(0, color="gray", linestyle=":")
+    for key, label in (("kept", axes.set_xlabel), ("new", axes.set_ylabel)):
+        split = line["points"][0]["splits"][key == "kept"]
+        label(f"{line[key]}, {split}: change in points", fontsize=13)
+    axes.tick_params(labelsize=12)
+    axes.margins(0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
 def _plot(
     axes: Axes,
     stages: Histories,

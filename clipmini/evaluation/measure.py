@@ -17,7 +17,6 @@ from torch import Tensor
 from clipmini.data.pairs import PairDataset
 from clipmini.inference.bank import Bank
 from clipmini.inference.embed import DualEncoder, as_encoder
-from clipmini.inference.encoders import check_widths
 from modeling_clipmini import ClipMiniModel
 from modeling_clipmini.encoding_clipmini import embed_in_batches, eval_mode
 from modeling_clipmini.modeling_clipmini import normalize
@@ -215,7 +214,6 @@ def embed_pairs(encoder: DualEncoder, pairs: Dataset | PairDataset, batch_size: 
     data = pairs if isinstance(pairs, PairDataset) else PairDataset(pairs)
     images = _embed_images(encoder, data, range(len(data)), batch_size)
     texts = _embed_captions(encoder, data, range(data.num_captions.sum()), batch_size)
-    check_widths(encoder, images, texts)
     return Embeddings(images, texts, torch.tensor(data.image_ids), data.captions, data.image_of_captions())
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 
+from clipmini.data.duplicates import find_duplicates
 from clipmini.data.images import Skipped
 from clipmini.data.labeled import keep_readable, load_labeled
 from clipmini.data.leaks import LeakReport, find_leaks
@@ -128,6 +129,9 @@ def _evaluate_retrieval(request: Request, skipped: Skipped) -> Evaluation:
         warnings.append(
             "This is a train split, or data without splits: a model trained on it looks better than it is."
         )
+    duplicates = find_duplicates(rows)
+    if duplicates.images or duplicates.captions:
+        warnings.append(f"{duplicates.summary()} As answers they tie, and ties count against the model.")
     if leaks is not None:
         facts["leaks"], leak_table = _retrieval_leaks(leaks, embeds, result)
     return build_evaluation(

@@ -10,7 +10,7 @@ from typing import Any
 
 from clipmini.files import RECIPE_FILE, RESULTS_FILE, RunRecord
 from clipmini.inference.prompts import load_templates
-from clipmini.names import as_command, check_engine, expand, locate, locate_any_model
+from clipmini.names import as_command, check_engine, expand, locate, locate_model
 from clipmini.recipe_files import is_same_source, parse_changes, read_data_section
 
 RETRIEVAL, ZERO_SHOT, PROBE = "retrieval", "zero-shot", "probe"
@@ -63,7 +63,7 @@ class Request:
                 load_templates(self.template)
         check_engine(self.engine, self.model)
         for model in self.models:
-            locate_any_model(model)
+            locate_model(model)
         for source in sources:
             locate(source, "a folder or a table" if self.task == RETRIEVAL else "a folder", "dataset")
 

@@ -122,9 +122,19 @@ class Run:
         return self.folder / MODEL_FOLDER
 
     @property
+    def curves(self) -> Path:
+        """The drawing of how training went, or of the models that were interpolated."""
+        return self.folder / CURVES_FILE
+
+    @property
     def tables(self) -> list[Table]:
-        """The recalls of each split, in percent."""
-        return [_tabulate_run(split, facts) for split, facts in self.results["splits"].items()]
+        """The recalls of each split, in percent, and what was kept and interpolated, if anything."""
+        tables = [_tabulate_run(split, facts) for split, facts in self.results["splits"].items()]
+        if kept := self.results.get("kept"):
+            tables.append(tabulate_kept(kept))
+        if line := self.results.get("interpolation"):
+            tables += [_tabulate_line(line, "chosen", "points"), _tabulate_line(line, "measured", "reported")]
+        return tables
 
     def model(self) -> ClipMiniModel:
         """Load the trained model, in eval mode, with its processor."""
@@ -163,6 +173,31 @@ def _tabulate_run(split: str, facts: Mapping[str, Any]) -> Table:
         note = f"Before and after: by cosine. {describe_normalized(facts['never_first'])}"
     title = f"{split}: {facts['num_images']} images, {facts['num_captions']} captions; recall in percent"
     return Table(title, columns, rows, note)
+
+
+def tabulate_kept(facts: Mapping[str, Any]) -> Table:
+    """Return a table of what a model did before and does after training on data that it was to keep, in percent."""
+    before, after, change = Interval(**facts["before"]), Interval(**facts["after"]), Difference(**facts["change"])
+    cells = [METRIC_LABELS[facts["metric"]], *(format_with_interval("", one) for one in (before, after, change))]
+    title = f"kept: {facts['source']}, {facts['split']}, {facts['num_images']:,} images"
+    note = "In percent, with 95 % intervals; that of the change is paired, on the same resamples of images."
+    return Table(title, ["", "before", "after", "change"], [cells], note)
+
+
+def _tabulate_line(line: Mapping[str, Any], word: str, key: str) -> Table:
+    """Return a table of models between two, of which one was chosen."""
+    figures = (("new", Interval), ("gained", Difference), ("kept", Interval), ("lost", Difference))
+    rows = [
+        [
+            f"{point['weight']:g}" + " (chosen)" * (point["weight"] == line["weight"]),
+            *(format_with_interval("", kind(**point[name])) for name, kind in figures),
+        ]
+        for point in line[key]
+    ]
+    new, kept = (f"{line[name]}, {split}" for name, split in zip(("new", "kept"), line[key][0]["splits"], strict=True))
+    title = f"{word} on {new}, and kept on {kept}"
+    note = f"In percent, with 95 % intervals, of changes paired; 0 is {line['start']}, and 1 is {line['tuned']}."
+    return Table(title, ["weight", "new", "change", "kept", "change"], rows, note)
 
 
 def describe_normalized(never_first: Mapping[str, float]) -> str:

@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipmini.files import BANK_FILE, WEIGHTS_FILE, weights_sha256
-
-from .trust import fetch
+from clipmini.trust import fetch
 
 MAX_SIMILARITIES = 1 << 22  # computed at once: 16 MB
 MAX_LENGTH_ERROR = 0.01  # of a row; float16 rounds each value by less than 0.0005 of itself

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from clipmini.conversion import resolve_model
 from clipmini.data.augment import describe_processor
 from clipmini.data.images import Skipped
-from clipmini.names import expand, first_sentence, locate_model
+from clipmini.names import expand, first_sentence
 from clipmini.store import digest
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.encoding_clipmini import by_length, embed_in_batches
@@ -34,7 +35,6 @@ from modeling_clipmini.images_clipmini import ImageError, read_image, read_named
 from modeling_clipmini.modeling_clipmini import normalize
 
 from .bank import Bank
-from .trust import refuse_code
 
 logger = logging.getLogger(__name__)
 
@@ -56,22 +56,22 @@ class DualEncoder:
         name: what results call the model; see `load_encoder`.
         kind: its class, or the library it comes from.
         module: the model itself.
-        logit_scale: factor on similarities before a softmax, the inverse of the temperature; None if unknown.
+        logit_scale: factor on similarities before a softmax, the inverse of the temperature.
         prepare_image: an image of mode "RGB" to what `embed_images` takes a list of, mostly (1, 3, height, width).
         embed_images: n prepared images to (n, D) vectors of any length.
         embed_texts: n captions to (n, D) vectors of any length.
         describe: returns what embeddings depend on besides the weights, for their key: how images and captions are
             prepared.
-        weights_sha256: digest of the weights of a clipmini folder; None for any other model.
+        weights_sha256: digest of the weights in the model's folder; None for a model that is loaded already.
         bank: training captions and images to score without hubs; None where the model has none.
-        tokenizer: of transformers, to find out which texts the model can read; None for one of another library.
+        tokenizer: of transformers, to find out which texts the model can read.
         min_edge: pixels of an image's shorter edge that `prepare_image` needs, as in `read_image`; None for all.
     """
 
     name: str
     kind: str
     module: nn.Module
-    logit_scale: float | None
+    logit_scale: float
     prepare_image: Callable[[Image.Image], Any]
     embed_images: Callable[[list[Any]], Tensor]
     embed_texts: Callable[[list[str]], Tensor]
@@ -273,7 +273,7 @@ def describe_processors(image_processor: Any, tokenizer: Any, **options: Any) ->
 
 
 def load_model(name_or_path: str | Path, device: str | torch.device | None = None) -> ClipMiniModel:
-    """Load a clipmini model with its `processor`, in eval mode; `clipmini.load` says more.
+    """Load a clipmini model, or another one converted, with its `processor` and in eval mode; see `clipmini.load`.
 
     From here on the process keeps freed memory, since models are loaded to embed: see `keep_freed_memory`.
 
@@ -283,8 +283,7 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
     """
     keep_freed_memory()
     device = choose_device(device)  # before the seconds that loading takes
-    name, name_or_path = expand(name_or_path), locate_model(name_or_path)
-    refuse_code(name_or_path)
+    name, name_or_path = expand(name_or_path), resolve_model(name_or_path)
     loaded: Any = load_part("model", ClipMiniModel, name_or_path, output_loading_info=True)
     model, info = loaded
     if info["missing_keys"]:

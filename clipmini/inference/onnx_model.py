@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from clipmini.conversion import resolve_model
 from clipmini.files import weights_sha256
-from clipmini.names import ONNX_FOLDER, as_command, expand, first_sentence, locate_model
+from clipmini.names import ONNX_FOLDER, as_command, expand, first_sentence
+from clipmini.trust import fetch
 from modeling_clipmini import ClipMiniConfig, ClipMiniProcessor
 from modeling_clipmini.modeling_clipmini import ClipMiniTextHalf, ClipMiniVisionHalf
 
 from .embed import load_part, load_processor
-from .trust import fetch, refuse_code
 
 IMAGES_AT_ONCE = 2  # on one core, EfficientNet-Lite0 takes 6.1 ms an image, and 7.5 with 16 at once
 VISION_GRAPH, TEXT_GRAPH, QUANTIZED = "vision_model", "text_model", "_quantized"
@@ -109,8 +110,7 @@ def load_onnx_model(name_or_path: str | Path, is_quantized: bool = False) -> Onn
         ValueError: there are no graphs, they are damaged or of other weights than those beside them, or the model's
             other files are missing, damaged, or name code of their own.
     """
-    folder = fetch(locate_model(name_or_path), [*PREPARATION, f"{ONNX_FOLDER}/*"])
-    refuse_code(folder)
+    folder = fetch(resolve_model(name_or_path), [*PREPARATION, f"{ONNX_FOLDER}/*"])
     graphs = folder / ONNX_FOLDER
     config: ClipMiniConfig = load_part("config", ClipMiniConfig, folder)
     model = OnnxModel(graphs, config, load_processor(folder), is_quantized)

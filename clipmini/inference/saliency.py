@@ -36,21 +36,26 @@ def compare_places(encoder: DualEncoder, image: Image.Image, vector: Tensor) -> 
         (height, width) cosine similarities in [-1, 1], on the CPU, the top left place first.
 
     Raises:
-        ValueError: the model shows no places: it is another library's, or its tower returns no map.
+        ValueError: the model shows no places: it is computed by graphs, or its tower returns no map.
     """
     model = encoder.module
     if not isinstance(model, ClipMiniModel):
-        raise ValueError(f"Where {encoder.name} looked cannot be shown: it is no clipmini model.")
-    tower, levels = model.vision_model, model.config.vision_levels or None
+        raise ValueError(f"Where {encoder.name} looked cannot be shown: it is no clipmini model in torch.")
+    towers, levels = model.vision_towers(), model.config.vision_levels or None
     pixel_values = encoder.prepare_image(image).to(model.device, model.dtype)
-    outputs = tower(pixel_values=pixel_values, output_hidden_states=levels, do_pooling=False)
-    places, height, width = _split_places(tower.timm_model, outputs.last_hidden_state)
-    pooled = tower.timm_model.forward_head(places).flatten(1)  # (height * width, V)
-    if levels:
-        maps = (F.adaptive_avg_pool2d(level_map[0], (height, width)) for level_map in outputs.hidden_states)
-        pooled = join_levels([pooled, *(level_map.flatten(1).T for level_map in maps)])
+    size: Any = None  # of the first tower's map
+    joined = []
+    for tower in towers:
+        outputs = tower(pixel_values=pixel_values, output_hidden_states=levels, do_pooling=False)
+        places, *own_size = _split_places(tower.timm_model, outputs.last_hidden_state)
+        size = size or own_size
+        pooled = tower.timm_model.forward_head(places).flatten(1)  # one row for each place
+        maps = [pooled.T.unflatten(1, own_size), *(level_map[0] for level_map in outputs.hidden_states or ())]
+        parts = [F.adaptive_avg_pool2d(feature_map, size).flatten(1).T for feature_map in maps]
+        joined.append(join_levels(parts) if levels or towers[1:] else parts[0])
+    pooled = torch.cat(joined, dim=1)  # (height * width, V)
     embeds = normalize(model.get_image_features(pooled_image=pooled).pooler_output)  # (height * width, D)
-    return (embeds.cpu() @ vector).view(height, width)
+    return (embeds.cpu() @ vector).view(size)
 
 
 def _split_places(timm_model: Any, hidden: Any) -> tuple[Tensor, int, int]:

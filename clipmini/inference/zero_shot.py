@@ -115,8 +115,6 @@ def classify(
     Raises:
         ValueError: the labels or the templates are not allowed, or `encode_files` raises it.
     """
-    if encoder.logit_scale is None:
-        raise ValueError(f"The {encoder.kind} model {encoder.name} has no logit scale to make probabilities with.")
     label_embeds = embed_labels(encoder, labels, templates)
     kept, image_embeds = encoder.encode_files(images, skipped)
     logits = encoder.logit_scale * image_embeds @ label_embeds.T  # (I, C); a bias would change no softmax

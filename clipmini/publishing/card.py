@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import DatasetCard, ModelCard, ModelCardData
 
 from clipmini.evaluation.intervals import NUM_RESAMPLES, Interval
 from clipmini.evaluation.naming import eval_results, format_figure, format_interval, format_with_interval
+from clipmini.evaluation.results import tabulate_kept
 from clipmini.evaluation.retrieval import DIRECTIONS, RECALL_AT
 from clipmini.files import SAMPLES_FILE
-from clipmini.names import hub_id, public_name
-from modeling_clipmini import ClipMiniConfig
+from clipmini.names import expand, hub_id, locate, public_name
+from modeling_clipmini import ClipMiniConfig, ClipMiniModel
 from modeling_clipmini.processing_clipmini import image_processor_for
 
 HERE = Path(__file__).parent
@@ -91,10 +93,11 @@ def render_card(
     Args:
         name: the model's name.
         config: the model's config.
-        source: the training data: a Hub id, or a path, of which only the last part is shown.
+        source: the training data: a Hub id, or a path, of which only the last part is shown; "" if there was none.
         license: the model's license, as the Hub writes it; None if it is not stated.
         parts: the towers, or the model that training started from, and the data.
-        stages: the stages of training, in order; a run without stages has one with an empty name.
+        stages: the stages of training, in order; a run without stages has one with an empty name. None for a model
+            that was not trained, but converted or interpolated.
         results: as in `results.json`; the card leaves out what is missing.
         recipe: the recipe as it was run, in YAML, without what concerns one machine alone; "" for none.
         tags: tags in addition to those of every such model.
@@ -131,18 +134,19 @@ def render_card(
         config=config,
         image_size=pixels.crop_size,
         is_cropped="shortest_edge" in pixels.size,
-        source=public_name(source),
+        source=public_name(source) if source else "",
         license=license,
         parts=parts,
         made_of=[part for part in parts if part.role != DATA],
         stages=stages,
-        has_frozen_vision=all(stage.has_frozen_vision for stage in stages),
-        is_cached=all(stage.is_cached for stage in stages),
-        is_chosen=any(stage.is_chosen for stage in stages),
+        has_frozen_vision=bool(stages) and all(stage.has_frozen_vision for stage in stages),
+        is_cached=bool(stages) and all(stage.is_cached for stage in stages),
+        is_chosen=any(stage.is_chosen for stage in stages) or "interpolation" in results,
         results=results,
         shown=shown,
         samples_file=SAMPLES_FILE,
         headline=recalls.get("text_to_image_r1"),
+        kept=tabulate_kept(results["kept"]) if results.get("kept") else None,
         tables={split: _recall_rows(measured, is_continued) for split, measured in splits.items()},
         widths={split: _width_rows(measured) for split, measured in splits.items()},
         num_resamples=NUM_RESAMPLES,
@@ -151,6 +155,42 @@ def render_card(
         count="{:,}".format,
         percent=lambda share: f"{100 * share:.1f}",
     )
+
+
+def render_converted_card(name: str, model: ClipMiniModel, original: str) -> ModelCard:
+    """Render the card of a model, called `name`, that was converted from another one, by its Hub id or path."""
+    part = model_part(STARTING_MODEL, original)
+    results = {"num_parameters": model.num_parameters()}
+    facts: dict[str, Any] = {"source": "", "license": part.license, "parts": [part], "stages": [], "results": results}
+    return render_card(name, model.config, **facts)
+
+
+def data_part(source: str) -> Part:
+    """Describe the training data for the card, with the license that its card on the Hub or in a folder states."""
+    path = expand(source)
+    has_card = hub_id(source) or Path(path).is_dir()
+    return Part(DATA, public_name(source), _from_card(path, DatasetCard)[0] if has_card else None)
+
+
+def model_part(role: str, name: str) -> Part:
+    """Describe a model that another is made of, with the license and base models that its own card states."""
+    license, base_models = _from_card(name)
+    model_id = hub_id(name)
+    return Part(role, public_name(name), license, base_models=(model_id,) if model_id else base_models)
+
+
+def _from_card(
+    name_or_path: str, kind: type[ModelCard] | type[DatasetCard] = ModelCard
+) -> tuple[str | None, tuple[str, ...]]:
+    """Return license and base models from another card; None and () if there is none or it cannot be loaded."""
+    try:
+        located = locate(name_or_path, "a folder", str(kind.repo_type))  # which does not wait for a Hub that is away
+        card = Path(located, "README.md") if Path(located).is_dir() else located
+        data = kind.load(card, ignore_metadata_errors=True).data
+    except (OSError, ValueError, yaml.YAMLError):
+        return None, ()
+    bases, license = data.get("base_model") or [], data.get("license")
+    return license if isinstance(license, str) else None, (bases,) if isinstance(bases, str) else tuple(bases)
 
 
 def _interval(measured: Mapping[str, Any], metric: str) -> Interval:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 import modeling_clipmini
 from clipmini.files import BANK_FILE, CURVES_FILE, RESULTS_FILE, SAMPLES_FILE, TEMPORARY, run_of, weights_sha256
 from clipmini.inference.embed import load_model
-from clipmini.inference.trust import read_json, refuse_code
-from clipmini.names import ONNX_FOLDER, first_sentence, public_name
+from clipmini.names import MODEL_TYPE, ONNX_FOLDER, as_command, first_sentence, public_name
+from clipmini.trust import read_json, refuse_code
 from modeling_clipmini import ClipMiniTextModel, ClipMiniVisionModel
 
 logger = logging.getLogger(__name__)
@@ -62,9 +62,7 @@ def list_files(folder: Path) -> dict[str, Path]:
         ValueError: the folder holds no model, or names code of its own, or holds a file that must not be published: a
             pickle, a likely secret, an unknown file, or a link out of the folder.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model folder: it has no config.json. Name one that training saved.")
-    refuse_code(folder)
+    _check_config(folder)
     root = folder.resolve()
     # A snapshot in the Hub's cache consists of links to blobs.
     allowed = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
@@ -97,6 +95,16 @@ def list_files(folder: Path) -> dict[str, Path]:
             f"{folder} holds files that do not belong to a model: {', '.join(unknown)}; remove them from the folder."
         )
     return files
+
+
+def _check_config(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no config.json. Name one that training saved.")
+    refuse_code(folder)
+    config = read_json(folder / "config.json")
+    if isinstance(config, dict) and config.get("model_type") != MODEL_TYPE:
+        command = as_command("convert", folder, options=["--out", "NEW_FOLDER"])
+        raise ValueError(f"{folder} holds a model of another library; convert it, and push the new folder: {command}")
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:

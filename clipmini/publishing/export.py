@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
 
+from clipmini.conversion import resolve_model
 from clipmini.data.images import Skipped
 from clipmini.data.pairs import choose_split
 from clipmini.evaluation.measure import Embeddings, embed_pairs
@@ -30,8 +31,8 @@ from clipmini.evaluation.retrieval import summarize_scores
 from clipmini.files import WEIGHTS_FILE, RunRecord, atomic_write, file_sha256, run_of, weights_sha256
 from clipmini.inference.embed import DualEncoder, as_encoder, load_model
 from clipmini.inference.onnx_model import INPUTS, OUTPUTS, PREPARATION, QUANTIZED, TEXT_GRAPH, VISION_GRAPH, OnnxModel
-from clipmini.inference.trust import fetch, read_json
-from clipmini.names import ONNX_FOLDER, ONNX_INT8, check_utf8, first_sentence, locate_model, public_name
+from clipmini.names import ONNX_FOLDER, ONNX_INT8, check_utf8, first_sentence, public_name
+from clipmini.trust import fetch, read_json
 from modeling_clipmini import ClipMiniModel
 from modeling_clipmini.encoding_clipmini import embed_in_batches
 from modeling_clipmini.images_clipmini import read_named
@@ -125,7 +126,7 @@ def export(
     """Export a model, as `clipmini.export` says, whose arguments are these; `calibration` lists images."""
     if calibration is not None and not int8:
         raise ValueError("--calibration is for graphs of 8 bits: add --int8.")
-    location, name = locate_model(model), public_name(str(model))
+    location, name = resolve_model(model), public_name(str(model))
     check_utf8(str(out or location))
     if out is None and not Path(location).is_dir():
         raise ValueError(f"{model} is on the Hub: name a folder for its graphs with --out.")

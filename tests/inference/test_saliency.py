@@ -1,5 +1,6 @@
 """Where the model looked: which place of a map is brightest, and that it is drawn where the model saw it."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 from PIL import Image
 
 from clipmini.inference.embed import as_encoder
-from clipmini.inference.encoders import load_encoder
 from clipmini.inference.saliency import COLORS, OPACITY, SHADE, compare_places, draw_places, find_crop
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.modeling_clipmini import normalize
@@ -35,12 +35,16 @@ class TestComparePlaces:
         assert similarities[1, 2].item() == pytest.approx(1, abs=1e-6)
         assert similarities.argmax() == 5
 
-    @pytest.mark.parametrize("tower", TOWERS)
+    @pytest.mark.parametrize(
+        "towers", [*([tower] for tower in TOWERS), ["test_resnet", "test_convnext"], ["test_resnet", "test_vit"]]
+    )
     @pytest.mark.parametrize("levels", [None, [0, 1]])
-    def test_towers(self, tiny_config, tiny_processor, image, tower, levels):
-        """Maps with channels first or last, and tokens with a class token or none."""
+    def test_towers(self, tiny_config, tiny_processor, image, towers, levels):
+        """Maps with channels first or last, tokens with a class token or none, and two towers, also of unlike maps."""
         torch.manual_seed(0)
-        config = tiny_config(vision_config={"architecture": tower}, vision_levels=levels)
+        configs = zip(("vision_config", "side_vision_config"), towers, strict=False)
+        options = {field: {"architecture": tower} for field, tower in configs}
+        config = tiny_config(**options, vision_levels=levels)
         model = ClipMiniModel(config).eval()
         model.processor = ClipMiniProcessor.from_towers(config, tiny_processor.tokenizer)
         encoder = as_encoder(model)
@@ -52,9 +56,9 @@ class TestComparePlaces:
         assert similarities.abs().max() <= 1.00001
         assert similarities.std() > 0
 
-    def test_models_without_a_map(self, tiny_model, image, clip_folder, monkeypatch):
+    def test_models_without_a_map(self, tiny_model, image, monkeypatch):
         with pytest.raises(ValueError, match="it is no clipmini model"):
-            compare_places(load_encoder(clip_folder), image, torch.ones(16))
+            compare_places(replace(as_encoder(tiny_model), module=torch.nn.Identity()), image, torch.ones(16))
         tower = tiny_model.vision_model.timm_model
         monkeypatch.setattr(tower, "forward_features", lambda pixel_values: [torch.zeros(1, 4, 8)])
         with pytest.raises(ValueError, match="returns no map"):

@@ -57,7 +57,14 @@ def test_no_folder_is_told_and_a_hub_id_stays(tiny_config, tmp_path, monkeypatch
     ("options", "message"),
     [
         ({"projection": "conv"}, "projection='conv' is not allowed; use one of 'linear', 'mlp'"),
-        ({"text_pooling": "max"}, "text_pooling='max' .* 'mean', 'cls'"),
+        ({"text_pooling": "max"}, "text_pooling='max' .* 'mean', 'cls', 'eos', 'last'"),
+        (
+            {"text_pooling": "eos"},
+            "text_pooling='eos' needs a text tower with eos_token_id, which this Distil",
+        ),
+        ({"text_padding_id": -1}, "text_padding_id=-1 is not allowed"),
+        ({"text_padding_id": True}, "text_padding_id=True is not allowed"),
+        ({"projection_bias": 2}, "projection_bias=2 is not allowed; use one of False, True"),
         ({"loss": "triplet"}, "loss='triplet' .* 'infonce', 'sigmoid'"),
         ({"projection_dim": 0}, "projection_dim=0 .* at least 1"),
         ({"projection_dim": 2.5}, "projection_dim=2.5 .* whole number"),

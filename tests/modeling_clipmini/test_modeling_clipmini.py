@@ -13,6 +13,7 @@ from transformers import (
     DistilBertModel,
     RobertaConfig,
     RobertaForMaskedLM,
+    SiglipTextConfig,
     TimmWrapperConfig,
     TimmWrapperModel,
     Trainer,
@@ -134,7 +135,7 @@ def test_features_are_projected_and_not_yet_normalized(tiny_model):
     assert not torch.allclose(features.norm(dim=-1), torch.ones(3))
 
 
-@pytest.mark.parametrize("text_pooling", ["mean", "cls"])
+@pytest.mark.parametrize("text_pooling", ["mean", "cls", "last"])
 def test_padding_does_not_change_an_embedding(text_pooling, tiny_config):
     model = ClipMiniModel(tiny_config(text_pooling=text_pooling)).eval()
     inputs = make_inputs()
@@ -143,9 +144,42 @@ def test_padding_does_not_change_an_embedding(text_pooling, tiny_config):
     assert torch.allclose(padded, bare, atol=1e-6)
 
 
-def test_mean_pooling_by_hand(tiny_model):
-    hidden = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [100.0, 100.0]]])
-    assert tiny_model._pool_text(hidden, torch.tensor([[1, 1, 0]])).tolist() == [[2.0, 4.0]]
+@pytest.mark.parametrize(
+    ("pooling", "masked", "whole"),
+    [("mean", [2, 4], [34, 35]), ("cls", [1, 2], [1, 2]), ("last", [3, 6], [98, 97]), ("eos", [3, 6], [3, 6])],
+)
+def test_pooling_by_hand(pooling, masked, whole, tiny_model):
+    hidden = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [98.0, 97.0]]])
+    ids = torch.tensor([[7, 9, 9]])  # the second token is the first that ends a text
+    tiny_model.config.text_pooling, tiny_model.config.text_config.eos_token_id = pooling, 9
+    assert tiny_model._pool_text(hidden, ids, torch.tensor([[1, 1, 0]])).tolist() == [masked]
+    assert tiny_model._pool_text(hidden, ids, None).tolist() == [whole]
+
+
+def test_padding_that_is_read_reaches_the_end(tiny_config):
+    """It is the tower's, whatever the batch was padded with."""
+    model = ClipMiniModel(tiny_config(text_padding_id=3)).eval()
+    expected = model.text_model(input_ids=torch.tensor([[5, 6] + [3] * 62])).last_hidden_state.mean(dim=1)
+    ids, mask = torch.tensor([[5, 6, 0, 0]]), torch.tensor([[1, 1, 0, 0]])
+    assert torch.allclose(model.pool_texts(ids, mask), expected, atol=1e-6)
+    assert torch.equal(model.pool_texts(ids[:, :2]), model.pool_texts(ids, mask))
+
+
+def test_a_text_tower_of_siglip(tiny_config, tmp_path):
+    """AutoModel does not build it, and its head would stay unused."""
+    tower = SiglipTextConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    config = tiny_config(text_config=tower, text_pooling="last", text_padding_id=1, projection_bias=True)
+    model = ClipMiniModel(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded, info = ClipMiniModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    inputs = make_inputs()
+    assert torch.equal(loaded.eval()(**inputs).text_embeds, model(**inputs).text_embeds)
+    model.train()(**inputs).loss.backward()
+    assert [name for name, parameter in model.text_model.named_parameters() if parameter.grad is None] == []
+    assert model.text_projection.bias.grad is not None
 
 
 def test_a_text_longer_than_the_tower_reads_is_cut(tiny_model):

@@ -57,7 +57,7 @@ def test_it_describes_training_and_results(results, tiny_config):
     assert "50 of 160 captions rank their own image first (left), the\nother 110 do not (right)." in text
     assert "of 26.8 million parameters" in text
     assert text.count("| text to image | **31.2** (25.0 to 40.0) | **31.2** (25.0 to 40.0) |") == 2
-    assert text.count("32 images, 160 captions; the checkpoint was chosen on this split") == 1
+    assert text.count("32 images, 160 captions; the weights were chosen on this split") == 1
     assert "could not be read or had no caption: 2" in text
     assert "Leak check, duplicates across splits: none found" in text
     assert text.count("| 8 | 10.0 (5.0 to 20.0) | 10.0 (5.0 to 20.0) | 10.0 (5.0 to 20.0) |") == 2
@@ -179,6 +179,16 @@ def test_data_and_towers_of_the_hub_are_named_by_id(results, tiny_config):
     assert card.data.datasets == ["org/pairs"]
     assert card.data.eval_results[0].dataset_type == "org/pairs"
     assert metadata_faults(card.content) == []
+
+
+def test_a_second_image_tower_is_named_between_the_others(results, tiny_config):
+    card = render(tiny_config, results, "model=lite0-lite2-minilm")
+    assert (
+        "starting from timm/tf_efficientnet_lite0.in1k (image tower), timm/tf_efficientnet_lite2.in1k (second image "
+        "tower) and sentence-transformers/all-MiniLM-L6-v2 (text tower)."
+    ) in card.text
+    assert "| second image tower | timm/tf_efficientnet_lite2.in1k | apache-2.0 |" in card.text
+    assert len(card.data.base_model) == 3
 
 
 def test_a_model_that_was_trained_further_keeps_its_origin(results, tiny_config, tmp_path):

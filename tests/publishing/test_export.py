@@ -326,13 +326,21 @@ FAMILIES = {  # small random models of twelve families: convolutional, transform
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_families_of_timm(architecture, tiny_config, tmp_path):
+def export_tiny(config, folder):
+    """Export a random model, and check that the image graph gives the same vectors."""
     from clipmini.training.build import character_tokenizer
 
     torch.manual_seed(0)
-    config = tiny_config(vision_config={"architecture": architecture})
-    ClipMiniModel(config).save_pretrained(tmp_path / "model")
-    ClipMiniProcessor.from_towers(config, character_tokenizer()).save_pretrained(tmp_path / "model")
-    assert clipmini.export(tmp_path / "model").results["graphs"][1]["min_cosine"] > 0.9999
+    ClipMiniModel(config).save_pretrained(folder)
+    ClipMiniProcessor.from_towers(config, character_tokenizer()).save_pretrained(folder)
+    assert clipmini.export(folder).results["graphs"][1]["min_cosine"] > 0.9999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_families_of_timm(architecture, tiny_config, tmp_path):
+    export_tiny(tiny_config(vision_config={"architecture": architecture}), tmp_path)
+
+
+def test_two_vision_towers_are_one_graph(tiny_config, tmp_path):
+    export_tiny(tiny_config(side_vision_config={"architecture": "test_convnext"}, vision_levels=[1]), tmp_path)

@@ -148,6 +148,21 @@ def test_activations_are_those_of_the_frozen_stages_and_do_not_care_for_the_trai
     assert not np.array_equal(prepare(toy_pairs, **options)[0].image_features[:], before)
 
 
+@pytest.mark.parametrize("options", [{}, {"freeze_vision": False, "freeze_text": False, "vision_stages": 2}])
+def test_another_side_tower_is_computed_anew(tiny_config, tiny_processor, toy_pairs, tmp_path, options):
+    args = ClipMiniTrainingArguments(
+        **{"output_dir": str(tmp_path), "use_cpu": True, "freeze_vision": True, "freeze_text": True, **options}
+    )
+    torch.manual_seed(0)
+    model = ClipMiniModel(tiny_config(side_vision_config={"architecture": "test_convnext"}))
+    model.processor = tiny_processor
+    before = prepare_features(model, {"train": toy_pairs}, args)["train"].image_features[:]
+    list(model.vision_model.side.parameters())[-1].data += 1
+    after = prepare_features(model, {"train": toy_pairs}, args)["train"].image_features[:]
+    assert before.shape == after.shape
+    assert not np.array_equal(before, after)
+
+
 def test_activations_to_measure_with_are_not_rounded(tiny_model, toy_pairs, tmp_path):
     args = ClipMiniTrainingArguments(output_dir=str(tmp_path), use_cpu=True, vision_stages=2)
     prepared = prepare_features(tiny_model, {"train": toy_pairs, "validation": toy_pairs}, args)

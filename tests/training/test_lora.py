@@ -25,6 +25,7 @@ TOWERS = {
     "resnet and distilbert": {},
     "mobilenet and bert": {"vision_config": {"architecture": "mobilenetv3_small_050"}, "text_config": BERT},
     "vit and distilbert": {"vision_config": {"architecture": "test_vit"}},
+    "two vision towers": {"side_vision_config": {"architecture": "test_convnext"}},
 }
 
 

@@ -117,6 +117,7 @@ def test_overrides(overrides, read, expected, tmp_path):
             r"data\.source is missing: .* names no data\. Add --set source=FOLDER",
         ),
         (GOOD.replace("model: tiny", ""), [], "model=None"),
+        (GOOD, ["keep=7"], "keep=7 is not allowed; use a folder, a table, a Hub id or a recipe"),
         ("model: tiny\ndata: photos\n", [], "data must hold `key: value` lines"),
         ("- a\n- b\n", [], "must hold `key: value` lines, not list"),
         ("model: [tiny\n", [], "is not YAML"),
@@ -146,7 +147,7 @@ def test_a_mapping_for_a_section_changes_the_keys_in_it(tmp_path):
 
 
 def test_a_missing_recipe_lists_the_presets():
-    with pytest.raises(ValueError, match=r"neither a file nor among the recipes .* demo"):
+    with pytest.raises(ValueError, match=r"dmeo is not a recipe \(article, demo, fine-tune, .*If it is data"):
         load_recipe("dmeo")
 
 
@@ -161,8 +162,9 @@ def test_every_recipe_of_the_package_is_valid_and_says_how_it_is_run(name):
     if needs_data:
         with pytest.raises(ValueError, match=f"{name} names no data. Add --set source=FOLDER;"):
             load_recipe(name)
-    recipe = load_recipe(name, {"source": "mine"} if needs_data else {})
-    assert isinstance(recipe.model, ModelPreset)
+    start = {"model": "org/name"} if name == "fine-tune" else {}
+    recipe = load_recipe(name, {**start, **({"source": "mine"} if needs_data else {})})
+    assert isinstance(recipe.model, str if start else ModelPreset)
 
 
 @pytest.mark.parametrize("name", preset_names("models"))
@@ -218,6 +220,11 @@ def test_a_random_model_can_be_built_without_any_download(tmp_path):
 def test_a_wrong_preset_is_refused(preset, message):
     with pytest.raises(ValueError, match=message):
         build_model(preset)
+
+
+def test_a_preset_can_have_a_second_vision_tower():
+    model = build_model(replace(TINY, side_vision="test_efficientnet"))
+    assert [tower.config.architecture for tower in model.vision_towers()] == ["resnet18", "test_efficientnet"]
 
 
 def test_a_preset_can_change_how_images_are_prepared():
@@ -332,3 +339,14 @@ def test_data_of_a_run_of_an_earlier_version_is_read(tmp_path):
     )
     (tmp_path / "recipe_as_run.yaml").write_text(text)
     assert read_data_section(str(tmp_path / "recipe_as_run.yaml"), {})["source"] == "photos"
+
+
+def test_data_in_place_of_a_recipe_tune_the_model_that_is_named(tiny_folder):
+    recipe = load_recipe("my_images.csv", {"model": tiny_folder, "split_seed": 3})
+    assert (recipe.model, recipe.data.source, recipe.data.split_seed) == (str(tiny_folder), "my_images.csv", 3)
+    named = load_recipe("fine-tune", {"model": tiny_folder, "source": "my_images.csv", "split_seed": 3})
+    assert recipe.values == named.values
+    with pytest.raises(
+        ValueError, match=r"my_images is not a recipe .*clipmini train demo --source my_images.*--model"
+    ):
+        load_recipe("my_images")

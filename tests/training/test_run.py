@@ -495,3 +495,30 @@ def test_an_image_is_said_to_be_first_only_where_the_search_ranks_its_split_alon
     answers = Answers(1, 1, [Answer("image 2", [Found(0, 1, 1.0, True)])], [], [])
     example = _find_example(str(tmp_path), "test", pairs, answers)
     assert (example.query, example.is_first) == ("image 2", has_folders)
+
+
+def test_what_is_to_be_kept_is_measured_before_and_after(recipe, finished, class_folder):
+    start = f"model={finished.model_folder}"
+    run = train(recipe(start, f"keep={class_folder}", "max_steps=3", "learning_rate=0.1"))
+    kept = run.results["kept"]
+    assert (kept["source"], kept["split"], kept["num_images"], kept["metric"]) == ("classes", "train", 30, "top1")
+    assert kept["change"]["value"] == pytest.approx(kept["after"]["value"] - kept["before"]["value"])
+    assert run.tables[-1].title == "kept: classes, train, 30 images"
+    assert "**kept: classes, train, 30 images**" in (run.model_folder / "README.md").read_text(encoding="utf-8")
+    run = train(recipe(start, "keep=offline:photos/test", "max_steps=1", "learning_rate=0"), overwrite=True)
+    assert run.results["kept"]["metric"] == "mean_recall"
+    assert run.results["kept"]["num_images"] == 32
+    assert run.results["kept"]["change"] == {"value": 0, "low": 0, "high": 0, "p_value": 1}
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_any_model_is_fine_tuned_on_fewer_pairs_than_a_batch(loss, tiny_config, tiny_processor, photos, tmp_path):
+    torch.manual_seed(0)
+    model = ClipMiniModel(tiny_config(loss=loss))
+    model.save_pretrained(tmp_path / "start")
+    tiny_processor.save_pretrained(tmp_path / "start")
+    options = {"model": tmp_path / "start", "max_skipped": 0.1, "use_cpu": True, "output_dir": tmp_path / "run"}
+    run = train(load_recipe(str(photos), options))
+    assert run.results["num_train_images"] < 64
+    moved = load_model(run.model_folder).state_dict()
+    assert not torch.equal(moved["visual_projection.weight"], model.state_dict()["visual_projection.weight"])

@@ -17,6 +17,7 @@ from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.features import prepare_features
 from clipmini.training.trainer import ClipMiniTrainer, NonFiniteLossError
 from modeling_clipmini import ClipMiniModel
+from modeling_clipmini.images_clipmini import read_image
 
 
 @pytest.fixture
@@ -219,6 +220,26 @@ def test_activations_serve_where_no_level_lies_before_them(make_trainer):
     split = make_trainer(config=config, **options)
     assert split.train_dataset.pairs.frozen_stages is not None
     assert_same(weights_after(split), weights_after(make_trainer(config=config, **options, cache_features=False)))
+
+
+def test_a_side_tower_is_cached_beside_the_activations_and_stays_as_it_is(make_trainer):
+    config = {**NO_DROPOUT, "side_vision_config": {"architecture": "test_convnext"}, "vision_levels": [3]}
+    options = {"vision_stages": 2, "optim": "sgd", "max_steps": 2}
+    split = make_trainer(config=config, **options)
+    before = {name: value.clone() for name, value in split.model.vision_model.state_dict().items()}
+    pairs = split.train_dataset.pairs
+    pixels = split.processing_class(images=[read_image(image) for image in pairs.rows["image"]])["pixel_values"]
+    packed = torch.from_numpy(pairs.image_features[:, 0]).float()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            pairs.frozen_stages.resume(split.model, packed), split.model.pool_images(pixels), rtol=0, atol=2e-2
+        )
+    whole = weights_after(make_trainer(config=config, **options, cache_features=False))
+    assert_same(weights_after(split), whole, 1e-3)
+    after = split.model.vision_model.state_dict()
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved
+    assert not any(name.startswith("side.") for name in moved)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from clipmini.cli import app
 from clipmini.inference.encoders import load_encoder
-from clipmini.inference.trust import refuse_code
+from clipmini.trust import refuse_code
 
 EVIL = """
 import pathlib
@@ -48,6 +48,10 @@ KINDS = {
     "pickle for timm": (
         change("config.json", vision_config__model_args={"checkpoint_path": "evil.pth"}),
         ("config.json", "vision_config.model_args.checkpoint_path", "evil.pth"),
+    ),
+    "pickle for the side tower": (
+        change("config.json", side_vision_config={"architecture": "resnet18", "model_args": {"checkpoint_path": "a"}}),
+        ("config.json", "side_vision_config.model_args.checkpoint_path", "a"),
     ),
     "other configuration": (
         change("config.json", vision_config__architecture="local-dir:/evil"),
@@ -222,7 +226,7 @@ def test_usual_keys_pass(content, tmp_path):
 )
 def test_a_broken_model_of_another_library_is_a_value_error(content, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"The model {tmp_path} cannot be loaded: "):
+    with pytest.raises(ValueError, match=rf"{tmp_path}.* (holds a model of type|is not a JSON object)"):
         load_encoder(tmp_path)
 
 

@@ -13,11 +13,17 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from clipmini.names import MODEL_TYPE, first_sentence
+from clipmini.names import (
+    CONFIG_FILE,
+    MODEL_TYPE,
+    OPEN_CLIP_FILE,
+    SENTENCE_TRANSFORMERS_FILE,
+    first_sentence,
+)
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.json")  # large, and of words alone
-MODULES_FILE, OPEN_CLIP_FILE, PROCESSOR_FILE = "modules.json", "open_clip_config.json", "processor_config.json"
-ROUTER_FILES = ("router_config.json", "config.json")
+PROCESSOR_FILE = "processor_config.json"
+ROUTER_FILES = ("router_config.json", CONFIG_FILE)
 # What clipmini's folders name for AutoModel and its kin; clipmini's commands load them by the installed classes.
 CLIPMINI_AUTO_CLASSES = {"AutoConfig", "AutoModel", "AutoModelForZeroShotImageClassification", "AutoProcessor"}
 # Keys that permit code, or name files, weights and models elsewhere.
@@ -46,7 +52,7 @@ def refuse_code(name_or_path: str | Path) -> Path:
             folder here nor available from the Hub.
     """
     folder = fetch(name_or_path, ["*.json"], VOCABULARY_FILES)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / CONFIG_FILE)
     is_clipmini = isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
     for file in sorted(glob.glob("**/*.json", root_dir=folder, recursive=True, include_hidden=True)):
         name = Path(file).name
@@ -111,9 +117,9 @@ def _is_refused(file: str, keys: tuple[str, ...], value: Any, is_clipmini: bool)
     if key == "auto_map":
         is_outermost = len(keys) == 1 or file_name == PROCESSOR_FILE  # which includes the files of its parts
         return not (is_clipmini and is_outermost and isinstance(value, dict) and set(value) <= CLIPMINI_AUTO_CLASSES)
-    if file_name == MODULES_FILE and len(keys) == 2 and key == "type":
+    if file_name == SENTENCE_TRANSFORMERS_FILE and len(keys) == 2 and key == "type":
         return not STOCK_MODULE.fullmatch(str(value))
-    if file_name == MODULES_FILE and len(keys) == 2 and key == "path":
+    if file_name == SENTENCE_TRANSFORMERS_FILE and len(keys) == 2 and key == "path":
         return Path(str(value)).is_absolute() or ".." in Path(str(value)).parts
     if file_name in ROUTER_FILES and "types" in keys[:-1] and isinstance(value, str):  # the class of each route
         return not STOCK_MODULE.fullmatch(value)
