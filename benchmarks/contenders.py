@@ -157,10 +157,10 @@ class ClipMini(Contender):
 
     def __init__(self, folder: Path) -> None:
         import clipmini
-        from clipmini.inference.embed import as_encoder
+        from clipmini.inference.embed import DualEncoder
 
         self.model = clipmini.load(folder, device="cpu")
-        self.encoder = as_encoder(self.model)
+        self.encoder = DualEncoder(self.model)
 
     def embed_images(self, files: Files, batch_size: int) -> Tensor:
         return self.encoder.encode_files(files)[1]

@@ -131,7 +131,7 @@ def main(
     """Measure everything."""
     torch.set_num_threads(1)
     encoder = load_encoder(model)
-    time_folding(encoder.module)
+    time_folding(encoder.model)
     time_decoding(encoder)
     if source is not None:
         measure_recall(encoder, source)

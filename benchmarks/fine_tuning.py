@@ -1,7 +1,7 @@
 """Fine-tune a model on few pairs: what is gained, and what is lost of what it knew.
 
     python benchmarks/fine_tuning.py                                     # the two halves of the photographs
-    python benchmarks/fine_tuning.py --start MODEL --keep FLICKR8K       # MODEL: of the recipe flickr8k, --stage heads
+    python benchmarks/fine_tuning.py --start MODEL --keep FLICKR8K
 
 Without options, the photographs that come with clipmini are parted by what they show: all but monuments, of which
 the recipe `demo` trains a model; and monuments, on which the recipe `fine-tune` trains it further. A quarter of either
@@ -10,7 +10,8 @@ and reports it on test.
 
 With a model, the settings of `fine-tune` are compared: on the photographs of train and validation, of which a third is
 drawn for validation, another third for each seed. The data to keep are the validation split of those that MODEL was
-trained on. Each row is a mean over seeds; nothing is chosen in it.
+trained on. Each row is a mean over seeds; nothing is chosen in it. The table's MODEL is of `clipmini train flickr8k
+--stage heads --set model=lite0-minilm`.
 """
 
 import csv

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, DistilBertConfig, TimmWrapperConfig
 
-from clipmini.inference.embed import as_encoder
+from clipmini.inference.embed import DualEncoder
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.build import character_tokenizer
 from clipmini.training.features import prepare_features
@@ -385,7 +385,7 @@ def time_images(report: Report, model: ClipMiniModel, files: list[Path], pairs: 
     for is_bf16, name in ((False, "tf32"), (True, "bf16")):
         rate = f"{len(pixels) / tower(is_bf16):,.0f}"
         report.add(table, what=f"the tower alone, {name}, pixels on the device", images_per_second=rate)
-    encoders = (("encode_image", model.encode_image), ("encode_files", as_encoder(model).encode_files))
+    encoders = (("encode_image", model.encode_image), ("encode_files", DualEncoder(model).encode_files))
     for (name, embed), batch_size in itertools.product(encoders, (None, 64)):
         options = {} if batch_size is None else {"batch_size": batch_size}
         took_s = wall_s(lambda embed=embed, options=options: embed(files, **options))  # type: ignore[misc]

@@ -592,7 +592,8 @@ def interpolate(
         return
     print_contents(chosen.tables)
     weight = chosen.results["interpolation"]["weight"]
-    show(f"The model with {weight:g} of {tuned} is in {chosen.model_folder}, and the curve in {chosen.curves}")
+    show(f"{weight:g} of {tuned} and {1 - weight:g} of {start} are the model in {chosen.model_folder}")
+    show(f"The curve is in {chosen.curves}")
 
 
 @app.command(epilog="Example: clipmini push runs/demo/model my-name/my-clip --dry-run")

@@ -46,7 +46,7 @@ def logits_of(model, images):
 def saved_and_loaded(model, folder):
     model.save_pretrained(folder)
     model.processor.save_pretrained(folder)
-    return load_model(folder)
+    return load_model(folder, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_folder_of_its_own_is_a_whole_model(clip_folder, images, tmp_path):
         clipmini.push(peer, "name/own", dry_run=True)
     pushed = clipmini.push(tmp_path / "own", "name/own", dry_run=True)
     assert "model.safetensors" in pushed.sizes
-    assert np.array_equal(clipmini.load(tmp_path / "own").encode_image(images), model.encode_image(images))
+    assert np.array_equal(clipmini.load(tmp_path / "own", "cpu").encode_image(images), model.encode_image(images))
     with pytest.raises(ValueError, match="exists: remove it, or name another"):
         clipmini.convert(peer, tmp_path / "own")
     with pytest.raises(ValueError, match="is a clipmini model already"):
@@ -300,7 +300,7 @@ def test_models_on_the_hub(clip_folder, tmp_path, monkeypatch):
         }.items():
             hub.models[name] = Repository(name)
             hub.models[name].add_commit("main", Commit("model", content))
-        embed = "clipmini.load(name).encode_text(['a', 'b']).tolist()"
+        embed = "clipmini.load(name, 'cpu').encode_text(['a', 'b']).tolist()"
         program = f"import sys, clipmini; print(*[{embed} for name in sys.argv[1:]])"
         environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "hf"), "no_proxy": "127.0.0.1"}
         command = [sys.executable, "-c", program, "openai/clip", "theirs/clip"]

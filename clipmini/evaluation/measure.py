@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipmini.data.pairs import PairDataset
 from clipmini.inference.bank import Bank
-from clipmini.inference.embed import DualEncoder, as_encoder
+from clipmini.inference.embed import DualEncoder
 from modeling_clipmini import ClipMiniModel
 from modeling_clipmini.encoding_clipmini import embed_in_batches, eval_mode
 from modeling_clipmini.modeling_clipmini import normalize
@@ -238,7 +238,7 @@ def draw_bank(model: ClipMiniModel, pairs: PairDataset, seed: int, batch_size: i
     if min(num_captions, num_images) < MIN_BANK:
         logger.info("no bank: it takes %d training captions, and as many images", MIN_BANK)
         return None
-    encoder, generator = as_encoder(model), torch.Generator().manual_seed(seed)
+    encoder, generator = DualEncoder(model), torch.Generator().manual_seed(seed)
     texts = torch.randperm(num_captions, generator=generator)[:NUM_BANK_TEXTS].tolist()
     images = torch.randperm(num_images, generator=generator)[:NUM_BANK_IMAGES].tolist()
     return Bank(
@@ -250,7 +250,7 @@ def draw_bank(model: ClipMiniModel, pairs: PairDataset, seed: int, batch_size: i
 
 def _embed_images(encoder: DualEncoder, data: PairDataset, rows: Sequence[int], batch_size: int) -> Tensor:
     """Embed the images of some rows, from their features if there are any: (len(rows), D), of length 1."""
-    model: Any = encoder.module
+    model: Any = encoder.model
 
     def embed_features(some: list[int]) -> Tensor:
         assert data.image_features is not None
@@ -267,7 +267,7 @@ def _embed_images(encoder: DualEncoder, data: PairDataset, rows: Sequence[int], 
 
 def _embed_captions(encoder: DualEncoder, data: PairDataset, indices: Sequence[int], batch_size: int) -> Tensor:
     """Embed some of all captions, from their features if there are any: (len(indices), D), of length 1."""
-    model: Any = encoder.module
+    model: Any = encoder.model
 
     def embed_features(some: list[int]) -> Tensor:
         assert data.text_features is not None
@@ -295,7 +295,7 @@ def measure_pairs(
     Returns:
         As `summarize_scores`; for each width the same with the suffix `_at_{width}`.
     """
-    embeds = embed_pairs(as_encoder(model), pairs, batch_size)
+    embeds = embed_pairs(DualEncoder(model), pairs, batch_size)
     return _at_widths(embeds, embeds.scores(), widths, summarize_scores)
 
 
@@ -313,7 +313,7 @@ def measure_split(
         `intervals` of the latter; with a bank also `normalized`, `normalized_intervals` and `never_first`. And what
         some of the captions found.
     """
-    embeds = embed_pairs(as_encoder(model), pairs, batch_size)
+    embeds = embed_pairs(DualEncoder(model), pairs, batch_size)
     ids = embeds.text_image_ids, embeds.image_ids
     rankings = rank_candidates(embeds.images, embeds.texts, *ids, PRECISION_AT)
     metrics = _at_widths(embeds, score_rankings(rankings, *ids), widths, bootstrap_intervals)

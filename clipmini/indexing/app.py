@@ -73,7 +73,7 @@ class Page:
 
     def __init__(self, encoder: DualEncoder, index: "Index | None" = None) -> None:
         self.encoder, self.index = encoder, index
-        self.has_map = isinstance(encoder.module, ClipMiniModel)
+        self.has_map = isinstance(encoder.model, ClipMiniModel)
         self._lock = threading.Lock()  # one search uses all cores, and tokenizers are not for several threads
 
     def search(
@@ -142,7 +142,7 @@ class Page:
         with self._lock:
             similarities = compare_places(self.encoder, whole, self.encoder.encode_texts([text])[0])
         whole.thumbnail((IMAGE_EDGE, IMAGE_EDGE))
-        processor: Any = self.encoder.module.processor
+        processor: Any = self.encoder.model.processor
         crop = find_crop(processor.image_processor, *whole.size)
         high, low = similarities.max(), similarities.min()
         meaning = f"Bright where the image is most like “{text}” (cosine {high:z.2f}), dark where least ({low:z.2f})."

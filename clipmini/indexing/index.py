@@ -123,7 +123,7 @@ class Known(NamedTuple):
 def describe_model(encoder: DualEncoder) -> str:
     """Return the digest of all that the vectors and priors of images depend on."""
     bank = encoder.bank
-    parts = [encoder.weights_sha256 or hash_weights(encoder.module), encoder.describe()]
+    parts = [encoder.weights_sha256 or hash_weights(encoder.model), encoder.describe()]
     if bank is not None:
         parts.append(hashlib.sha256(bank.texts.numpy().tobytes()).hexdigest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

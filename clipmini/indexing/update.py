@@ -223,7 +223,7 @@ def embed_and_write(index: Index, prepared: Iterable[Prepared], before: Index) -
                 if item.inputs is not None:
                     yield item.inputs
 
-        embeds = embed_in_batches(take_inputs(), index.encoder.embed_images, BATCH_SIZE)
+        embeds = embed_in_batches(take_inputs(), index.encoder.model.embed_pixels, BATCH_SIZE)
         embeds = normalize(embeds) if new else torch.empty(0, num_dimensions)
         if not (new or known):
             return embedded, moved

@@ -12,7 +12,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,49 +47,51 @@ MIB = 2**20
 MAX_WORKERS, NUM_PER_MESSAGE, MANY_IMAGES = 16, 4, 256
 
 
-@dataclass
 class DualEncoder:
-    """A model with an image tower and a text tower that share one embedding space, in eval mode.
+    """Embed images and captions with a model and report progress; the model's mode stays.
+
+    Args:
+        model: a `ClipMiniModel` or `OnnxModel` with its processor.
+        name: what results call it; see `load_encoder`.
 
     Attributes:
-        name: what results call the model; see `load_encoder`.
-        kind: its class, or the library it comes from.
-        module: the model itself.
-        logit_scale: factor on similarities before a softmax, the inverse of the temperature.
-        prepare_image: an image of mode "RGB" to what `embed_images` takes a list of, mostly (1, 3, height, width).
-        embed_images: n prepared images to (n, D) vectors of any length.
-        embed_texts: n captions to (n, D) vectors of any length.
-        describe: returns what embeddings depend on besides the weights, for their key: how images and captions are
-            prepared.
-        weights_sha256: digest of the weights in the model's folder; None for a model that is loaded already.
         bank: training captions and images to score without hubs; None where the model has none.
-        tokenizer: of transformers, to find out which texts the model can read.
-        min_edge: pixels of an image's shorter edge that `prepare_image` needs, as in `read_image`; None for all.
+        weights_sha256: digest of the weights in the model's folder; None for a model that is loaded already.
+        min_edge: pixels of an image's shorter edge that the processor needs, as in `read_image`; None for all.
     """
 
-    name: str
-    kind: str
-    module: nn.Module
-    logit_scale: float
-    prepare_image: Callable[[Image.Image], Any]
-    embed_images: Callable[[list[Any]], Tensor]
-    embed_texts: Callable[[list[str]], Tensor]
-    describe: Callable[[], str]
-    weights_sha256: str | None = None
     bank: Bank | None = None
-    tokenizer: Any = None
-    min_edge: int | None = None
+
+    def __init__(self, model: Any, name: str = "model") -> None:
+        self.model, self.name = model, name
+        self.weights_sha256: str | None = getattr(model, "weights_sha256", None)  # graphs say what weights they are of
+        self.min_edge: int | None = model.processor.min_edge
 
     @property
     def device(self) -> torch.device:
         """Return the device that the model computes on."""
-        parameter = next(self.module.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return self.model.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return transformers' tokenizer of the model, which tells what texts it can read."""
+        return self.model.processor.tokenizer
+
+    @property
+    def logit_scale(self) -> float:
+        """Return the factor on similarities before a softmax, the inverse of the temperature."""
+        return self.model.get_logit_scale().item()
+
+    def describe(self) -> str:
+        """Describe what embeddings depend on besides the weights: how images and captions are prepared."""
+        processor = self.model.processor
+        described = describe_processors(processor.image_processor, processor.tokenizer)
+        return described + getattr(self.model, "quantization", "")
 
     def about(self) -> dict[str, str]:
         """Return the model's name, kind and, if known, the digest of its weights, as results record them."""
         digest = {"weights_sha256": self.weights_sha256} if self.weights_sha256 else {}
-        return {"name": self.name, "kind": self.kind, **digest}
+        return {"name": self.name, "kind": type(self.model).__name__, **digest}
 
     def encode_images(self, images: Iterable[Any], batch_size: int = 16) -> Tensor:
         """Embed images.
@@ -117,7 +118,7 @@ class DualEncoder:
                     raise prepared
                 yield prepared
 
-        return self._run(prepared_images(), self.embed_images, batch_size, total, "image")
+        return self._run(prepared_images(), self.model.embed_pixels, batch_size, total, "image")
 
     def encode_files(
         self, images: Sequence[str | Path | Image.Image], skipped: Skipped | None = None, batch_size: int = 16
@@ -154,7 +155,7 @@ class DualEncoder:
             if not kept:
                 raise ValueError(f"No image can be read: {reason}.")
 
-        embeds = self._run(prepared_files(), self.embed_images, batch_size, len(images), "image")
+        embeds = self._run(prepared_files(), self.model.embed_pixels, batch_size, len(images), "image")
         skipped.log_summary()
         return kept, embeds
 
@@ -171,10 +172,14 @@ class DualEncoder:
         Raises:
             ValueError: the model does not embed captions.
         """
-        return self._run(texts, self.embed_texts, batch_size, len(texts), "caption", order=by_length)
+        return self._run(texts, self.model.embed_captions, batch_size, len(texts), "caption", order=by_length)
+
+    def prepare_image(self, image: Image.Image) -> Tensor:
+        """Return what the model takes of an image of mode "RGB": (1, 3, height, width)."""
+        return self.model.processor(images=[image])["pixel_values"]
 
     def prepare(self, source: Any) -> Any:
-        """Read an image from anything that `read_image` takes, and prepare it for `embed_images`.
+        """Read an image from anything that `read_image` takes, and prepare it.
 
         Raises:
             ImageError: it cannot be read.
@@ -194,24 +199,6 @@ class DualEncoder:
         options: Any = {"disable": True} if total is not None and total <= batch_size else {}
         with tqdm(total=total, desc=f"{unit}s", unit=unit, leave=False, **options) as bar:
             return normalize(embed_in_batches(inputs, embed, batch_size, order, bar.update))
-
-
-def as_encoder(model: Any, name: str = "model") -> DualEncoder:
-    """Return a `ClipMiniModel` or `OnnxModel`, which needs its processor, as a `DualEncoder`; its mode stays."""
-    processor, quantization = model.processor, getattr(model, "quantization", "")
-    return DualEncoder(
-        name=name,
-        kind=type(model).__name__,
-        module=model,
-        logit_scale=model.get_logit_scale().item(),
-        prepare_image=lambda image: processor(images=[image])["pixel_values"],
-        embed_images=model.embed_pixels,
-        embed_texts=model.embed_captions,
-        describe=lambda: describe_processors(processor.image_processor, processor.tokenizer) + quantization,
-        weights_sha256=getattr(model, "weights_sha256", None),  # graphs say what weights they are of
-        tokenizer=processor.tokenizer,
-        min_edge=processor.min_edge,
-    )
 
 
 def prepare_ahead(

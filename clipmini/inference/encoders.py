@@ -12,7 +12,7 @@ from clipmini.names import ONNX_ENGINES, ONNX_INT8, expand, locate_model
 from modeling_clipmini import ClipMiniModel
 
 from .bank import load_bank
-from .embed import DualEncoder, as_encoder, load_model
+from .embed import DualEncoder, load_model
 
 if TYPE_CHECKING:
     from .onnx_model import OnnxModel
@@ -53,15 +53,14 @@ def load_encoder(model: "str | Path | ClipMiniModel | OnnxModel | DualEncoder", 
     if isinstance(model, DualEncoder):
         return model
     if not isinstance(model, (str, Path)):
-        return as_encoder(model.eval(), _short_name(model.name_or_path or "model"))
+        return DualEncoder(model.eval(), _short_name(model.name_or_path or "model"))
     name = resolve_model(located)
-    encoder = as_encoder(load_clipmini(name, engine=engine), name)
+    encoder = DualEncoder(load_clipmini(name, engine=engine), _short_name(expand(model)))
     encoder.weights_sha256 = encoder.weights_sha256 or weights_sha256(Path(located))  # of a converted one, its own
     try:
         encoder.bank = load_bank(name, encoder.weights_sha256)
     except ValueError as error:  # the model works without it, and by cosine as the literature has it
         logger.warning("Scores are cosines: %s", error)
-    encoder.name = _short_name(expand(model))
     return encoder
 
 

@@ -38,7 +38,7 @@ def compare_places(encoder: DualEncoder, image: Image.Image, vector: Tensor) -> 
     Raises:
         ValueError: the model shows no places: it is computed by graphs, or its tower returns no map.
     """
-    model = encoder.module
+    model = encoder.model
     if not isinstance(model, ClipMiniModel):
         raise ValueError(f"Where {encoder.name} looked cannot be shown: it is no clipmini model in torch.")
     towers, levels = model.vision_towers(), model.config.vision_levels or None

@@ -99,8 +99,8 @@ def embed_with_teacher(
     pixels = scan_readable(pairs).pixels
     captions = PairDataset(pairs).captions
     space = {
-        "weights": hash_weights(encoder.module),
-        "architecture": digest(f"{encoder.module!r} {getattr(encoder.module, 'config', '')}").hex(),
+        "weights": hash_weights(encoder.model),
+        "architecture": digest(f"{encoder.model!r} {getattr(encoder.model, 'config', '')}").hex(),
         "libraries": describe_libraries(),
         "preparation": encoder.describe(),
     }

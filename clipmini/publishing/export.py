@@ -29,7 +29,7 @@ from clipmini.evaluation.request import Request
 from clipmini.evaluation.results import Table
 from clipmini.evaluation.retrieval import summarize_scores
 from clipmini.files import WEIGHTS_FILE, RunRecord, atomic_write, file_sha256, run_of, weights_sha256
-from clipmini.inference.embed import DualEncoder, as_encoder, load_model
+from clipmini.inference.embed import DualEncoder, load_model
 from clipmini.inference.onnx_model import INPUTS, OUTPUTS, PREPARATION, QUANTIZED, TEXT_GRAPH, VISION_GRAPH, OnnxModel
 from clipmini.names import ONNX_FOLDER, ONNX_INT8, check_utf8, first_sentence, public_name
 from clipmini.trust import fetch, read_json
@@ -147,12 +147,12 @@ def export(
         for graph in INPUTS:
             _write_graph(original, graph, graphs, facts, name)
         exported = OnnxModel(graphs, original.config, original.processor)
-        engines = {"torch": as_encoder(original), "onnx": as_encoder(exported)}
+        engines = {"torch": DualEncoder(original), "onnx": DualEncoder(exported)}
         embeds = {engine: embed_pairs(encoder, rows) for engine, encoder in engines.items()}
         _check_parity(embeds, name)
         if int8:
             _quantize(graphs, original, calibration)
-            engines[ONNX_INT8] = as_encoder(OnnxModel(graphs, original.config, original.processor, is_quantized=True))
+            engines[ONNX_INT8] = DualEncoder(OnnxModel(graphs, original.config, original.processor, is_quantized=True))
             embeds[ONNX_INT8] = embed_pairs(engines[ONNX_INT8], rows)
         results: dict[str, Any] = {
             "graphs": [_compare(file, engines, embeds) for file in sorted(graphs.glob("*.onnx"))],
@@ -273,7 +273,8 @@ def _compare(file: Path, engines: Mapping[str, DualEncoder], embeds: Mapping[str
         "images": engines["torch"].prepare_image(Image.new("RGB", (64, 64))),
         "texts": embeds["torch"].captions[0],
     }
-    halves = [getattr(engines[name], f"embed_{kind}") for name in ("torch", engine)]
+    method = {"images": "embed_pixels", "texts": "embed_captions"}[kind]
+    halves = [getattr(engines[name].model, method) for name in ("torch", engine)]
     torch_ms, onnx_ms = _time(*(partial(embed_in_batches, [inputs[kind]], half, 1) for half in halves))
     return {
         "file": file.name,

@@ -14,7 +14,7 @@ from clipmini.evaluation.classification import measure_zero_shot
 from clipmini.evaluation.intervals import Difference, Interval, bootstrap_intervals, paired_bootstrap, paired_shares
 from clipmini.evaluation.measure import embed_pairs
 from clipmini.evaluation.report import load_pairs
-from clipmini.inference.embed import as_encoder
+from clipmini.inference.embed import DualEncoder
 from clipmini.names import public_name
 from clipmini.recipe_files import read_data_section
 from modeling_clipmini import ClipMiniModel
@@ -86,7 +86,7 @@ class Task:
         """Run a model's towers once over the held-out pairs, for models that differ from it in their heads alone."""
         if self.names:
             return self
-        encoder, splits = as_encoder(model), {}
+        encoder, splits = DualEncoder(model), {}
         for split in {self.choose("validation"), self.choose("test")}:
             data = PairDataset(self.splits[split])
             images = embed_in_batches(
@@ -106,7 +106,7 @@ class Task:
     def measure(self, model: ClipMiniModel, wanted: str = "test") -> Score:
         """Measure a model, with its processor, on a split that `choose` returns."""
         split = self.choose(wanted)
-        rows, encoder = self.splits[split], as_encoder(model)
+        rows, encoder = self.splits[split], DualEncoder(model)
         if self.names:
             assert isinstance(rows, Dataset)
             metrics = measure_zero_shot(encoder, rows, self.names, [DEFAULT_TEMPLATE])

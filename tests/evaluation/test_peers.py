@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 import clipmini
 from clipmini.data.images import Skipped
 from clipmini.evaluation.retrieval import retrieval_metrics, retrieval_scores
-from clipmini.inference.embed import as_encoder, load_model
+from clipmini.inference.embed import DualEncoder, load_model
 from clipmini.training.recipes import load_recipe
 from clipmini.training.run import load_recipe_pairs, train
 from pair_files import write_csv
@@ -61,7 +61,7 @@ def demo_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def real_embeddings(demo_folder):
     """All 224 shipped photographs and their captions, as that model sees them."""
-    encoder = as_encoder(load_model(demo_folder))
+    encoder = DualEncoder(load_model(demo_folder))
     splits = load_recipe_pairs(load_recipe("demo"), Skipped(strict=True)).values()
     images = [image for split in splits for image in split["image"]]
     captions = [caption for split in splits for captions in split["captions"] for caption in captions]

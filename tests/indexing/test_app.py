@@ -4,11 +4,9 @@ import json
 import re
 import signal
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 from PIL import Image
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
@@ -214,7 +212,10 @@ class TestLabels:
             assert words in message
 
     def test_a_model_without_a_map(self, tiny_folder, dropped):
-        actions = Actions(Page(replace(load_encoder(tiny_folder), module=torch.nn.Identity())))
+        encoder = load_encoder(tiny_folder)
+        names = ("processor", "device", "embed_pixels", "embed_captions", "get_logit_scale")
+        encoder.model = SimpleNamespace(**{name: getattr(encoder.model, name) for name in names})  # as of graphs
+        actions = Actions(Page(encoder))
         scores, picture, message = actions.label(dropped, "a cat, a dog")
         assert scores.visible
         assert not picture.visible

@@ -332,7 +332,7 @@ class TestInterruptions:
         assert numbers(again.add(photos)) == {"embedded": 3, "unchanged": 2, "images": 5}
 
     def test_nan_is_refused(self, index, photos, monkeypatch):
-        monkeypatch.setattr(index.encoder, "embed_images", lambda batch: torch.full((len(batch), 16), np.nan))
+        monkeypatch.setattr(index.encoder.model, "embed_pixels", lambda batch: torch.full((len(batch), 16), np.nan))
         with pytest.raises(ValueError, match="weights are damaged"):
             index.add(photos)
         assert len(index) == 0

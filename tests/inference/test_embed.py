@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from clipmini.inference import embed
-from clipmini.inference.embed import as_encoder, hash_weights, keep_freed_memory, load_model
+from clipmini.inference.embed import DualEncoder, hash_weights, keep_freed_memory, load_model
 from clipmini.inference.prompts import check_text
 from modeling_clipmini.images_clipmini import ImageError, read_named
 
@@ -99,13 +99,13 @@ class TestErrorsNameTheImage:
     def test_when_encoding(self, tiny_model, tmp_path):
         good = Image.new("RGB", (4, 3))
         with pytest.raises(ImageError, match=r"none\.png: does not exist$"):
-            as_encoder(tiny_model).encode_images([good, tmp_path / "none.png"])
+            DualEncoder(tiny_model).encode_images([good, tmp_path / "none.png"])
         with pytest.raises(ImageError, match=r"^image 2: is empty"):
-            as_encoder(tiny_model).encode_images([good, b""])
+            DualEncoder(tiny_model).encode_images([good, b""])
 
 
 def test_embeddings_have_length_one(tiny_model):
-    embeds = as_encoder(tiny_model).encode_images([Image.new("RGB", (4, 3), color) for color in ("red", "blue")])
+    embeds = DualEncoder(tiny_model).encode_images([Image.new("RGB", (4, 3), color) for color in ("red", "blue")])
     torch.testing.assert_close(embeds.norm(dim=1), torch.ones(2))
 
 
@@ -149,9 +149,10 @@ def test_no_bar_where_bars_are_turned_off():
     program = (
         "import torch\n"
         "from clipmini.inference.embed import DualEncoder\n"
-        "embed = lambda texts: torch.ones(len(texts), 2)\n"
-        "encoder = DualEncoder('a', 'b', torch.nn.Identity(), 1.0, None, None, embed, None)\n"
-        "encoder.encode_texts(['a'] * 9, batch_size=4)\n"
+        "from types import SimpleNamespace\n"
+        "model = SimpleNamespace(processor=SimpleNamespace(min_edge=None))\n"
+        "model.embed_captions = lambda texts: torch.ones(len(texts), 2)\n"
+        "DualEncoder(model).encode_texts(['a'] * 9, batch_size=4)\n"
     )
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
@@ -226,7 +227,7 @@ def test_a_column_of_paths_keeps_its_order(tiny_model, tmp_path, monkeypatch):
     for path in paths:
         Image.new("RGB", (40, 40), os.path.basename(path)[:-4]).save(path)
     column = pandas.Series(paths, index=[5, 0, 3])
-    encoder = as_encoder(tiny_model)
+    encoder = DualEncoder(tiny_model)
     kept, embeds = encoder.encode_files(column)
     assert list(map(str, kept)) == paths
     for device in ("cpu", "cuda"):

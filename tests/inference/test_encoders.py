@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipmini.inference.embed import as_encoder, load_model
+from clipmini.inference.embed import DualEncoder, load_model
 from clipmini.inference.encoders import load_encoder, load_encoders
 from modeling_clipmini.images_clipmini import ImageError, read_image
 
@@ -16,13 +16,13 @@ CAPTIONS = ["a red square", "disc", "a bar in blue, much longer than the model t
 def test_clipmini(tiny_folder, toy_pairs):
     encoder = load_encoder(tiny_folder)
     model = load_model(tiny_folder)
-    for other in (load_encoder(model), as_encoder(model)):
+    for other in (load_encoder(model), DualEncoder(model)):
         assert torch.equal(encoder.encode_images(toy_pairs["image"]), other.encode_images(toy_pairs["image"]))
     images = [read_image(image) for image in toy_pairs["image"]]
     assert np.allclose(encoder.encode_images(images), model.encode_image(images), atol=1e-6)
     assert np.allclose(encoder.encode_texts(CAPTIONS), model.encode_text(CAPTIONS), atol=1e-6)
     assert load_encoder(encoder) is encoder
-    assert (encoder.name, encoder.kind) == (tiny_folder.parent.name, "ClipMiniModel")
+    assert encoder.name == tiny_folder.parent.name
     assert encoder.logit_scale == pytest.approx(model.get_logit_scale().item())
 
 

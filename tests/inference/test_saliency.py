@@ -1,6 +1,5 @@
 """Where the model looked: which place of a map is brightest, and that it is drawn where the model saw it."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +8,7 @@ import timm
 import torch
 from PIL import Image
 
-from clipmini.inference.embed import as_encoder
+from clipmini.inference.embed import DualEncoder
 from clipmini.inference.saliency import COLORS, OPACITY, SHADE, compare_places, draw_places, find_crop
 from modeling_clipmini import ClipMiniModel, ClipMiniProcessor
 from modeling_clipmini.modeling_clipmini import normalize
@@ -30,7 +29,7 @@ class TestComparePlaces:
         known = torch.randn(1, tower.num_features, 2, 3, generator=torch.Generator().manual_seed(0))
         monkeypatch.setattr(tower, "forward_features", lambda pixel_values: known)
         text = normalize(tiny_model.get_image_features(pooled_image=known[:, :, 1, 2]).pooler_output)[0].detach()
-        similarities = compare_places(as_encoder(tiny_model), image, text)
+        similarities = compare_places(DualEncoder(tiny_model), image, text)
         assert similarities.shape == (2, 3)
         assert similarities[1, 2].item() == pytest.approx(1, abs=1e-6)
         assert similarities.argmax() == 5
@@ -47,7 +46,7 @@ class TestComparePlaces:
         config = tiny_config(**options, vision_levels=levels)
         model = ClipMiniModel(config).eval()
         model.processor = ClipMiniProcessor.from_towers(config, tiny_processor.tokenizer)
-        encoder = as_encoder(model)
+        encoder = DualEncoder(model)
         own = encoder.encode_images([image])[0]
         similarities = compare_places(encoder, image, own)
         height, width = similarities.shape
@@ -57,12 +56,14 @@ class TestComparePlaces:
         assert similarities.std() > 0
 
     def test_models_without_a_map(self, tiny_model, image, monkeypatch):
+        encoder = DualEncoder(tiny_model)
+        encoder.model = torch.nn.Identity()
         with pytest.raises(ValueError, match="it is no clipmini model"):
-            compare_places(replace(as_encoder(tiny_model), module=torch.nn.Identity()), image, torch.ones(16))
+            compare_places(encoder, image, torch.ones(16))
         tower = tiny_model.vision_model.timm_model
         monkeypatch.setattr(tower, "forward_features", lambda pixel_values: [torch.zeros(1, 4, 8)])
         with pytest.raises(ValueError, match="returns no map"):
-            compare_places(as_encoder(tiny_model), image, torch.ones(16))
+            compare_places(DualEncoder(tiny_model), image, torch.ones(16))
 
 
 def make_processor(size, crop):

@@ -12,7 +12,7 @@ from PIL import Image
 import clipmini
 from clipmini.data.images import Skipped, find_images
 from clipmini.inference import embed as embed_module
-from clipmini.inference.embed import as_encoder
+from clipmini.inference.embed import DualEncoder
 from clipmini.inference.search import Hit, Hits, rank
 
 
@@ -58,7 +58,7 @@ class TestRank:
 class TestSearch:
     def test_equals_a_matrix_product(self, tiny_model, folder):
         paths = [*sorted(folder.glob("*.png")), folder / "more" / "white.png"]
-        scores = as_encoder(tiny_model).encode_images(paths) @ as_encoder(tiny_model).encode_texts(["a"])[0]
+        scores = DualEncoder(tiny_model).encode_images(paths) @ DualEncoder(tiny_model).encode_texts(["a"])[0]
         expected = sorted(zip(scores.tolist(), paths, strict=True), key=lambda item: -item[0])[:3]
         hits = clipmini.search(tiny_model, folder, "a", top=3)
         assert [hit.image for hit in hits] == [path for _, path in expected]
@@ -69,13 +69,13 @@ class TestSearch:
         (folder / "a.jpg").write_bytes(b"no image")
         (folder / "empty.png").write_bytes(b"")
         skipped = Skipped()
-        paths, embeds = as_encoder(tiny_model).encode_files(find_images(folder), skipped)
+        paths, embeds = DualEncoder(tiny_model).encode_files(find_images(folder), skipped)
         assert [path.name for path in paths] == ["black.png", "blue.png", "green.png", "white.png", "red.png"]
         assert embeds.shape == (5, 16)
         assert [name.rsplit("/", 1)[-1] for name, _ in skipped.items] == ["a.jpg", "empty.png"]
         # Row i is still the embedding of path i.
         for path, embed in zip(paths, embeds, strict=True):
-            torch.testing.assert_close(as_encoder(tiny_model).encode_images([path])[0], embed)
+            torch.testing.assert_close(DualEncoder(tiny_model).encode_images([path])[0], embed)
 
     def test_a_summary_is_logged(self, tiny_model, folder, caplog):
         (folder / "a.jpg").write_bytes(b"no image")
@@ -118,7 +118,7 @@ class TestSearch:
         monkeypatch.setattr(embed_module, "read_image", counting_read)
         monkeypatch.setattr(tiny_model, "get_image_features", counting_embed)
         monkeypatch.setattr(embed_module, "NUM_AHEAD", 2)
-        as_encoder(tiny_model).encode_files(find_images(folder) * 4, batch_size=2)
+        DualEncoder(tiny_model).encode_files(find_images(folder) * 4, batch_size=2)
         assert len(ahead) == 20
         assert max(ahead) <= 2 + 2 + 1  # of the batch, ahead of it, and one that was taken just now
 

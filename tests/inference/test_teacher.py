@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 from clipmini.inference import teacher
-from clipmini.inference.embed import as_encoder, load_model
+from clipmini.inference.embed import DualEncoder, load_model
 from clipmini.inference.teacher import TeacherEmbeddings, embed_with_teacher
 from modeling_clipmini.images_clipmini import ImageError, read_image
 
@@ -32,7 +32,7 @@ def with_captions(pairs, row, captions):
 
 
 def test_a_clipmini_folder_teaches_what_it_embeds(made, tiny_folder, toy_pairs):
-    encoder = as_encoder(load_model(tiny_folder, "cpu"))
+    encoder = DualEncoder(load_model(tiny_folder, "cpu"))
     images = encoder.encode_images(toy_pairs["image"])
     texts = encoder.encode_texts([text for captions in toy_pairs["captions"] for text in captions])
     embeddings = TeacherEmbeddings.load(made, toy_pairs)

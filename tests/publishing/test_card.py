@@ -103,7 +103,7 @@ def test_the_stages_that_were_run_are_told(results, tiny_config):
     results["stages"] = ["heads", "both"]
     text = render(tiny_config, results, "source=mine", recipe="flickr8k").text
     assert "| heads | heads | 30 epochs | 1024 | 0.003 |" in text
-    assert "| both | heads, last 4 stages of the image tower, text tower | 10 epochs | 128 | 0.0004 (" in text
+    assert "| both | heads, last 4 stages of the image tower, text tower | 14 epochs | 128 | 0.0004 (" in text
     assert "chosen on this split" not in text  # the last weights were kept
     results["stages"] = ["heads"]
     assert (

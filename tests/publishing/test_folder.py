@@ -64,7 +64,7 @@ def test_the_handler_comes_along(tiny_model, tiny_processor, tmp_path):
 def test_what_sentence_transformers_reads_hides_no_clipmini_model(tiny_model, tiny_processor, tmp_path):
     save_model_folder(tiny_model, tmp_path / "model")
     assert (tmp_path / "model" / "modules.json").exists()
-    assert load_encoder(tmp_path / "model").kind == "ClipMiniModel"
+    assert load_encoder(tmp_path / "model").about()["kind"] == "ClipMiniModel"
 
 
 @pytest.mark.slow

@@ -31,8 +31,12 @@ def become_stranger(code, folder, arguments, environment, streams):
 
 
 def run_as_stranger(code, folder, *arguments, check=True, **variables):
-    """Run code in a folder, where clipmini cannot be imported, with module and Hub caches of its own."""
-    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", **variables}
+    """Run code in a folder, where clipmini cannot be imported, with module and Hub caches of its own.
+
+    Without a GPU: pipelines would choose it, and its cuDNN rounds to 10 bits.
+    """
+    own = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **own, **variables}
     with TemporaryDirectory() as outputs:
         streams = [f"{outputs}/{name}" for name in ("stdout", "stderr")]
         job = (code, folder, [*map(str, arguments)], environment, streams)

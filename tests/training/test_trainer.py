@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 from clipmini.data.pairs import PairDataset
 from clipmini.evaluation.measure import embed_pairs, measure_split
 from clipmini.evaluation.retrieval import retrieval_metrics
-from clipmini.inference.embed import as_encoder
+from clipmini.inference.embed import DualEncoder
 from clipmini.training.arguments import ClipMiniTrainingArguments
 from clipmini.training.batches import ClipMiniCollator
 from clipmini.training.features import prepare_features
@@ -90,7 +90,7 @@ def test_one_tower_may_be_cached_while_the_other_trains(make_trainer):
 def test_evaluate_is_retrieval_over_the_whole_split(make_trainer, toy_pairs):
     trainer = make_trainer(per_device_eval_batch_size=5)
     metrics = trainer.evaluate()
-    embeds = embed_pairs(as_encoder(trainer.model.eval()), toy_pairs)
+    embeds = embed_pairs(DualEncoder(trainer.model.eval()), toy_pairs)
     expected = retrieval_metrics(embeds.images, embeds.texts, PairDataset(toy_pairs).image_of_captions())
     assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected)
     assert "eval_loss" not in metrics
