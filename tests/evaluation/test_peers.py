@@ -108,7 +108,7 @@ def check_against_open_clip(images, texts, ids):
 def mteb_scores(folder, images, tmp_path):
     """As a reader of docs/measure.md has them, where clipmini cannot be imported."""
     if find_spec("mteb") is None:
-        pytest.skip("pip install mteb")
+        pytest.skip("it needs mteb, which `make test-all` installs")
     code = "import runpy; print(json.dumps(runpy.run_path(sys.argv[1])['measure'](*sys.argv[2:])))"
     script = ROOT / "examples" / "measure_by_mteb.py"
     result = run_as_stranger(code, tmp_path, script, folder, images, MTEB_CACHE=str(tmp_path / "mteb"))
@@ -166,7 +166,7 @@ def test_recalls_and_map_agree_with_trec_eval_which_gives_ties_to_the_later_name
 
 def trec_eval_metrics(similarity, is_right, right):
     """As mteb calls it, with names of right answers that begin with `right`, and of wrong ones with "m"."""
-    library = pytest.importorskip("pytrec_eval", reason="pip install mteb")
+    library = pytest.importorskip("pytrec_eval", reason="it comes with mteb, which `make test-all` installs")
     answers, found = {}, {}
     for query, (scores, rights) in enumerate(zip(similarity.tolist(), is_right.tolist(), strict=True)):
         names = [f"{right if is_one else 'm'}{number}" for number, is_one in enumerate(rights)]
