@@ -447,11 +447,12 @@ def interpolate(
     data: str | Path | None = None,
     keep: str | Path | None = None,
 ) -> Run:
-    """Measure the models on the line between two, and save the best that has lost nothing (WiSE-FT, arXiv:2109.01903).
+    """Measure the models on the line between two, and save the best that is not surely worse elsewhere (WiSE-FT).
 
-    The weights are (1 - a) START + a TUNED, for a from 0 to 1 in steps of 0.1. On validation splits, where there are
-    such, that model is chosen which is best on the new data among those that are not surely worse than START on the
-    kept data, by a paired 95 % interval. It is reported on test splits.
+    The weights are (1 - a) START + a TUNED, for a from 0 to 1 in steps of 0.1 (Wortsman et al., 2022,
+    arXiv:2109.01903). On validation splits, where there are such, that model is chosen which is best on the new data
+    among those that are not surely worse than START on the kept data, by a paired 95 % interval. It is reported on
+    test splits.
 
     Args:
         start: the folder or Hub id of a model.

@@ -581,7 +581,7 @@ def interpolate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the models on the line between two, and save the one that gains most and surely loses nothing.
+    """Measure the models on the line between two, and save the best that is not surely worse than START elsewhere.
 
     The folder is like a run's: it also holds results.json, and the curve as curves.png.
     """
